@@ -1,0 +1,1 @@
+"""Timings and counts, one module per question."""

@@ -1,0 +1,1 @@
+"""One file per recipe; each returns a whole ConfigDict."""

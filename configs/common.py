@@ -1,0 +1,168 @@
+"""Every key of a configuration, with its default, unit and reason; recipes state what differs.
+
+The defaults are the published GRAIN run (arXiv 2412.04429): ViT-B/16, 35 epochs, batch 2,048.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from grain_jax import config as configs
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """All keys. A recipe calls this, changes what differs and returns `parse(config, arg)`."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # of parameters, dropout and the order of the data
+  c.method = "grain"  # grain | clip (class token, caption loss alone)
+  c.batch_size = 2048  # images a step, over all devices
+  c.epochs = 35.0  # passes over the training split
+  c.steps = 0  # if positive: length of the run in steps, instead of epochs
+  c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
+  c.compile_cache = ""  # folder of the persistent compilation cache; empty: none
+
+  c.data = ml_collections.ConfigDict()
+  c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
+  c.data.split = "train"  # split to train on
+  c.data.max_regions = 5  # regions an image, those of highest score (R)
+  c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
+  c.data.resize = "squash"  # squash (published) | crop (random resized crop)
+  c.data.crop_min_area = 0.5  # crop: least area kept, as a fraction of the image
+  c.data.flip = False  # horizontal flip, never where a text says left or right
+  c.data.caption = "half"  # half (original or LLM's with equal chance) | original | generated |
+  # joined (half of the time all descriptions as one text, else as `half`; a control)
+  c.data.on_bad_record = "skip"  # skip (masked and counted) | stop
+  c.data.threads = 0  # of the input pipeline; 0 lets tf.data choose
+  c.data.prefetch = 4  # batches prepared ahead
+
+  c.model = ml_collections.ConfigDict()
+  c.model.embed_dim = 512  # of the joint space (E)
+  c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
+  c.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
+  c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
+  c.model.remat = "none"  # none | block (recompute each block in the backward pass)
+  c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
+  c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
+
+  c.model.image = ml_collections.ConfigDict()
+  c.model.image.variant = "B/16"  # one of VARIANTS; the keys below override it where positive
+  c.model.image.size = 224  # side of the image in pixels
+  c.model.image.width = 0
+  c.model.image.depth = 0
+  c.model.image.heads = 0
+  c.model.image.patch = 0  # pixels
+  c.model.image.mlp_ratio = 4.0
+  c.model.image.activation = "gelu"  # gelu (exact) | quick_gelu
+  c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
+  c.model.image.norm_eps = 1e-6
+  c.model.image.mean = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1]
+  c.model.image.std = (0.229, 0.224, 0.225)
+
+  c.model.text = ml_collections.ConfigDict()
+  c.model.text.width = 512
+  c.model.text.depth = 12
+  c.model.text.heads = 8
+  c.model.text.mlp_ratio = 4.0
+  c.model.text.context = 77  # longest text in tokens; longer ones are cut
+  c.model.text.vocab_size = 49408
+  c.model.text.activation = "quick_gelu"
+  c.model.text.norm_eps = 1e-5
+
+  c.model.decoder = ml_collections.ConfigDict()
+  c.model.decoder.width = 512
+  c.model.decoder.depth = 6
+  c.model.decoder.heads = 8
+  c.model.decoder.mlp_dim = 2048
+  c.model.decoder.dropout = 0.1
+  c.model.decoder.norm_eps = 1e-5
+  c.model.decoder.memory_positions = False  # learned positions on the memory's keys; off as published
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.caption = 1.0  # weight of the caption loss
+  c.loss.box = 1.0  # weight of the box loss
+  c.loss.region = 1.0  # weight of the region-description loss
+  c.loss.box_loss_scale = 1.5  # 1.5 in the published code, 1.0 in the paper
+  c.loss.box_l1_cost = 5.0  # matching cost of |b - b'|_1
+  c.loss.box_giou_cost = 2.0  # matching cost of -GIoU
+  c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
+  c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
+  c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
+  c.loss.multi_positive = 0.0  # weight of descriptions as further positives of the image (a control)
+  c.loss.permute_regions = False  # boxes and descriptions of another image (a control)
+  c.loss.matcher = "host"  # host (SciPy in a callback) | device (exact search on the accelerator)
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.lr = 1e-3  # peak
+  c.optimizer.lr_init = 1e-6  # at the first step of the warm-up
+  c.optimizer.lr_end = 1e-5  # at the end of the cosine
+  c.optimizer.warmup_epochs = 1.0
+  c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.98
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.decay_mask = "clean"  # clean (no norm, bias, scale) | published (decoder's norms too)
+  c.optimizer.clip_norm = 0.0  # largest global gradient norm; 0: no clipping, as published
+  c.optimizer.freeze = ()  # regexes of parameter names that stay as they are
+  c.optimizer.lr_scale = ()  # (regex, factor) pairs, first match wins
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1  # devices along each axis; -1: all that are left
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+  c.mesh.rules = ()  # (regex of parameter names, partition of each dimension) pairs
+
+  c.log_every = 50  # steps between lines of metrics
+  c.save_every = 1000  # steps between checkpoints
+  c.keep_checkpoints = 3  # the newest so many
+  c.eval_every = 0  # steps between evaluations while training; 0: at the end alone
+  c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evaluate.EVALS
+  c.eval_batch_size = 256
+
+  c.zero_shot = ml_collections.ConfigDict()
+  c.zero_shot.split = "objects"
+  c.zero_shot.templates = ("a photo of a {}.",)
+  c.zero_shot.descriptors = ""  # JSON file {class: [descriptor]}; empty: the dataset's own, if any
+  c.retrieval = ml_collections.ConfigDict()
+  c.retrieval.split = "val"
+  c.grounding = ml_collections.ConfigDict()
+  c.grounding.split = "val"
+  return c
+
+
+def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+  """Applies a recipe's argument: `:runlocal`, `:key=value,...`, or both.
+
+  `runlocal` shrinks a recipe to about a minute on a CPU, on scenes built by `make scenes`.
+  """
+  for part in filter(None, arg.split(",")):
+    if part == "runlocal":
+      runlocal(config)
+    elif "=" in part:
+      configs.set_from_text(config, part)
+    else:
+      raise ValueError(f"config argument {part!r} is neither 'runlocal' nor key=value.")
+  return config
+
+
+def small(c: ml_collections.ConfigDict) -> None:
+  """Towers of a few hundred thousand parameters for 96-pixel pictures."""
+  c.model.embed_dim = 128
+  c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4)
+  c.model.text.update(width=128, depth=2, heads=4)
+  c.model.decoder.update(width=128, depth=2, heads=4, mlp_dim=512)
+
+
+def runlocal(c: ml_collections.ConfigDict) -> None:
+  """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes."""
+  small(c)
+  c.data.dir = "data/scenes"
+  c.data.caption = "half"
+  c.data.row_length = 80
+  c.batch_size = 32
+  c.eval_batch_size = 64
+  c.steps = 40
+  c.optimizer.warmup_steps = 10
+  c.mesh.update(data=-1, fsdp=1, tensor=1)
+  c.log_every = 10
+  c.save_every = 20

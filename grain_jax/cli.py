@@ -1,0 +1,65 @@
+"""The shell around every command: flags, and errors that end in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from grain_jax import config as configs
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
+
+# What a user's input can cause; anything else is a defect and shows its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, PermissionError)
+
+
+def fail(error: BaseException | str, code: int = 1) -> None:
+  """Prints one line on stderr and ends the process."""
+  text = " ".join(str(error).split())
+  name = f"{type(error).__name__}: " if isinstance(error, BaseException) else "error: "
+  print(f"{name}{text}", file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+  """Raises the line for a missing config file or an unknown --config.key before absl sees it."""
+  path = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), None)
+  if path is None:
+    return
+  config = configs.load(path)
+  keys = {key for key, _ in configs.flatten(config)}
+  for arg in argv:
+    if arg.startswith(("--config.", "-config.")):
+      key = arg.lstrip("-").split("=", 1)[0].removeprefix("config.")
+      if key not in keys and key.removeprefix("no") not in keys:
+        raise ValueError(configs.unknown_key(config, key))
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    _check_overrides(argv)
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+    return rest
+  except (flags.Error, ValueError, TypeError) as error:
+    fail(error, code=2)
+    raise
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags, runs `main`, and turns what a user can cause into one line."""
+
+  def guarded(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    try:
+      main()
+    except USER_ERRORS as error:
+      if _TRACEBACK.value:
+        raise
+      fail(error)
+
+  app.run(guarded, flags_parser=_parse)

@@ -1,0 +1,207 @@
+"""A configuration from file to run: overrides, sizes by name, checks before anything expensive."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+# Image towers by name: (width, depth, heads, patch size in pixels).
+VARIANTS = {
+  "Ti/16": (192, 12, 3, 16),
+  "S/16": (384, 12, 12, 16),  # 12 heads, as in the published code
+  "B/16": (768, 12, 12, 16),
+  "B/32": (768, 12, 12, 32),
+  "L/14": (1024, 24, 16, 14),
+}
+
+# What each of these keys may be.
+CHOICES = {
+  "method": ("grain", "clip"),
+  "data.resize": ("squash", "crop"),
+  "data.caption": ("half", "original", "generated", "joined"),
+  "data.on_bad_record": ("skip", "stop"),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "block"),
+  "model.image.variant": tuple(VARIANTS),
+  "model.image.activation": ("gelu", "quick_gelu"),
+  "model.text.activation": ("gelu", "quick_gelu"),
+  "loss.region_negatives": ("global", "local"),
+  "loss.matcher": ("host", "device"),
+  "optimizer.decay_mask": ("clean", "published"),
+}
+
+# Keys that a run may change when it goes on: they do not touch the parameters.
+FREE_KEYS = frozenset(
+  {
+    "compile_cache",
+    "data.dir",
+    "data.threads",
+    "data.prefetch",
+    "eval_batch_size",
+    "eval_every",
+    "evals",
+    "keep_checkpoints",
+    "log_every",
+    "save_every",
+  }
+)
+_FREE_PREFIXES = ("zero_shot.", "retrieval.", "grounding.", "mesh.")
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """('model.image.size', 224) and so on, in the order of definition."""
+  for key, value in config.items():
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
+  """The error line for a key that does not exist, with the nearest ones that do."""
+  known = [name for name, _ in flatten(config)]
+  near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+  leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+  near = list(dict.fromkeys(leaf + near))[:3]
+  hint = "Did you mean " + " or ".join(f"config.{k}" for k in near) + "?" if near else (
+    "configs/common.py lists every key."
+  )
+  return f"config.{key} is not a key of this configuration. {hint}"
+
+
+def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+  """Sets `config.a.b` by its dotted name; the key must exist and the type must fit."""
+  node, *parts = config, *key.split(".")
+  for part in parts[:-1]:
+    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+      raise ValueError(unknown_key(config, key))
+    node = node[part]
+  if not isinstance(node, ml_collections.ConfigDict) or parts[-1] not in node:
+    raise ValueError(unknown_key(config, key))
+  try:
+    node[parts[-1]] = value
+  except TypeError as error:
+    kind = type(node[parts[-1]]).__name__
+    raise ValueError(f"config.{key} = {value!r} is not a {kind}.") from error
+
+
+def set_from_text(config: ml_collections.ConfigDict, assignment: str) -> None:
+  """Applies one 'key=value' of a config argument; the value is a Python literal or a string."""
+  key, _, text = assignment.partition("=")
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    value = text
+  set_key(config, key, value)
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+  """The ConfigDict of 'configs/cc12m.py' or 'configs/cc12m.py:argument'."""
+  name, _, arg = path.partition(":")
+  file = pathlib.Path(name)
+  if not file.is_file():
+    near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
+    raise ValueError(f"--config={path}: there is no file {name}. Try one of {', '.join(near)}.")
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"--config={path}: {name} defines no get_config(arg).")
+  return module.get_config(arg)
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy in which the image tower's sizes stand as numbers, whatever its variant."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  tower = config.model.image
+  if tower.variant not in VARIANTS:
+    raise ValueError(_not_a_choice("model.image.variant", tower.variant))
+  for key, value in zip(
+    ("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True
+  ):
+    tower[key] = tower[key] or value
+  return config
+
+
+def _not_a_choice(key: str, value: Any) -> str:
+  return f"config.{key} = {value!r} is unknown. Choose one of {', '.join(CHOICES[key])}."
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises a one-line ValueError for the first thing that cannot work in a resolved config."""
+  flat = dict(flatten(config))
+  for key, choices in CHOICES.items():
+    if flat[key] not in choices:
+      raise ValueError(_not_a_choice(key, flat[key]))
+  positive = [
+    "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
+    "data.row_length", "model.embed_dim", "model.image.size", "model.image.patch",
+    "model.text.context", "optimizer.lr",
+  ]  # fmt: skip
+  for key in positive:
+    if flat[key] <= 0:
+      raise ValueError(f"config.{key} = {flat[key]} must be positive.")
+  if config.steps <= 0 and config.epochs <= 0:
+    raise ValueError("config.steps and config.epochs are both 0: set one of them.")
+  if config.data.max_regions < 0:
+    raise ValueError(f"config.data.max_regions = {config.data.max_regions} must not be negative.")
+  m = config.model
+  if config.method == "grain" and m.num_queries < config.data.max_regions:
+    raise ValueError(
+      f"config.model.num_queries = {m.num_queries} is fewer than config.data.max_regions = "
+      f"{config.data.max_regions}: every region needs a query. Raise num_queries or lower "
+      "max_regions."
+    )
+  if m.image.size % m.image.patch:
+    raise ValueError(
+      f"config.model.image.size = {m.image.size} does not divide into patches of "
+      f"{m.image.patch} pixels."
+    )
+  towers = [("image", m.image), ("text", m.text)]
+  if config.method == "grain":
+    towers.append(("decoder", m.decoder))
+  for name, tower in towers:
+    if tower.width % tower.heads:
+      raise ValueError(
+        f"config.model.{name}.width = {tower.width} does not divide by its heads = {tower.heads}."
+      )
+  if config.data.row_length < m.text.context:
+    raise ValueError(
+      f"config.data.row_length = {config.data.row_length} is shorter than "
+      f"config.model.text.context = {m.text.context}: a full caption would not fit its row."
+    )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """The configuration as JSON, keys in order; `from_json` gives it back."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+  """Inverse of `to_json`; lists come back as tuples, as the configs write them."""
+
+  def tuples(value: Any) -> Any:
+    if isinstance(value, list):
+      return tuple(tuples(v) for v in value)
+    return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+  return ml_collections.ConfigDict(tuples(json.loads(text)))
+
+
+def first_difference(
+  old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> tuple[str, Any, Any] | None:
+  """(key, old value, new value) of the first key that matters to the parameters and differs."""
+  a, b = dict(flatten(old)), dict(flatten(new))
+  for key in dict.fromkeys([*a, *b]):
+    free = key in FREE_KEYS or key.startswith(_FREE_PREFIXES)
+    if not free and a.get(key) != b.get(key):
+      return key, a.get(key), b.get(key)
+  return None

@@ -1,0 +1,87 @@
+"""Which records a step reads: a pure function of (seed, epoch, step, host).
+
+No state and no shuffle buffer: resuming means asking for another step, and the order of the records
+over all hosts together does not depend on how many hosts there are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+def steps_per_epoch(num_records: int, batch_size: int) -> int:
+  """Whole batches in a pass over the records; the last partial one is left out."""
+  if batch_size < 1:
+    raise ValueError(f"batch_size = {batch_size}: a batch holds at least one image. Raise it.")
+  if num_records < batch_size:
+    raise ValueError(
+      f"batch_size = {batch_size} is more than the split's {num_records} records: no batch can be "
+      "filled. Lower batch_size or build more data."
+    )
+  return num_records // batch_size
+
+
+def indices(
+  *,
+  seed: int,
+  epoch: int,
+  step: int,
+  batch_size: int,
+  num_records: int,
+  host: int = 0,
+  num_hosts: int = 1,
+) -> np.ndarray:
+  """Records that a host reads at a step of an epoch.
+
+  Args:
+    seed: of the order, at least 0.
+    epoch: passes completed.
+    step: batch within the epoch, below `steps_per_epoch`.
+    batch_size: images a step over all hosts (B).
+    num_records: records of the split.
+    host: this host.
+    num_hosts: hosts; each takes a contiguous part of the batch.
+
+  Returns:
+    i64 [B / num_hosts].
+  """
+  steps = steps_per_epoch(num_records, batch_size)
+  if not 0 <= step < steps:
+    raise ValueError(f"step = {step} is not within the {steps} steps of an epoch.")
+  start, stop = _host_part(batch_size, host, num_hosts)
+  order = _permutation(seed, epoch, num_records)
+  return order[step * batch_size + start : step * batch_size + stop]
+
+
+def eval_indices(
+  *, step: int, batch_size: int, num_records: int, host: int = 0, num_hosts: int = 1
+) -> np.ndarray:
+  """Records in their own order; -1 fills the last batch up: i64 [batch_size / num_hosts]."""
+  start, stop = _host_part(batch_size, host, num_hosts)
+  chosen = np.arange(step * batch_size + start, step * batch_size + stop)
+  return np.where(chosen < num_records, chosen, -1)
+
+
+def eval_steps(num_records: int, batch_size: int) -> int:
+  """Batches in one pass over all records, the last one filled up."""
+  return -(-num_records // batch_size)
+
+
+def _host_part(batch_size: int, host: int, num_hosts: int) -> tuple[int, int]:
+  if batch_size % num_hosts:
+    raise ValueError(
+      f"batch_size = {batch_size} is not divisible by {num_hosts} hosts. Use a multiple."
+    )
+  if not 0 <= host < num_hosts:
+    raise ValueError(f"host = {host} is not one of {num_hosts} hosts (0 to {num_hosts - 1}).")
+  part = batch_size // num_hosts
+  return host * part, (host + 1) * part
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
+  order = np.random.default_rng([seed, epoch]).permutation(num_records)
+  order.flags.writeable = False
+  return order

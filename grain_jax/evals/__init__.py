@@ -1,0 +1,1 @@
+"""evals of grain_jax."""

@@ -1,0 +1,22 @@
+"""`python -m grain_jax.main --config=configs/cc12m.py --workdir=DIR`: trains, or goes on training."""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from grain_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, FILE or FILE:argument.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+  from grain_jax import train  # after the flags: a wrong one answers at once
+
+  train.train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,99 @@
+"""The device mesh, where each array lives on it, and host batch -> global batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grain_jax import trees
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the batch is cut over both
+
+
+def create(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh of `config.mesh` over all devices of all processes.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices, or the batch does not divide.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [config.mesh[axis] for axis in AXES]
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) == 1 and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if -1 in sizes or math.prod(sizes) != len(devices):
+    asked = ", ".join(f"{axis}={config.mesh[axis]}" for axis in AXES)
+    raise ValueError(
+      f"config.mesh ({asked}) does not multiply to the {len(devices)} devices there are. "
+      "Set one axis to -1 to let it take what is left."
+    )
+  parts = sizes[0] * sizes[1]
+  for key in ("batch_size", "eval_batch_size"):
+    if config[key] % parts:
+      below = max(config[key] // parts, 1) * parts
+      raise ValueError(
+        f"config.{key} = {config[key]} does not divide by the {parts} devices along the data and "
+        f"fsdp axes. Try {below} or {below + parts}."
+      )
+  shape = dict(zip(AXES, sizes, strict=True))
+  return jax.make_mesh(
+    tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  )
+
+
+def num_shards(mesh: Mesh) -> int:
+  """Parts into which the batch is cut."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading dimension over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on each device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
+  """A sharding for each leaf of a train state, by `config.mesh.rules`.
+
+  The rules' regexes are matched against the names of parameters. Optimiser moments carry the
+  parameter's name at the end of theirs and so are sharded with it; whatever has no dimensions is
+  replicated.
+
+  Args:
+    state: TrainState of arrays or ShapeDtypeStructs.
+    mesh: the mesh.
+    rules: (regex, partition) pairs; a partition names a mesh axis or None for each dimension.
+  """
+  rules = [(pattern, tuple(partition)) for pattern, partition in rules]
+  trees.match(state.params, rules, (), what="config.mesh.rules")  # every rule matches something
+  specs = trees.match(state, rules, (), what="config.mesh.rules")
+
+  def place(leaf: Any, spec: tuple[Any, ...]) -> NamedSharding:
+    if leaf.ndim == 0:
+      spec = ()
+    if len(spec) > leaf.ndim:
+      raise ValueError(
+        f"config.mesh.rules: partition {spec} has more dimensions than a parameter of shape "
+        f"{list(leaf.shape)} that it matches."
+      )
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(place, state, specs)
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's part of a batch -> global arrays sharded over the mesh."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()
+  }

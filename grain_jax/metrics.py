@@ -1,0 +1,143 @@
+"""Metrics from the device to files: (sum, weight) means, writers, the progress line."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from clu import metric_writers
+
+Pairs = Mapping[str, tuple[Any, Any]]
+
+# Of these the total of the steps is told, not their mean.
+COUNTS = ("bad_examples", "dropped_texts", "nonfinite")
+
+
+def summarize(steps: Iterable[Pairs], prefix: str = "train/") -> dict[str, float]:
+  """Means over steps of (sum, weight) pairs, weighted; totals for `COUNTS`.
+
+  A metric whose weights are all 0 (no region in any image) is left out.
+  """
+  sums: dict[str, float] = collections.defaultdict(float)
+  weights: dict[str, float] = collections.defaultdict(float)
+  for pairs in jax.device_get(list(steps)):
+    for name, (value, weight) in pairs.items():
+      sums[name] += float(value)
+      weights[name] += float(weight)
+  result = {}
+  for name, total in sums.items():
+    if name in COUNTS:
+      result[prefix + name] = total
+    elif weights[name]:
+      result[prefix + name] = total / weights[name]
+  return result
+
+
+class JsonlWriter(metric_writers.MetricWriter):
+  """Appends one JSON object a line, with `step`, to a file; scalars only."""
+
+  def __init__(self, path: pathlib.Path, *, start_step: int = 0):
+    """Opens `path`; lines of steps past `start_step` (of a run cut short) are taken out."""
+    self._path = path
+    kept = [line for line in read_jsonl(path) if line["step"] <= start_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+    self._file = path.open("a")
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes one line; a value that is not finite is written as null (JSON has no NaN)."""
+    line: dict[str, Any] = {"step": int(step)}
+    for name, value in scalars.items():
+      line[name] = float(value) if math.isfinite(float(value)) else None
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+
+  def _ignore(self, *args: Any, **kwargs: Any) -> None:
+    """Other kinds of metric go to TensorBoard alone."""
+
+  write_summaries = write_images = write_videos = write_audios = _ignore
+  write_texts = write_histograms = write_pointcloud = write_hparams = _ignore
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a metrics file; a last line cut short by a kill is passed over."""
+  lines = []
+  if path.exists():
+    for text in path.read_text().splitlines():
+      try:
+        lines.append(json.loads(text))
+      except json.JSONDecodeError:
+        continue
+  return lines
+
+
+def create_writer(workdir: pathlib.Path, *, start_step: int) -> metric_writers.MetricWriter:
+  """`metrics.jsonl` and TensorBoard events in `workdir`; nothing on processes but the first."""
+  if jax.process_index() != 0:
+    return metric_writers.MultiWriter([])
+  return metric_writers.MultiWriter(
+    [
+      metric_writers.SummaryWriter(str(workdir)),
+      JsonlWriter(workdir / "metrics.jsonl", start_step=start_step),
+    ]
+  )
+
+
+def clock(seconds: float) -> str:
+  """'1:02:03' or '2:03'."""
+  minutes, s = divmod(int(seconds), 60)
+  hours, m = divmod(minutes, 60)
+  return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Progress:
+  """Speed and time left, without the first step's compilation and without evaluations."""
+
+  def __init__(self, *, total_steps: int, batch_size: int):
+    self._total = total_steps
+    self._batch = batch_size
+    self._mark: tuple[int, float] | None = None
+    self._paused = 0.0
+
+  def start(self, step: int) -> None:
+    """From here (after `step` updates) time counts."""
+    self._mark = (step, time.monotonic())
+    self._paused = 0.0
+
+  def pause(self, seconds: float) -> None:
+    """Takes out time that was not spent training."""
+    self._paused += seconds
+
+  def speed(self, step: int) -> tuple[float, float]:
+    """(samples/s since the last call, seconds left at that speed)."""
+    assert self._mark is not None, "start() comes first"
+    steps = max(step - self._mark[0], 1)
+    seconds = max(time.monotonic() - self._mark[1] - self._paused, 1e-9)
+    self.start(step)
+    return self._batch * steps / seconds, (self._total - step) * seconds / steps
+
+  def line(self, step: int, values: Mapping[str, float], left: float) -> str:
+    """'step  100/700  loss 9.312 (caption 4.1, box 2.0, region 3.2)  250 samples/s  3:21 left'."""
+    parts = [
+      f"{name} {values['train/loss_' + name]:.3f}"
+      for name in ("caption", "box", "region")
+      if "train/loss_" + name in values
+    ]
+    return (
+      f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['train/loss']:.3f} "
+      f"({', '.join(parts)})  {values['train/samples_per_second']:.0f} samples/s  "
+      f"{clock(left)} left"
+    )

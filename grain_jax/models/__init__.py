@@ -1,0 +1,1 @@
+"""models of grain_jax."""

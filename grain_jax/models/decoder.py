@@ -1,0 +1,129 @@
+"""The query decoder: learned queries read the image tokens (Carion et al., ECCV 2020; GRAIN).
+
+Q region queries and one image query, the image query last, attend to each other and to the
+image's tokens. Every layer's output goes through the shared final LayerNorm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grain_jax.models import layers
+
+Array = jax.Array
+
+XAVIER = nn.initializers.xavier_uniform()
+# torch.nn.Linear's own default: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class DecoderLayer(nn.Module):
+  """Pre-norm: self-attention, cross-attention, FFN, each with dropout on its branch.
+
+  The query embedding is added to q and k of self-attention and to q of cross-attention; positions
+  of the memory, if any, to its keys.
+  """
+
+  heads: int
+  mlp_dim: int
+  dropout: float
+  norm_eps: float
+  deterministic: bool
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, queries: Array, memory: Array, keys: Array) -> tuple[Array, Array]:
+    """x, queries [B, Q + 1, D]; memory (values), keys [B, L, D] -> x twice (carry and output)."""
+
+    def attention(name: str) -> nn.Module:
+      return layers.Attention(
+        self.heads, XAVIER, XAVIER, dropout=self.dropout, dtype=self.dtype, name=name
+      )
+
+    def drop(y: Array) -> Array:
+      return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+
+    y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
+    q = y + queries
+    x = x + drop(attention("self_attention")(q, q, y, deterministic=self.deterministic))
+    y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
+    x = x + drop(
+      attention("cross_attention")(y + queries, keys, memory, deterministic=self.deterministic)
+    )
+    y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm3")
+    mlp = layers.Mlp(
+      self.mlp_dim, "relu", XAVIER, XAVIER, dropout=self.dropout, dtype=self.dtype, name="mlp"
+    )
+    x = x + drop(mlp(y, deterministic=self.deterministic))
+    return x, x
+
+
+class QueryDecoder(nn.Module):
+  """Image tokens -> features of the queries, after each layer."""
+
+  num_queries: int
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  dropout: float
+  norm_eps: float
+  memory_positions: bool = False
+  unroll: int = 1
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: Array, *, train: bool = False) -> Array:
+    """Decodes.
+
+    Args:
+      tokens: [B, L, any width], the image tower's output.
+      train: with dropout (needs an rng named 'dropout').
+
+    Returns:
+      [depth, B, Q + 1, D]: features after each layer and the final LayerNorm; the image query is
+      the last of each row.
+    """
+    memory = nn.Dense(
+      self.width, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name="input"
+    )(tokens)
+    memory = layers.layer_norm(memory, epsilon=self.norm_eps, dtype=self.dtype, name="input_norm")
+    keys = memory
+    if self.memory_positions:
+      init = nn.initializers.normal(0.02)
+      positions = self.param("memory_positions", init, (tokens.shape[1], self.width))
+      keys = memory + positions.astype(self.dtype)
+    shape = (self.num_queries + 1, self.width)
+    queries = self.param("query_embedding", nn.initializers.normal(1.0), shape)
+    queries = jnp.broadcast_to(queries.astype(self.dtype), (tokens.shape[0], *shape))
+    decoder_layers = layers.stack(
+      DecoderLayer, self.depth, unroll=self.unroll, remat=self.remat, broadcast=3
+    )
+    _, x = decoder_layers(
+      self.heads,
+      self.mlp_dim,
+      self.dropout,
+      self.norm_eps,
+      deterministic=not train,
+      dtype=self.dtype,
+      name="layers",
+    )(jnp.zeros_like(queries), queries, memory, keys)
+    return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+
+
+class BoxHead(nn.Module):
+  """D-D-D-4 MLP with ReLU, then a sigmoid: (cx, cy, w, h) in [0, 1], float32."""
+
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    for i in range(2):
+      x = jax.nn.relu(nn.Dense(self.width, kernel_init=LINEAR, dtype=self.dtype, name=f"fc{i}")(x))
+    return jax.nn.sigmoid(nn.Dense(4, kernel_init=LINEAR, name="fc2")(x.astype(jnp.float32)))

@@ -1,0 +1,178 @@
+"""GRAIN assembled from its towers and the decoder (arXiv 2412.04429); CLIP is a setting of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from grain_jax.models import decoder, text, vit
+
+Array = jax.Array
+
+METHODS = ("grain", "clip")
+
+
+@flax.struct.dataclass
+class Output:
+  """What a forward pass of a batch gives; embeddings are float32 and L2-normalised.
+
+  With method 'clip' there are no queries: Q = 0 and `boxes` has no layers.
+  """
+
+  image: Array  # [B, E]: the image query's (GRAIN) or the class token's (CLIP) embedding
+  regions: Array  # [B, Q, E]: embeddings of the region queries
+  boxes: Array  # [layers, B, Q, 4]: (cx, cy, w, h) in [0, 1] after each decoder layer
+  captions: Array  # [B, E]
+  descriptions: Array  # [B, R, E]: meaningless where text_mask is false
+  negatives: Array  # [B, K, E]: hard-negative captions, likewise
+  logit_scale: Array  # []: the logarithm of the scale s of the logits
+
+
+def normalize(x: Array) -> Array:
+  """x / |x| over the last axis in float32; a zero vector stays zero."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+class Grain(nn.Module):
+  """Image tower, text tower and query decoder with their projections into the joint space."""
+
+  image_tower: vit.VisionTransformer
+  text_tower: text.TextTransformer
+  query_decoder: decoder.QueryDecoder | None
+  embed_dim: int
+  image_mean: tuple[float, ...]
+  image_std: tuple[float, ...]
+  logit_scale_init: float
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    normal, dim = nn.initializers.normal, self.embed_dim
+
+    def project(width: int) -> nn.Dense:
+      return nn.Dense(dim, use_bias=False, kernel_init=normal(width**-0.5), dtype=self.dtype)
+
+    self.text_projection = project(self.text_tower.width)
+    if self.query_decoder is None:
+      self.image_projection = project(self.image_tower.width)
+    else:
+      width = self.query_decoder.width
+      self.image_projection = project(width)
+      self.region_projection = project(width)
+      self.box_head = decoder.BoxHead(width, dtype=self.dtype)
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), ())
+
+  def __call__(
+    self,
+    batch: dict[str, Array],
+    *,
+    num_regions: int,
+    train: bool = False,
+  ) -> Output:
+    """Encodes a device batch (`schema.BATCH`) of which the first 1 + num_regions texts are
+    caption and descriptions."""
+    image, regions, boxes = self.encode_regions(batch["image"], train=train)
+    texts = self.encode_text(
+      batch["tokens"], batch["segments"], batch["positions"], batch["ends"]
+    )
+    return Output(
+      image=image,
+      regions=regions,
+      boxes=boxes,
+      captions=texts[:, 0],
+      descriptions=texts[:, 1 : 1 + num_regions],
+      negatives=texts[:, 1 + num_regions :],
+      logit_scale=self.logit_scale,
+    )
+
+  def encode_tokens(self, image: Array) -> Array:
+    """u8 [B, H, W, 3] -> tokens of the image tower [B, 1 + patches, D], class token first."""
+    x = image.astype(jnp.float32) / 255.0
+    x = (x - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
+    return self.image_tower(x)
+
+  def encode_regions(self, image: Array, *, train: bool = False) -> tuple[Array, Array, Array]:
+    """u8 [B, H, W, 3] -> image [B, E], regions [B, Q, E], boxes [layers, B, Q, 4]."""
+    tokens = self.encode_tokens(image)
+    if self.query_decoder is None:
+      embedding = normalize(self.image_projection(tokens[:, 0]))
+      batch = image.shape[0]
+      return embedding, jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
+    x = self.query_decoder(tokens, train=train)
+    boxes = self.box_head(x[:, :, :-1])
+    regions = normalize(self.region_projection(x[-1, :, :-1]))
+    return normalize(self.image_projection(x[-1, :, -1])), regions, boxes
+
+  def encode_image(self, image: Array) -> Array:
+    """u8 [B, H, W, 3] -> [B, E], L2-normalised float32."""
+    return self.encode_regions(image)[0]
+
+  def encode_text(self, tokens: Array, segments: Array, positions: Array, ends: Array) -> Array:
+    """Packed rows i32 [B, L] and ends [B, T] -> [B, T, E], L2-normalised float32."""
+    return normalize(self.text_projection(self.text_tower(tokens, segments, positions, ends)))
+
+
+def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Grain:
+  """The model of a configuration.
+
+  Args:
+    config: a whole configuration (`configs/common.py`), sizes resolved by `config.resolve`.
+    unroll: overrides `config.model.unroll` (cost analysis wants the unrolled program).
+  """
+  m = config.model
+  common = {
+    "unroll": m.unroll if unroll is None else unroll,
+    "remat": m.remat,
+    "dtype": jnp.dtype(m.dtype),
+  }
+  image_tower = vit.VisionTransformer(
+    size=m.image.size,
+    patch=m.image.patch,
+    width=m.image.width,
+    depth=m.image.depth,
+    heads=m.image.heads,
+    mlp_ratio=m.image.mlp_ratio,
+    activation=m.image.activation,
+    qk_norm=m.image.qk_norm,
+    norm_eps=m.image.norm_eps,
+    **common,
+  )
+  text_tower = text.TextTransformer(
+    vocab_size=m.text.vocab_size,
+    context=m.text.context,
+    width=m.text.width,
+    depth=m.text.depth,
+    heads=m.text.heads,
+    mlp_ratio=m.text.mlp_ratio,
+    activation=m.text.activation,
+    norm_eps=m.text.norm_eps,
+    **common,
+  )
+  query_decoder = None
+  if config.method == "grain":
+    query_decoder = decoder.QueryDecoder(
+      num_queries=m.num_queries,
+      width=m.decoder.width,
+      depth=m.decoder.depth,
+      heads=m.decoder.heads,
+      mlp_dim=m.decoder.mlp_dim,
+      dropout=m.decoder.dropout,
+      norm_eps=m.decoder.norm_eps,
+      memory_positions=m.decoder.memory_positions,
+      **common,
+    )
+  return Grain(
+    image_tower=image_tower,
+    text_tower=text_tower,
+    query_decoder=query_decoder,
+    embed_dim=m.embed_dim,
+    image_mean=tuple(m.image.mean),
+    image_std=tuple(m.image.std),
+    logit_scale_init=m.logit_scale_init,
+    dtype=jnp.dtype(m.dtype),
+  )

@@ -1,0 +1,70 @@
+"""Vision transformer: image -> tokens (Dosovitskiy et al., ICLR 2021), with QK-norm by config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grain_jax.models import layers
+
+Array = jax.Array
+
+
+class VisionTransformer(nn.Module):
+  """Class token and patch tokens after the final LayerNorm.
+
+  Initialised as timm does: truncated normal 0.02 for weights and positions, 1e-6 for the class
+  token, zero biases.
+  """
+
+  size: int
+  patch: int
+  width: int
+  depth: int
+  heads: int
+  mlp_ratio: float
+  activation: str
+  qk_norm: bool
+  norm_eps: float
+  unroll: int = 1
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, image: Array) -> Array:
+    """Encodes normalised images.
+
+    Args:
+      image: [B, size, size, 3], normalised.
+
+    Returns:
+      [B, 1 + (size / patch)^2, width], the class token first.
+    """
+    batch, side = image.shape[0], self.size // self.patch
+    init = nn.initializers.truncated_normal(0.02)
+    # A convolution of stride `patch`, written as one matrix product over flattened patches.
+    x = image.reshape(batch, side, self.patch, side, self.patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, side * side, self.patch * self.patch * 3).astype(self.dtype)
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    x = nn.Dense(self.width, kernel_init=uniform, dtype=self.dtype, name="patch_embedding")(x)
+    cls = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
+    x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
+    positions = self.param("position_embedding", init, (1 + side * side, self.width))
+    x = x + positions.astype(self.dtype)
+    blocks = layers.stack(
+      layers.Block, self.depth, unroll=self.unroll, remat=self.remat, broadcast=1
+    )
+    x, _ = blocks(
+      self.heads,
+      round(self.width * self.mlp_ratio),
+      self.activation,
+      self.norm_eps,
+      inits=(init, init, init, init),
+      qk_norm=self.qk_norm,
+      dtype=self.dtype,
+      name="blocks",
+    )(x, None)
+    return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")

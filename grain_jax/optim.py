@@ -1,0 +1,91 @@
+"""The optimiser of a configuration: AdamW, its schedule, and who decays, freezes or slows down."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from grain_jax import trees
+
+DECAY_MASKS = ("clean", "published")
+
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale)$")
+# The published code decays these of the decoder nevertheless.
+_PUBLISHED_DECAY = re.compile(
+  r"^query_decoder/(.*norm\d?/scale|.*attention/(query|key|value)/bias)$"
+)
+
+
+def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_epoch: int) -> Any:
+  """Learning rate by step: linear from `lr_init` to `lr`, then a cosine to `lr_end`."""
+  o = config.optimizer
+  warmup = o.warmup_steps or round(o.warmup_epochs * steps_per_epoch)
+  if warmup >= total_steps:
+    raise ValueError(
+      f"config.optimizer: the warm-up takes {warmup} steps of a run of {total_steps}. "
+      "Lower optimizer.warmup_steps or warmup_epochs, or train longer."
+    )
+  return optax.warmup_cosine_decay_schedule(
+    init_value=o.lr_init,
+    peak_value=o.lr,
+    warmup_steps=warmup,
+    decay_steps=total_steps,
+    end_value=o.lr_end,
+  )
+
+
+def decay_mask(params: Any, kind: str) -> Any:
+  """Which leaves weight decay touches, by name: bool tree.
+
+  Args:
+    params: parameters.
+    kind: 'clean' (no norm, bias or scale) or 'published' (also the decoder's norm weights and
+      attention input biases, as the published code does).
+  """
+  if kind not in DECAY_MASKS:
+    raise ValueError(
+      f"config.optimizer.decay_mask = {kind!r} is unknown. Choose one of {DECAY_MASKS}."
+    )
+
+  def decays(name: str, leaf: Any) -> bool:
+    del leaf
+    if kind == "published" and _PUBLISHED_DECAY.search(name):
+      return True
+    return not _NO_DECAY.search(name)
+
+  return trees.map_with_name(decays, params)
+
+
+def create(
+  config: ml_collections.ConfigDict, params: Any, *, total_steps: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """AdamW (decoupled decay), with clipping, per-parameter rates and freezing by config."""
+  o = config.optimizer
+  steps = []
+  if o.clip_norm:
+    steps.append(optax.clip_by_global_norm(o.clip_norm))
+  steps += [
+    optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
+    optax.add_decayed_weights(o.weight_decay, mask=decay_mask(params, o.decay_mask)),
+    optax.scale_by_learning_rate(
+      schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    ),
+  ]
+  if o.lr_scale:
+    factors = trees.match(params, o.lr_scale, 1.0, what="config.optimizer.lr_scale")
+    steps.append(optax.stateless(lambda u, _: jax.tree.map(lambda x, f: x * f, u, factors)))
+  if o.freeze:
+    rules = [(pattern, True) for pattern in o.freeze]
+    frozen = trees.match(params, rules, False, what="config.optimizer.freeze")
+    steps.append(optax.masked(optax.set_to_zero(), frozen))
+  return optax.chain(*steps)
+
+
+def clamp_logit_scale(params: Any, largest: float) -> Any:
+  """Parameters with the logit scale in [0, largest], applied after each update (CLIP)."""
+  return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, largest)}

@@ -1,0 +1,176 @@
+"""The training state, the train step, and the jitted encoders."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from grain_jax import mesh as meshes
+from grain_jax import objectives, optim, schema
+from grain_jax.models import grain
+
+Array = jax.Array
+Batch = dict[str, Array]
+Metrics = dict[str, tuple[Array, Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes; what a checkpoint holds."""
+
+  step: Array  # i32 [], updates done
+  params: Any
+  opt_state: Any
+
+
+def dummy_batch(config: ml_collections.ConfigDict, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a global batch of `batch` images."""
+  shapes = schema.batch_shapes(
+    batch=batch,
+    image_size=config.model.image.size,
+    row_length=config.data.row_length,
+    regions=config.data.max_regions,
+  )
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def init_params(model: grain.Grain, config: ml_collections.ConfigDict) -> Any:
+  """Fresh parameters; a function of `config.seed` alone."""
+  batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in dummy_batch(config, 1).items()}
+  variables = model.init(
+    jax.random.key(config.seed), batch, num_regions=config.data.max_regions
+  )
+  return variables["params"]
+
+
+def create_state(
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  *,
+  total_steps: int,
+  steps_per_epoch: int,
+) -> tuple[Callable[[], TrainState], TrainState, Any, optax.GradientTransformation]:
+  """How to make the state, without making it yet.
+
+  Returns:
+    (init, abstract, shardings, optimizer): `init()` gives the fresh state, born sharded;
+    `abstract` is its ShapeDtypeStructs with shardings, for restoring a checkpoint.
+  """
+  params = jax.eval_shape(lambda: init_params(model, config))
+  optimizer = optim.create(
+    config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+  )
+
+  def init() -> TrainState:
+    params = init_params(model, config)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  abstract = jax.eval_shape(init)
+  shardings = meshes.state_shardings(abstract, mesh, config.mesh.rules)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+  )
+  return jax.jit(init, out_shardings=shardings), abstract, shardings, optimizer
+
+
+def loss_function(
+  params: Any,
+  batch: Batch,
+  dropout_key: Array,
+  *,
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  batch_axes: tuple[str, ...] = (),
+  num_shards: int = 1,
+) -> tuple[Array, Metrics]:
+  """(loss, its parts as (sum, weight) pairs) of a training batch."""
+  output = model.apply(
+    {"params": params},
+    batch,
+    num_regions=batch["boxes"].shape[1],
+    train=True,
+    rngs={"dropout": dropout_key},
+  )
+  losses = objectives.total_loss(
+    output, batch, config, batch_axes=batch_axes, num_shards=num_shards
+  )
+  parts = dict(losses.parts)
+  parts["logit_scale"] = (jnp.exp(params["logit_scale"]), jnp.ones(()))
+  return losses.total, parts
+
+
+def make_train_step(
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  shardings: Any,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The jitted update: gradients -> optimiser -> clamp of the logit scale; the state is donated.
+
+  Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
+  gradient that is not finite shows in 'nonfinite'.
+  """
+  loss = functools.partial(
+    loss_function,
+    model=model,
+    config=config,
+    batch_axes=meshes.BATCH_AXES,
+    num_shards=meshes.num_shards(mesh),
+  )
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
+      state.params, batch, dropout_key
+    )
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optim.clamp_logit_scale(
+      optax.apply_updates(state.params, updates), config.model.logit_scale_max
+    )
+    norm = optax.global_norm(gradients)
+    one = jnp.ones(())
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    metrics |= {"gradient_norm": (norm, one), "nonfinite": (1.0 - finite.astype(jnp.float32), one)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  whole = meshes.replicated(mesh)
+  return jax.jit(
+    train_step,
+    in_shardings=(shardings, meshes.batch_sharding(mesh)),
+    out_shardings=(shardings, whole),
+    donate_argnums=0,
+  )
+
+
+def make_encoders(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]:
+  """Jitted encoders of global arrays, with whole (replicated) results.
+
+  Returns:
+    {'image': (params, u8 [B, H, W, 3]) -> [B, E],
+     'regions': (params, u8 [B, H, W, 3]) -> (regions [B, Q, E], boxes of the last layer [B, Q, 4]),
+     'text': (params, tokens, segments, positions [B, L], ends [B, T]) -> [B, T, E]}
+  """
+  whole = meshes.replicated(mesh)
+
+  def apply(method: str, params: Any, *args: Array) -> Any:
+    return model.apply({"params": params}, *args, method=method)
+
+  def regions(params: Any, image: Array) -> tuple[Array, Array]:
+    _, embeddings, boxes = apply("encode_regions", params, image)
+    return embeddings, boxes[-1]
+
+  return {
+    "image": jax.jit(functools.partial(apply, "encode_image"), out_shardings=whole),
+    "regions": jax.jit(regions, out_shardings=whole),
+    "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=whole),
+  }

@@ -1,0 +1,82 @@
+"""Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+_CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny():
+  """A whole configuration of a model of a few thousand parameters."""
+  from configs import common
+  from grain_jax import config as configs
+
+  c = common.get_config()
+  c.batch_size = 8
+  c.eval_batch_size = 8
+  c.steps = 4
+  c.model.embed_dim = 16
+  c.model.image.update(size=32, patch=16, width=32, depth=2, heads=2)
+  c.model.text.update(width=32, depth=2, heads=2, vocab_size=49408, context=32)
+  c.model.decoder.update(width=32, depth=2, heads=2, mlp_dim=64)
+  c.data.row_length = 64
+  c.data.max_regions = 3
+  c.optimizer.warmup_steps = 1
+  c.loss.matcher = "device"
+  return configs.resolve(c)
+
+
+@pytest.fixture
+def make_batch(rng):
+  """A random host batch for a configuration, as the pipeline would make it."""
+
+  def make(config, *, size=None, rng=rng):
+    from grain_jax import schema
+
+    b, r, length = size or config.batch_size, config.data.max_regions, config.data.row_length
+    side = config.model.image.size
+    batch = {
+      name: np.zeros(shape, dtype)
+      for name, (shape, dtype) in schema.batch_shapes(
+        batch=b, image_size=side, row_length=length, regions=r
+      ).items()
+    }
+    batch["image"][:] = rng.integers(0, 256, batch["image"].shape)
+    for i in range(b):
+      at = 0
+      for t in range(1 + r):
+        n = int(rng.integers(3, 9))
+        batch["tokens"][i, at : at + n] = rng.integers(1, 300, n)
+        batch["segments"][i, at : at + n] = t + 1
+        batch["positions"][i, at : at + n] = np.arange(n)
+        batch["ends"][i, t] = at + n - 1
+        at += n
+    batch["text_mask"][:] = True
+    batch["region_mask"][:] = rng.random((b, r)) < 0.7
+    batch["text_mask"][:, 1:] &= batch["region_mask"]
+    size_ = rng.uniform(0.1, 0.5, (b, r, 2))
+    center = rng.uniform(size_ / 2, 1 - size_ / 2)
+    batch["boxes"][:] = np.concatenate([center, size_], -1)
+    batch["example_mask"][:] = True
+    return batch
+
+  return make

@@ -1,0 +1,243 @@
+"""Towers and decoder against transformers and torch, with random weights carried over by name."""
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.testing import assert_allclose
+
+from grain_jax.models import decoder, text, vit
+
+
+def array(x):
+  return x.detach().numpy()
+
+
+def dense(linear):
+  return {"kernel": array(linear.weight).T, "bias": array(linear.bias)}
+
+
+def norm(layer):
+  return {"scale": array(layer.weight), "bias": array(layer.bias)}
+
+
+def stacked(blocks):
+  return jax.tree.map(lambda *xs: np.stack(xs), *blocks)
+
+
+def randomize(module):
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for p in module.parameters():
+      p.copy_(torch.randn_like(p) * 0.1 + (1.0 if p.ndim == 1 and p.shape[0] == 32 else 0.0))
+  return module.eval()
+
+
+def clip_block(layer):
+  a = layer.self_attn
+  return {
+    "norm1": norm(layer.layer_norm1),
+    "norm2": norm(layer.layer_norm2),
+    "attention": {
+      "query": dense(a.q_proj), "key": dense(a.k_proj), "value": dense(a.v_proj),
+      "out": dense(a.out_proj),
+    },
+    "mlp": {"fc1": dense(layer.mlp.fc1), "fc2": dense(layer.mlp.fc2)},
+  }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip_text():
+  config = transformers.CLIPTextConfig(
+    vocab_size=100, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+    num_attention_heads=4, max_position_embeddings=16, eos_token_id=99, bos_token_id=98,
+  )  # fmt: skip
+  model = randomize(transformers.CLIPTextModel(config))
+  inner = getattr(model, "text_model", model)
+  params = {
+    "token_embedding": array(inner.embeddings.token_embedding.weight),
+    "position_embedding": array(inner.embeddings.position_embedding.weight),
+    "blocks": stacked([clip_block(layer) for layer in inner.encoder.layers]),
+    "norm": norm(inner.final_layer_norm),
+  }
+  ours = text.TextTransformer(100, 16, 32, 3, 4, 4.0, "quick_gelu", 1e-5)
+  return model, ours, params
+
+
+def texts_of(lengths, rng):
+  return [np.r_[98, rng.integers(1, 98, n - 2), 99].astype(np.int32) for n in lengths]
+
+
+def packed(texts, length):
+  tokens, segments, positions = (np.zeros((1, length), np.int32) for _ in range(3))
+  ends, at = [], 0
+  for i, ids in enumerate(texts):
+    n = len(ids)
+    tokens[0, at : at + n], segments[0, at : at + n] = ids, i + 1
+    positions[0, at : at + n] = np.arange(n)
+    at += n
+    ends.append(at - 1)
+  return tokens, segments, positions, np.array([ends], np.int32)
+
+
+def test_text_tower_on_a_packed_row_is_clip_on_each_text_alone(clip_text, rng):
+  model, ours, params = clip_text
+  texts = texts_of([3, 12, 5, 16], rng)
+  got = ours.apply({"params": params}, *packed(texts, 40))[0]
+  for i, ids in enumerate(texts):
+    want = model(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0, -1]
+    assert_allclose(got[i], array(want), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_and_unpacked_texts_have_equal_features_and_gradients(clip_text, rng):
+  _, ours, params = clip_text
+  texts = texts_of([7, 3, 11], rng)
+  weight = rng.normal(size=(3, 32)).astype(np.float32)
+
+  def together(params):
+    return ours.apply({"params": params}, *packed(texts, 30))[0]
+
+  def apart(params):
+    return jnp.concatenate(
+      [ours.apply({"params": params}, *packed([t], 16))[0] for t in texts]
+    )
+
+  assert_allclose(together(params), apart(params), rtol=1e-5, atol=1e-5)
+  gradients = [
+    jax.grad(lambda p, f=f: jnp.sum(f(p) * weight))(params) for f in (together, apart)
+  ]
+  for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+    assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_vision_tower_is_vit(rng):
+  config = transformers.ViTConfig(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
+    image_size=32, patch_size=8, layer_norm_eps=1e-6,
+  )  # fmt: skip
+  model = randomize(transformers.ViTModel(config, add_pooling_layer=False))
+  state = {k: array(v) for k, v in model.state_dict().items()}
+
+  def block(i):
+    names = [k for k in state if f"layer.{i}." in k or f"layers.{i}." in k]
+
+    def find(*words):
+      (name,) = [
+        n for n in names if n.endswith(".weight") and any(f".{w}." in n for w in words)
+      ]
+      return state[name], state[name.removesuffix("weight") + "bias"]
+
+    def linear(*words):
+      weight, bias = find(*words)
+      return {"kernel": weight.T, "bias": bias}
+
+    def layer_norm(*words):
+      weight, bias = find(*words)
+      return {"scale": weight, "bias": bias}
+
+    return {
+      "norm1": layer_norm("layernorm_before"),
+      "norm2": layer_norm("layernorm_after"),
+      "attention": {
+        "query": linear("query", "q_proj"), "key": linear("key", "k_proj"),
+        "value": linear("value", "v_proj"), "out": linear("attention.output.dense", "o_proj"),
+      },
+      "mlp": {
+        "fc1": linear("intermediate.dense", "fc1"),
+        "fc2": linear(f"{i}.output.dense", "fc2"),
+      },
+    }  # fmt: skip
+
+  kernel = state["embeddings.patch_embeddings.projection.weight"]  # [D, 3, p, p]
+  params = {
+    "class_token": state["embeddings.cls_token"],
+    "position_embedding": state["embeddings.position_embeddings"][0],
+    "patch_embedding": {
+      "kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, 32),
+      "bias": state["embeddings.patch_embeddings.projection.bias"],
+    },
+    "blocks": stacked([block(i) for i in range(3)]),
+    "norm": {"scale": state["layernorm.weight"], "bias": state["layernorm.bias"]},
+  }
+  ours = vit.VisionTransformer(32, 8, 32, 3, 4, 4.0, "gelu", False, 1e-6)
+  image = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
+  got = ours.apply({"params": params}, image)
+  want = model(torch.tensor(image).permute(0, 3, 1, 2)).last_hidden_state
+  assert_allclose(got, array(want), rtol=1e-4, atol=1e-5)
+
+
+def test_qk_norm_normalises_each_head(rng):
+  ours = vit.VisionTransformer(16, 8, 32, 1, 4, 4.0, "gelu", True, 1e-6)
+  params = ours.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+  attention = params["blocks"]["attention"]
+  assert attention["query_norm"]["scale"].shape == (1, 8)
+  image = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
+  before = ours.apply({"params": params}, image)
+  # Queries are normalised, so their scale cannot matter.
+  attention["query"] = jax.tree.map(lambda x: x * 7.0, attention["query"])
+  assert_allclose(ours.apply({"params": params}, image), before, rtol=1e-3, atol=1e-4)
+
+
+class TorchDecoder(torch.nn.Module):
+  """The published arrangement from torch's own layer parts: zero target, queries added."""
+
+  def __init__(self):
+    super().__init__()
+    self.input = torch.nn.Linear(24, 32, bias=False)
+    self.input_norm = torch.nn.LayerNorm(32)
+    self.layers = torch.nn.ModuleList(
+      torch.nn.TransformerDecoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True)
+      for _ in range(2)
+    )
+    self.norm = torch.nn.LayerNorm(32)
+    self.query_embed = torch.nn.Embedding(4, 32)
+
+  def forward(self, tokens):
+    memory = self.input_norm(self.input(tokens))
+    pos = self.query_embed.weight[None].expand(len(tokens), -1, -1)
+    x, out = torch.zeros_like(pos), []
+    for layer in self.layers:
+      y = layer.norm1(x)
+      x = x + layer.self_attn(y + pos, y + pos, y)[0]
+      y = layer.norm2(x)
+      x = x + layer.multihead_attn(y + pos, memory, memory)[0]
+      x = x + layer.linear2(torch.relu(layer.linear1(layer.norm3(x))))
+      out.append(self.norm(x))
+    return torch.stack(out)
+
+
+def test_decoder_is_torchs_decoder_layer_as_published(rng):
+  model = randomize(TorchDecoder())
+
+  def attention(a):
+    weights, biases = np.split(array(a.in_proj_weight), 3), np.split(array(a.in_proj_bias), 3)
+    names = ("query", "key", "value")
+    parts = {n: {"kernel": w.T, "bias": b} for n, w, b in zip(names, weights, biases, strict=True)}
+    return parts | {"out": dense(a.out_proj)}
+
+  params = {
+    "input": {"kernel": array(model.input.weight).T},
+    "input_norm": norm(model.input_norm),
+    "query_embedding": array(model.query_embed.weight),
+    "norm": norm(model.norm),
+    "layers": stacked(
+      [
+        {
+          "norm1": norm(layer.norm1), "norm2": norm(layer.norm2), "norm3": norm(layer.norm3),
+          "self_attention": attention(layer.self_attn),
+          "cross_attention": attention(layer.multihead_attn),
+          "mlp": {"fc1": dense(layer.linear1), "fc2": dense(layer.linear2)},
+        }
+        for layer in model.layers
+      ]
+    ),
+  }  # fmt: skip
+  ours = decoder.QueryDecoder(3, 32, 2, 4, 64, 0.1, 1e-5)
+  tokens = rng.normal(size=(2, 7, 24)).astype(np.float32)
+  got = ours.apply({"params": params}, tokens)
+  assert_allclose(got, array(model(torch.tensor(tokens))), rtol=1e-4, atol=1e-5)
+  names = {k for k in flax.traverse_util.flatten_dict(ours.init(jax.random.key(0), tokens)["params"])}
+  assert names == set(flax.traverse_util.flatten_dict(params))
