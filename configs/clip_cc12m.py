@@ -8,5 +8,5 @@ def get_config(arg: str = ""):
   c = cc12m.get_config()
   c.method = "clip"
   c.data.max_regions = 0
-  c.data.row_length = 77
+  c.data.row_length = 77  # the caption alone
   return common.parse(c, arg)

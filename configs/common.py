@@ -55,6 +55,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.activation = "gelu"  # gelu (exact) | quick_gelu
   c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
   c.model.image.norm_eps = 1e-6
+  c.model.image.init_std = 0.02  # of the weights (timm's, for a width of 768)
+  c.model.image.position_init = (
+    "normal"  # normal (0.02) | sincos (2-D sine-cosine); learned in both
+  )
   c.model.image.mean = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1]
   c.model.image.std = (0.229, 0.224, 0.225)
 
@@ -75,7 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.decoder.mlp_dim = 2048
   c.model.decoder.dropout = 0.1
   c.model.decoder.norm_eps = 1e-5
-  c.model.decoder.memory_positions = False  # learned positions on the memory's keys; off as published
+  c.model.decoder.memory_positions = (
+    False  # learned positions added to the memory; off as published
+  )
 
   c.loss = ml_collections.ConfigDict()
   c.loss.caption = 1.0  # weight of the caption loss
@@ -87,7 +93,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
-  c.loss.multi_positive = 0.0  # weight of descriptions as further positives of the image (a control)
+  c.loss.multi_positive = (
+    0.0  # weight of descriptions as further positives of the image (a control)
+  )
   c.loss.permute_regions = False  # boxes and descriptions of another image (a control)
   c.loss.matcher = "host"  # host (SciPy in a callback) | device (exact search on the accelerator)
 
@@ -146,11 +154,15 @@ def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigD
 
 
 def small(c: ml_collections.ConfigDict) -> None:
-  """Towers of a few hundred thousand parameters for 96-pixel pictures."""
+  """A model of 8 M parameters, most of them token embeddings, for 96-pixel pictures.
+
+  Sine-cosine positions, unlike small random ones, let the boxes be learned in minutes.
+  """
   c.model.embed_dim = 128
-  c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4)
-  c.model.text.update(width=128, depth=2, heads=4)
-  c.model.decoder.update(width=128, depth=2, heads=4, mlp_dim=512)
+  c.model.unroll = -1
+  c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4, position_init="sincos")
+  c.model.text.update(width=128, depth=2, heads=4, context=32)
+  c.model.decoder.update(width=128, depth=2, heads=4, mlp_dim=512, memory_positions=True)
 
 
 def runlocal(c: ml_collections.ConfigDict) -> None:
@@ -158,7 +170,7 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   small(c)
   c.data.dir = "data/scenes"
   c.data.caption = "half"
-  c.data.row_length = 80
+  c.data.row_length = 56 if c.data.max_regions else 32
   c.batch_size = 32
   c.eval_batch_size = 64
   c.steps = 40

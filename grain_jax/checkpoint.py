@@ -5,8 +5,10 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 
 class Checkpoints:
@@ -20,14 +22,32 @@ class Checkpoints:
     self._directory = pathlib.Path(directory).resolve()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self._directory, options=options)
+    self._damaged: list[int] = []  # passed over by `restore`
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Starts to write `state` and the JSON-able `meta` as checkpoint `step`."""
+    """Starts to write `state` and the JSON-able `meta` as checkpoint `step`.
+
+    Damaged checkpoints that `restore` passed over are first renamed to 'damaged-STEP': they would
+    be in the way of the step, and count among the newest that are kept.
+    """
+    if self._damaged:
+      self._set_damaged_aside()
     self._manager.save(
       step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+      args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
       force=True,
     )
+
+  def _set_damaged_aside(self) -> None:
+    if jax.process_index() == 0:
+      for step in self._damaged:
+        target, number = self._directory / f"damaged-{step}", 1
+        while target.exists():
+          target, number = self._directory / f"damaged-{step}-{number}", number + 1
+        (self._directory / str(step)).rename(target)
+    multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    self._damaged = []
+    self._manager.reload()
 
   def latest(self) -> int | None:
     """Step of the newest checkpoint, or None."""
@@ -48,7 +68,7 @@ class Checkpoints:
       raise ValueError(f"{self._directory} has no checkpoint of step {step}; it has {steps[::-1]}.")
     if not steps:
       raise ValueError(f"{self._directory} holds no checkpoint. Train first, or check --workdir.")
-    reason = ""
+    reason, damaged = "", []
     for candidate in steps if step is None else [step]:
       try:
         restored = self._manager.restore(
@@ -62,9 +82,11 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
           ),
         )
+        self._damaged = damaged
         return restored.state, restored.meta
       except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
         reason = " ".join(str(error).split())[:200]
+        damaged.append(candidate)
         logging.warning(
           "checkpoint %d in %s cannot be read and is passed over: %s",
           candidate,

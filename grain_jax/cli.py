@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,17 @@ def fail(error: BaseException | str, code: int = 1) -> None:
   sys.exit(code)
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+  """'--config', 'FILE' as '--config=FILE', which is the form that `_check_overrides` reads."""
+  args, rest = [], iter(argv)
+  for arg in rest:
+    if arg in ("--config", "-config"):
+      value = next(rest, None)
+      arg = arg if value is None else f"{arg}={value}"
+    args.append(arg)
+  return args
+
+
 def _check_overrides(argv: Sequence[str]) -> None:
   """Raises the line for a missing config file or an unknown --config.key before absl sees it."""
   path = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), None)
@@ -31,19 +43,24 @@ def _check_overrides(argv: Sequence[str]) -> None:
   config = configs.load(path)
   keys = {key for key, _ in configs.flatten(config)}
   for arg in argv:
-    if arg.startswith(("--config.", "-config.")):
-      key = arg.lstrip("-").split("=", 1)[0].removeprefix("config.")
-      if key not in keys and key.removeprefix("no") not in keys:
+    if arg.startswith(("--config.", "-config.", "--noconfig.", "-noconfig.")):
+      key = arg.lstrip("-").removeprefix("no").split("=", 1)[0].removeprefix("config.")
+      if key not in keys:
         raise ValueError(configs.unknown_key(config, key))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
+    argv = _joined(argv)
     _check_overrides(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
     return rest
+  except flags.IllegalFlagValueError as error:
+    missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+    fail(f"{' and '.join(missing)} must be given. See --help." if missing else error, code=2)
+    raise
   except (flags.Error, ValueError, TypeError) as error:
     fail(error, code=2)
     raise

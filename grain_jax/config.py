@@ -31,6 +31,7 @@ CHOICES = {
   "model.remat": ("none", "block"),
   "model.image.variant": tuple(VARIANTS),
   "model.image.activation": ("gelu", "quick_gelu"),
+  "model.image.position_init": ("normal", "sincos"),
   "model.text.activation": ("gelu", "quick_gelu"),
   "loss.region_negatives": ("global", "local"),
   "loss.matcher": ("host", "device"),
@@ -52,6 +53,7 @@ FREE_KEYS = frozenset(
     "save_every",
   }
 )
+_NO_RECIPES = ("__init__", "common")  # in configs/
 _FREE_PREFIXES = ("zero_shot.", "retrieval.", "grounding.", "mesh.")
 
 
@@ -70,8 +72,10 @@ def unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
   near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
   leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
   near = list(dict.fromkeys(leaf + near))[:3]
-  hint = "Did you mean " + " or ".join(f"config.{k}" for k in near) + "?" if near else (
-    "configs/common.py lists every key."
+  hint = (
+    "Did you mean " + " or ".join(f"config.{k}" for k in near) + "?"
+    if near
+    else ("configs/common.py lists every key.")
   )
   return f"config.{key} is not a key of this configuration. {hint}"
 
@@ -107,7 +111,8 @@ def load(path: str) -> ml_collections.ConfigDict:
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
-    near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
+    recipes = (p for p in pathlib.Path("configs").glob("*.py") if p.stem not in _NO_RECIPES)
+    near = sorted(str(p) for p in recipes)
     raise ValueError(f"--config={path}: there is no file {name}. Try one of {', '.join(near)}.")
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
@@ -123,9 +128,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   tower = config.model.image
   if tower.variant not in VARIANTS:
     raise ValueError(_not_a_choice("model.image.variant", tower.variant))
-  for key, value in zip(
-    ("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True
-  ):
+  for key, value in zip(("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True):
     tower[key] = tower[key] or value
   return config
 

@@ -85,7 +85,7 @@ def make_encoders(
 def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """Top-1 and top-5 on a labelled split; seen and unseen classes apart where the data has them."""
   classes = dataset.class_names
-  unseen = set(dataset.unseen_classes)
+  unseen = set(dataset.unseen_pairs)
   groups = None
   if unseen:
     groups = {
@@ -132,7 +132,11 @@ EVALS: dict[str, Callable[[Any, Encoders, pipeline.Dataset], Outcome]] = {
 def _batches(
   config: ml_collections.ConfigDict, dataset: pipeline.Dataset, split: str
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  return pipeline.eval_batches(dataset, split, config)
+  """(batch, extras by name) of a split, descriptions filled up with '' to one a region."""
+  regions = config.data.max_regions
+  for batch, extras in pipeline.eval_batches(dataset, split, config):
+    described = [texts + [""] * (regions - len(texts)) for texts in extras.descriptions]
+    yield batch, {**extras._asdict(), "descriptions": described}
 
 
 def check(config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
@@ -196,9 +200,7 @@ def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
   model = grain.build(config)
   params = jax.eval_shape(lambda: steps.init_params(model, config))
   whole = meshes.replicated(meshes.create(config))
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params
-  )
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
   state, meta = checkpoints.restore({"params": abstract}, step=step)
   checkpoints.close()
@@ -216,6 +218,7 @@ def main() -> None:
   check(config, dataset)
   mesh = meshes.create(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  tokenizer.encode("")  # loads the vocabulary before the pipeline's threads ask for it all at once
   with jax.set_mesh(mesh):
     outcome = run(config, grain.build(config), params, dataset, mesh=mesh, tokenizer=tokenizer)
   if jax.process_index() == 0:

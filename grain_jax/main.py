@@ -1,4 +1,4 @@
-"""`python -m grain_jax.main --config=configs/cc12m.py --workdir=DIR`: trains, or goes on training."""
+"""`python -m grain_jax.main --config=configs/cc12m.py --workdir=DIR`: trains, or goes on."""
 
 from __future__ import annotations
 

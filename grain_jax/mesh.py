@@ -78,17 +78,29 @@ def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
   trees.match(state.params, rules, (), what="config.mesh.rules")  # every rule matches something
   specs = trees.match(state, rules, (), what="config.mesh.rules")
 
-  def place(leaf: Any, spec: tuple[Any, ...]) -> NamedSharding:
-    if leaf.ndim == 0:
-      spec = ()
+  def place(name: str, leaf: Any, spec: tuple[Any, ...]) -> NamedSharding:
+    spec = () if leaf.ndim == 0 else spec
+    where = f"config.mesh.rules: partition {spec}"
     if len(spec) > leaf.ndim:
       raise ValueError(
-        f"config.mesh.rules: partition {spec} has more dimensions than a parameter of shape "
-        f"{list(leaf.shape)} that it matches."
+        f"{where} has more dimensions than a parameter of shape {list(leaf.shape)} that it "
+        f"matches, {name!r}."
       )
+    for size, axes in zip(leaf.shape, spec, strict=False):
+      axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+      unknown = [axis for axis in axes if axis not in AXES]
+      if unknown:
+        raise ValueError(f"{where} names {unknown[0]!r}, which is none of {', '.join(AXES)}.")
+      parts = math.prod(mesh.shape[axis] for axis in axes)
+      if size % parts:
+        raise ValueError(
+          f"{where} cuts {size} of {name!r} {list(leaf.shape)} into {parts} parts, which does not "
+          "divide. Cut another dimension, or change config.mesh."
+        )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(place, state, specs)
+  names = trees.map_with_name(lambda name, _: name, state)
+  return jax.tree.map(place, names, state, specs)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -44,16 +44,27 @@ class JsonlWriter(metric_writers.MetricWriter):
 
   def __init__(self, path: pathlib.Path, *, start_step: int = 0):
     """Opens `path`; lines of steps past `start_step` (of a run cut short) are taken out."""
-    self._path = path
-    kept = [line for line in read_jsonl(path) if line["step"] <= start_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
-    self._file = path.open("a")
+    self._path, self._start_step = path, start_step
+    self._keep([line for line in read_jsonl(path) if line["step"] <= start_step])
+
+  def _keep(self, lines: list[dict[str, Any]]) -> None:
+    temporary = self._path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(self._path)
+    self._file = self._path.open("a")
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes one line; a value that is not finite is written as null (JSON has no NaN)."""
+    """Writes one line; a value that is not finite is written as null (JSON has no NaN).
+
+    At `start_step` (an evaluation done again) it takes the place of the line of the same names.
+    """
     line: dict[str, Any] = {"step": int(step)}
+    if step == self._start_step:
+      self._file.close()
+      names = {"step", *scalars}
+      self._keep(
+        [old for old in read_jsonl(self._path) if old["step"] < step or not old.keys() <= names]
+      )
     for name, value in scalars.items():
       line[name] = float(value) if math.isfinite(float(value)) else None
     self._file.write(json.dumps(line) + "\n")

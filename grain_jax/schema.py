@@ -28,7 +28,7 @@ RECORD_IMAGE = "image"  # JPEG bytes, RGB
 RECORD_CAPTIONS = "captions"  # [str], the original first, then the LLM's
 RECORD_REGIONS = "regions"  # [{description: str, box: f32 [4], score: f32, negatives: [str]}]
 RECORD_NEGATIVES = "negatives"  # [{caption: str, kind: str}]
-RECORD_MASK = "mask"  # u8 [H, W]: 0 background, else an index into the split's class names + 1
+RECORD_MASK = "mask"  # u8 [H, W]: 0 background, else 1 + index into the dataset's mask names
 RECORD_LABEL = "label"  # i64, index into the split's class names
 
 # Kinds of hard negatives, in the order of their ids (CE-CLIP, arXiv 2306.08832).
@@ -80,7 +80,7 @@ def batch_shapes(
   }
 
 
-def check_batch(batch: Mapping[str, Any], **sizes: int) -> None:
+def check_batch(batch: Mapping[str, Any], /, **sizes: int) -> None:
   """Raises a one-line ValueError where `batch` differs from `batch_shapes(**sizes)`."""
   want = batch_shapes(**sizes)
   if batch.keys() != want.keys():

@@ -45,9 +45,7 @@ def dummy_batch(config: ml_collections.ConfigDict, batch: int) -> dict[str, jax.
 def init_params(model: grain.Grain, config: ml_collections.ConfigDict) -> Any:
   """Fresh parameters; a function of `config.seed` alone."""
   batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in dummy_batch(config, 1).items()}
-  variables = model.init(
-    jax.random.key(config.seed), batch, num_regions=config.data.max_regions
-  )
+  variables = model.init(jax.random.key(config.seed), batch, num_regions=config.data.max_regions)
   return variables["params"]
 
 
@@ -66,9 +64,7 @@ def create_state(
     `abstract` is its ShapeDtypeStructs with shardings, for restoring a checkpoint.
   """
   params = jax.eval_shape(lambda: init_params(model, config))
-  optimizer = optim.create(
-    config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-  )
+  optimizer = optim.create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
   def init() -> TrainState:
     params = init_params(model, config)

@@ -219,7 +219,9 @@ class Tokenizer:
     if row_length < 2:
       raise ValueError(f"row_length = {row_length}: a text needs at least 2 tokens. Raise it.")
     slots = len(texts[0]) if texts else 1
-    flat = [text if text is not None and not text.isspace() else "" for row in texts for text in row]
+    flat = [
+      text if text is not None and not text.isspace() else "" for row in texts for text in row
+    ]
     ids = self.encode_batch(flat)
     lengths = np.array([len(i) if t else 0 for t, i in zip(flat, ids, strict=True)], np.int64)
     lengths = lengths.reshape(len(texts), slots)
@@ -230,9 +232,7 @@ class Tokenizer:
     pieces = [_cut(i, n) for i, n in zip(ids, lengths.ravel(), strict=True) if n]
     return Packed(*_lay_out(pieces, lengths, row_length), dropped=dropped)
 
-  def pack_texts(
-    self, texts: Sequence[str], *, row_length: int, texts_per_row: int
-  ) -> PackedRows:
+  def pack_texts(self, texts: Sequence[str], *, row_length: int, texts_per_row: int) -> PackedRows:
     """Packs many texts (prompts of a classifier), each into the first row that has room.
 
     Args:
@@ -245,8 +245,8 @@ class Tokenizer:
     """
     if row_length < 2 or texts_per_row < 1:
       raise ValueError(
-        f"row_length = {row_length}, texts_per_row = {texts_per_row}: a row needs at least 2 tokens "
-        "and 1 text. Raise them."
+        f"row_length = {row_length}, texts_per_row = {texts_per_row}: a row needs at least 2 "
+        "tokens and 1 text. Raise them."
       )
     ids = [_cut(i, min(len(i), row_length)) for i in self.encode_batch(texts)]
     sizes = np.array([len(i) for i in ids], np.int64)

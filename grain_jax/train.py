@@ -53,6 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     model, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  tokenizer.encode("")  # loads the vocabulary before the pipeline's threads ask for it all at once
 
   folder = pathlib.Path(workdir)
   _claim(folder, config)

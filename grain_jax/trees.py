@@ -13,9 +13,7 @@ Tree = Any
 
 def name_of(path: Sequence[Any]) -> str:
   """'image/blocks/attention/query/kernel' for a key path of `jax.tree_util`."""
-  return "/".join(
-    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
-  )
+  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
@@ -52,7 +50,8 @@ def match(tree: Tree, rules: Iterable[tuple[str, Any]], default: Any, *, what: s
       raise ValueError(f"{what}: {pattern!r} is not a regular expression ({error}).") from error
     if not found:
       raise ValueError(
-        f"{what}: {pattern!r} matches no parameter. The names look like {names[0]!r}, {names[-1]!r}."
+        f"{what}: {pattern!r} matches no parameter. The names look like {names[0]!r}, "
+        f"{names[-1]!r}."
       )
 
   def choose(name: str, leaf: Any) -> Any:

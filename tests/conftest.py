@@ -1,5 +1,6 @@
 """Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes."""
 
+import fcntl
 import os
 import pathlib
 
@@ -80,3 +81,37 @@ def make_batch(rng):
     return batch
 
   return make
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+  """`once(name, make)` -> folder that `make(folder)` filled, one for all xdist workers."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+  def get(name, make):
+    folder = base / name
+    with (base / f"{name}.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not folder.exists():
+        make(base / f"{name}.tmp")
+        (base / f"{name}.tmp").rename(folder)
+    return folder
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def scenes_dir(once):
+  """64 training scenes of 32 pixels, 24 for evaluation, 64 single objects; not to be written to."""
+  from bench import kills
+
+  return once("scenes", kills.build_scenes)
+
+
+@pytest.fixture(scope="session")
+def finished_run(once, scenes_dir):
+  """Workdir of a finished `grain_jax.main` with all evaluations; not to be written to."""
+  from bench import kills
+
+  return once("run", lambda workdir: kills.finish(kills.start(scenes_dir, workdir), workdir))

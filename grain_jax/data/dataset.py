@@ -45,8 +45,8 @@ class Dataset:
     return self.manifest.get("class_names", [])
 
   @property
-  def unseen_pairs(self) -> list:
-    """Class names (colour and concept) that the training split never shows."""
+  def unseen_pairs(self) -> list[int]:
+    """Indices into `class_names` of the classes that the training split never shows."""
     return self.manifest.get("unseen_pairs", [])
 
   @property

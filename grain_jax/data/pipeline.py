@@ -1,37 +1,30 @@
-"""Host batches from a built dataset: read by index, decode, transform, tokenise and pack, prefetch.
+"""Host batches from a built dataset: chosen by the sampler, read by index, made ahead of the step.
 
-tf.data runs the stages in parallel and ahead of the step, in a fixed order. A record is a few
-hundred microseconds of work, so the stages take `_CHUNK` records at a call, and all but JPEG
-decoding and resizing (PIL, which frees the interpreter lock) is done for the chunk at once.
+tf.data runs the work in parallel and keeps its order; what is done to a record stands in
+`examples`. Evaluations read a split once, in its own order.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
-import logging
-import threading
+import os
+import weakref
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
-from grain_jax import schema, tokenizer
+from grain_jax import schema
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import records, sampler, transforms
+from grain_jax.data import examples as examples_lib
+from grain_jax.data import sampler
 
 open_dataset = dataset_lib.open_dataset
 
 _CHUNK = 32  # most records a call: small enough that a large batch is shared among threads
-_WARNINGS = 20  # bad records that are named in the log; all are counted
-_KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
-_RESIZE = ("squash", "crop")
-_CAPTION = ("half", "original", "generated")
-_ON_BAD_RECORD = ("skip", "stop")
-
-
-class BadRecord(ValueError):
-  """A record that cannot be used, where the config says to stop at one."""
 
 
 class Extras(NamedTuple):
@@ -45,190 +38,6 @@ class Extras(NamedTuple):
   mask: list[bytes]  # PNG of the segmentation mask; empty where there is none
 
 
-class _Chunk(NamedTuple):
-  """A batch's arrays for a few records, in the order of schema.BATCH, and the regions' origin."""
-
-  arrays: tuple[np.ndarray, ...]
-  parsed: list[records.Parsed | None]
-  chosen: list[list[int]]  # of each record, its regions in the order of the boxes
-
-
-class Examples:
-  """Turns record indices into the arrays of a batch. Shared by the pipeline's threads.
-
-  Args:
-    dataset: what to read.
-    split: of the dataset.
-    config: whole configuration.
-    training: draw captions, crops and flips at random; else the first caption and squash.
-    negatives: slots for hard negatives (K).
-  """
-
-  def __init__(
-    self,
-    dataset: dataset_lib.Dataset,
-    split: str,
-    config: ml_collections.ConfigDict,
-    *,
-    training: bool,
-    negatives: int = 0,
-  ):
-    self.dataset, self.split = dataset, split
-    self.size = config.model.image.size
-    self.row_length = config.data.row_length
-    self.regions = config.data.max_regions
-    self.negatives = negatives
-    self.seed = config.seed
-    self.crop = training and _one_of(config, "resize", _RESIZE) == "crop"
-    self.flip = training and config.data.flip
-    self.min_area = config.data.crop_min_area
-    self.caption = _one_of(config, "caption", _CAPTION) if training else "original"
-    self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
-    self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
-    self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
-    self.failure: BadRecord | None = None
-    self._lock = threading.Lock()
-    for key, least in (("row_length", 2), ("max_regions", 0)):
-      if config.data[key] < least:
-        raise ValueError(f"config.data.{key} = {config.data[key]} is below {least}. Raise it.")
-    if not 0 < self.min_area <= 1:
-      raise ValueError(
-        f"config.data.crop_min_area = {self.min_area} is not a part of the image: use (0, 1]."
-      )
-
-  def chunk(self, indices: np.ndarray, epoch: int) -> _Chunk:
-    """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data."""
-    count, size = len(indices), self.size
-    parsed = self._parse(indices)
-    # Draws: caption (2), crop (4), flip (1).
-    draws = transforms.uniforms(seed=self.seed, epoch=epoch, indices=indices, count=7)
-    image = np.zeros((count, size, size, 3), np.uint8)
-    windows = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (count, 1))
-    flipped = np.zeros(count, bool)
-    for i, record in enumerate(parsed):
-      if record is not None:
-        try:
-          flipped[i] = self._view(record, draws[i, 2:], image[i], windows[i])
-        except ValueError as error:
-          self._refuse(int(indices[i]), str(error))
-          parsed[i] = None
-    boxes, region_mask, scores, chosen = self._boxes(parsed, windows, flipped)
-    texts, kinds = self._texts(parsed, chosen, draws)
-    packed = self.tokenizer.pack_batch(texts, row_length=self.row_length, scores=scores)
-    good = np.array([record is not None for record in parsed], bool)
-    arrays = (image, *packed[:5], kinds, schema.corners_to_center(boxes), region_mask, good)
-    arrays[7][~region_mask] = 0
-    return _Chunk(arrays, parsed, chosen)
-
-  def _parse(self, indices: np.ndarray) -> list[records.Parsed | None]:
-    wanted = [int(i) for i in indices if i >= 0]
-    data = iter(self.dataset.read(self.split, wanted))
-    parsed: list[records.Parsed | None] = []
-    for index in map(int, indices):
-      record = None
-      if index >= 0:
-        value = next(data)
-        try:
-          if isinstance(value, ValueError):
-            raise value
-          record = records.parse(value)
-          if not any(record.captions):
-            raise ValueError("no caption")
-        except ValueError as error:
-          self._refuse(index, str(error))
-          record = None
-      parsed.append(record)
-    return parsed
-
-  def _view(self, record, draws, image: np.ndarray, window: np.ndarray) -> bool:
-    """Writes a record's image and its window (ymin, xmin, ymax, xmax); says if it is flipped."""
-    picture = records.decode_image(record.image)
-    if self.crop:
-      width, height = picture.size
-      box = transforms.random_window(width, height, draws[:4], min_area=self.min_area)
-      window[:] = box[1] / height, box[0] / width, box[3] / height, box[2] / width
-      pixels = transforms.crop(picture, box, self.size)
-    else:
-      pixels = transforms.squash(picture, self.size)
-    flipped = bool(self.flip and draws[4] < 0.5)
-    if flipped:
-      negatives = [caption for caption, _ in record.negatives]
-      texts = [*record.captions, *record.descriptions, *negatives]
-      flipped = not transforms.names_a_side(texts)
-    image[:] = transforms.flip(pixels) if flipped else pixels
-    return flipped
-
-  def _boxes(self, parsed, windows: np.ndarray, flipped: np.ndarray):
-    """The regions of highest score that are visible.
-
-    Returns:
-      Corner boxes f32 [n, R, 4], mask bool [n, R], scores f32 [n, R], and of each record the
-      indices of its chosen regions.
-    """
-    count, most = len(parsed), self.regions
-    boxes, mask = np.zeros((count, most, 4), np.float32), np.zeros((count, most), bool)
-    scores = np.zeros((count, most), np.float32)
-    chosen: list[list[int]] = [[] for _ in parsed]
-    sizes = np.array([0 if r is None else len(r.boxes) for r in parsed])
-    if not sizes.sum() or not most:
-      return boxes, mask, scores, chosen
-    row = np.repeat(np.arange(count), sizes)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    flat = np.concatenate([r.boxes for r in parsed if r is not None])
-    flat_scores = np.concatenate([r.scores for r in parsed if r is not None])
-    # `data.build` has refused boxes that are not finite; shards written by others may hold them.
-    with np.errstate(invalid="ignore"):
-      flat, visible = transforms.crop_boxes(flat, windows[row])
-    flat = np.where(flipped[row, None], transforms.flip_boxes(flat), flat)
-    row, place, flat, flat_scores = (x[visible] for x in (row, place, flat, flat_scores))
-    order = np.lexsort((place, -flat_scores, row))
-    row, place, flat, flat_scores = (x[order] for x in (row, place, flat, flat_scores))
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
-    top = rank < most
-    where = (row[top], rank[top])
-    boxes[where], scores[where], mask[where] = flat[top], flat_scores[top], True
-    for r, p in zip(where[0].tolist(), place[top].tolist(), strict=True):
-      chosen[r].append(p)
-    return boxes, mask, scores, chosen
-
-  def _texts(self, parsed, chosen, draws: np.ndarray):
-    """Texts [n][1 + R + K] in the order of the slots, and i32 [n, K] kinds of the negatives."""
-    kinds = np.zeros((len(parsed), self.negatives), np.int32)
-    texts: list[list[bytes | None]] = []
-    for i, record in enumerate(parsed):
-      row: list[bytes | None] = [None] * (1 + self.regions + self.negatives)
-      if record is not None:
-        row[0] = self._caption(record.captions, draws[i, 0], draws[i, 1])
-        for slot, place in enumerate(chosen[i], start=1):
-          row[slot] = record.descriptions[place]
-        for k, (caption, kind) in enumerate(record.negatives[: self.negatives]):
-          row[1 + self.regions + k], kinds[i, k] = caption, _KINDS.get(kind, 0)
-      texts.append(row)
-    return texts, kinds
-
-  def _caption(self, captions: list[bytes], coin: float, pick: float) -> bytes:
-    generated = captions[1:]
-    if generated and (self.caption == "generated" or (self.caption == "half" and coin >= 0.5)):
-      return generated[int(pick * len(generated))]
-    return captions[0]
-
-  def _refuse(self, index: int, why: str) -> None:
-    where = self.dataset.locate(self.split, index)
-    line = f"{where}: {why}" if where not in why else why
-    with self._lock:
-      first = index not in self.bad
-      self.bad[index] = why
-      if self.stop and self.failure is None:
-        self.failure = BadRecord(
-          f"bad record in {line.rstrip('.')}. Build the data again, or set "
-          "config.data.on_bad_record=skip to leave such records out."
-        )
-      if self.failure is not None:
-        raise self.failure
-    if first and len(self.bad) <= _WARNINGS:
-      logging.getLogger(__name__).warning("skipped bad record: %s", line)
-
-
 class TrainBatches:
   """Iterator of host batches without end: {name: array} as in schema.BATCH.
 
@@ -237,21 +46,31 @@ class TrainBatches:
     steps_per_epoch: batches in a pass over the data.
   """
 
-  def __init__(self, examples: Examples, batches, steps: int):
-    self._examples, self._batches = examples, batches.as_numpy_iterator()
+  def __init__(self, examples: examples_lib.Examples, batches: Any, steps: int):
+    self.bad = examples.bad
     self.steps_per_epoch = steps
-    # A pipeline that still runs while Python shuts down waits for its lock for ever.
-    weakref.finalize(self, _stop, [self._batches])
-
-  @property
-  def bad(self) -> dict[int, str]:
-    return self._examples.bad
+    self._examples = examples
+    self._batches = [batches.as_numpy_iterator()]
+    # While Python shuts down, a pipeline that still runs would wait for its lock for ever, and the
+    # process with it. Without the iterator the pipeline ends, so nothing else may hold on to it.
+    self._finalizer = weakref.finalize(self, self._batches.clear)
 
   def __iter__(self) -> TrainBatches:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    return dict(zip(schema.BATCH, _next(self._batches, self._examples), strict=True))
+    try:
+      return dict(zip(schema.BATCH, next(self._batches[0]), strict=True))
+    except BaseException as error:
+      # Its frames hold the iterator. A bad record has its own line instead of tf.data's.
+      failure = self._examples.failure
+      raised = examples_lib.BadRecord(failure) if failure else error.with_traceback(None)
+    self.close()
+    raise raised
+
+  def close(self) -> None:
+    """Ends the pipeline and its threads."""
+    self._finalizer()
 
 
 def train_batches(
@@ -288,7 +107,9 @@ def train_batches(
   )
   batch = len(choose(epoch=0, step=0))  # says what is wrong with hosts and sizes
   chunk = max(d for d in range(1, min(batch, _CHUNK) + 1) if batch % d == 0)
-  examples = Examples(dataset, config.data.split, config, training=True, negatives=negatives)
+  examples = examples_lib.Examples(
+    dataset, config.data.split, config, training=True, negatives=negatives
+  )
   tf.config.set_visible_devices([], "GPU")
 
   def pick(step):
@@ -312,9 +133,7 @@ def train_batches(
   def pick_chunks(step):
     indices, epoch = tf.numpy_function(pick, [step], [tf.int64, tf.int64], stateful=False)
     indices.set_shape((batch // chunk, chunk))
-    return tf.data.Dataset.from_tensor_slices(
-      (indices, tf.repeat(epoch, batch // chunk))
-    )
+    return tf.data.Dataset.from_tensor_slices((indices, tf.repeat(epoch, batch // chunk)))
 
   threads = config.data.threads
   parallel = threads if threads > 0 else tf.data.AUTOTUNE
@@ -327,18 +146,6 @@ def train_batches(
   if threads > 0:
     options.threading.private_threadpool_size = threads
   return TrainBatches(examples, ds.prefetch(config.data.prefetch).with_options(options), steps)
-
-
-def _next(iterator: Iterator[Any], examples: Examples) -> Any:
-  """The next element; where a bad record stopped the pipeline, its one line and not tf.data's."""
-  try:
-    return next(iterator)
-  except StopIteration:
-    raise
-  except Exception:
-    if examples.failure is not None:
-      raise examples.failure from None
-    raise
 
 
 def eval_batches(
@@ -357,29 +164,39 @@ def eval_batches(
   """
   dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
   num_records, size = dataset.num_records(split), config.eval_batch_size
-  examples = Examples(dataset, split, config, training=False, negatives=negatives)
-  for step in range(sampler.eval_steps(num_records, size)):
+  examples = examples_lib.Examples(dataset, split, config, training=False, negatives=negatives)
+
+  def load(step: int) -> tuple[dict[str, np.ndarray], Extras]:
     indices = sampler.eval_indices(
       step=step, batch_size=size, num_records=num_records, host=host, num_hosts=num_hosts
     )
     chunk = examples.chunk(indices, 0)
-    parsed = chunk.parsed
-    extras = Extras(
-      index=indices,
-      key=["" if r is None else r.key.decode() for r in parsed],
-      label=np.array([-1 if r is None else r.label for r in parsed], np.int64),
-      captions=[[] if r is None else [c.decode() for c in r.captions] for r in parsed],
-      descriptions=[
-        [] if r is None else [r.descriptions[p].decode() for p in places]
-        for r, places in zip(parsed, chunk.chosen, strict=True)
-      ],
-      mask=[b"" if r is None else r.mask for r in parsed],
-    )
-    yield dict(zip(schema.BATCH, chunk.arrays, strict=True)), extras
+    return dict(zip(schema.BATCH, chunk.arrays, strict=True)), _extras(indices, chunk)
+
+  ahead: collections.deque[futures.Future] = collections.deque()
+  with futures.ThreadPoolExecutor(config.data.threads or os.cpu_count()) as pool:
+    try:
+      for step in range(sampler.eval_steps(num_records, size)):
+        ahead.append(pool.submit(load, step))
+        if len(ahead) > max(config.data.prefetch, 1):
+          yield ahead.popleft().result()
+      while ahead:
+        yield ahead.popleft().result()
+    finally:
+      for future in ahead:
+        future.cancel()
 
 
-def _one_of(config: ml_collections.ConfigDict, key: str, choices: tuple[str, ...]) -> str:
-  value = config.data[key]
-  if value not in choices:
-    raise ValueError(f"config.data.{key} = {value!r} is none of {', '.join(choices)}. Choose one.")
-  return value
+def _extras(indices: np.ndarray, chunk: examples_lib.Chunk) -> Extras:
+  parsed = chunk.parsed
+  return Extras(
+    index=indices,
+    key=["" if r is None else r.key.decode() for r in parsed],
+    label=np.array([-1 if r is None else r.label for r in parsed], np.int64),
+    captions=[[] if r is None else [c.decode() for c in r.captions] for r in parsed],
+    descriptions=[
+      [] if r is None else [r.descriptions[p].decode() for p in places]
+      for r, places in zip(parsed, chunk.chosen, strict=True)
+    ],
+    mask=[b"" if r is None else r.mask for r in parsed],
+  )

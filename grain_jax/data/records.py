@@ -6,9 +6,9 @@ A record is a dict with the keys of `schema.RECORD_*`. In a shard it is a serial
 
 from __future__ import annotations
 
-import collections
 import io
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from PIL import Image
 from grain_jax import schema
 
 # Why `check` drops something; the manifest counts each by this name.
+MISSING_IMAGE = "missing_image"
 CORRUPT_IMAGE = "corrupt_image"
 NO_CAPTION = "no_caption"
 EMPTY_CAPTION = "empty_caption"
@@ -25,9 +26,16 @@ EMPTY_DESCRIPTION = "empty_description"
 BOX_NOT_FINITE = "box_not_finite"
 BOX_OUTSIDE = "box_outside_image"
 BOX_NO_AREA = "box_without_area"
-BOX_MALFORMED = "box_malformed"
+MALFORMED = "malformed"
 
-_EXAMPLES = 10  # keys of each kind that a manifest lists
+
+def _png(mask: np.ndarray) -> bytes:
+  png = io.BytesIO()
+  Image.fromarray(np.asarray(mask, np.uint8)).save(png, "PNG")
+  return png.getvalue()
+
+
+_NO_MASK = _png(np.zeros((1, 1)))
 
 
 class Parsed(NamedTuple):
@@ -44,20 +52,11 @@ class Parsed(NamedTuple):
   label: int  # -1 where there is none
 
 
-class Dropped:
-  """Counts what was dropped and why, with the first keys of each reason."""
+class Checked(NamedTuple):
+  """A record after `check`, and what it lost."""
 
-  def __init__(self) -> None:
-    self.counts: collections.Counter[str] = collections.Counter()
-    self.first: dict[str, list[str]] = collections.defaultdict(list)
-
-  def add(self, reason: str, key: str) -> None:
-    self.counts[reason] += 1
-    if len(self.first[reason]) < _EXAMPLES:
-      self.first[reason].append(key)
-
-  def to_json(self) -> dict[str, dict[str, Any]]:
-    return {r: {"count": n, "first": self.first[r]} for r, n in sorted(self.counts.items())}
+  record: dict[str, Any] | None  # None: refused as a whole
+  dropped: list[tuple[str, str]]  # (what: records | captions | regions, why: a name above)
 
 
 def features(*, with_mask: bool, with_label: bool):
@@ -90,7 +89,9 @@ def features(*, with_mask: bool, with_label: bool):
   return tfds.features.FeaturesDict(spec)
 
 
-def encode(record: Mapping[str, Any], *, with_mask: bool = False, with_label: bool = False) -> bytes:
+def encode(
+  record: Mapping[str, Any], *, with_mask: bool = False, with_label: bool = False
+) -> bytes:
   """A record as the bytes that TFDS would write, at a tenth of its time."""
   import tensorflow as tf
 
@@ -116,10 +117,7 @@ def encode(record: Mapping[str, Any], *, with_mask: bool = False, with_label: bo
   texts("negatives/kind", (n["kind"] for n in negatives))
   if with_mask:
     mask = record.get(schema.RECORD_MASK)
-    mask = np.zeros((1, 1), np.uint8) if mask is None else np.asarray(mask, np.uint8)
-    png = io.BytesIO()
-    Image.fromarray(mask).save(png, "PNG")
-    feature[schema.RECORD_MASK].bytes_list.value.append(png.getvalue())
+    feature[schema.RECORD_MASK].bytes_list.value.append(_NO_MASK if mask is None else _png(mask))
   if with_label:
     label = record.get(schema.RECORD_LABEL)
     feature[schema.RECORD_LABEL].int64_list.value.append(-1 if label is None else int(label))
@@ -204,9 +202,9 @@ def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:
   try:
     corners = [float(x) for x in box]
   except (TypeError, ValueError):
-    return BOX_MALFORMED
+    return MALFORMED
   if len(corners) != 4:
-    return BOX_MALFORMED
+    return MALFORMED
   if not all(map(math.isfinite, corners)):
     return BOX_NOT_FINITE
   if min(corners) < -tolerance or max(corners) > 1 + tolerance:
@@ -217,63 +215,64 @@ def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:
 
 
 def check(
-  record: Mapping[str, Any],
-  *,
-  regions: Dropped,
-  captions: Dropped,
-  whole: Dropped,
-  tolerance: float = 1e-3,
-  check_image: bool = True,
-) -> dict[str, Any] | None:
-  """A record with what is unusable taken out, or None where nothing usable is left.
+  record: Mapping[str, Any], *, tolerance: float = 1e-3, check_image: bool = True
+) -> Checked:
+  """Takes out of a record what cannot be used.
+
+  An image without regions is kept; one that cannot be decoded, or without a caption, is not.
 
   Args:
-    record: keys of `schema.RECORD_*`.
-    regions: counts regions taken out. An image without regions is kept.
-    captions: counts captions taken out.
-    whole: counts records refused: a corrupt image, or no caption left.
+    record: keys of `schema.RECORD_*`; the image may be the path of its file.
     tolerance: see `check_box`.
     check_image: decode the image; off for a source that has just encoded it.
   """
-  key = record[schema.RECORD_KEY]
+  dropped: list[tuple[str, str]] = []
+  captions = [t.strip() for t in record[schema.RECORD_CAPTIONS] if isinstance(t, str)]
+  dropped += [("captions", EMPTY_CAPTION)] * captions.count("")
+  captions = [t for t in captions if t]
+  if not captions:
+    return Checked(None, [*dropped, ("records", NO_CAPTION)])
   image = record[schema.RECORD_IMAGE]
   if check_image:
     try:
-      image = as_jpeg(image)
+      image = as_jpeg(image.read_bytes() if isinstance(image, pathlib.Path) else image)
+    except OSError:
+      return Checked(None, [*dropped, ("records", MISSING_IMAGE)])
     except ValueError:
-      whole.add(CORRUPT_IMAGE, key)
-      return None
-  texts = [t.strip() for t in record[schema.RECORD_CAPTIONS] if isinstance(t, str)]
-  for text in texts:
-    if not text:
-      captions.add(EMPTY_CAPTION, key)
-  texts = [t for t in texts if t]
-  if not texts:
-    whole.add(NO_CAPTION, key)
-    return None
-  kept = []
+      return Checked(None, [*dropped, ("records", CORRUPT_IMAGE)])
+  regions = []
   for region in record.get(schema.RECORD_REGIONS) or ():
-    description = region.get("description")
-    if not isinstance(description, str) or not description.strip():
-      regions.add(EMPTY_DESCRIPTION, key)
-      continue
-    box = check_box(region.get("box"), tolerance=tolerance)
-    if isinstance(box, str):
-      regions.add(box, key)
-      continue
-    score = float(region.get("score", 1.0))
-    kept.append(
-      {
-        "description": description.strip(),
-        "box": box,
-        "score": score if math.isfinite(score) else 0.0,
-        "negatives": list(region.get("negatives") or ()),
-      }
-    )
-  return {
+    checked = _check_region(region, tolerance)
+    if isinstance(checked, str):
+      dropped.append(("regions", checked))
+    else:
+      regions.append(checked)
+  clean = {
     **record,
     schema.RECORD_IMAGE: image,
-    schema.RECORD_CAPTIONS: texts,
-    schema.RECORD_REGIONS: kept,
+    schema.RECORD_CAPTIONS: captions,
+    schema.RECORD_REGIONS: regions,
     schema.RECORD_NEGATIVES: list(record.get(schema.RECORD_NEGATIVES) or ()),
+  }
+  return Checked(clean, dropped)
+
+
+def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
+  if not isinstance(region, Mapping):
+    return MALFORMED
+  description = region.get("description")
+  if not isinstance(description, str) or not description.strip():
+    return EMPTY_DESCRIPTION
+  box = check_box(region.get("box"), tolerance=tolerance)
+  if isinstance(box, str):
+    return box
+  try:
+    score = float(region.get("score", 1.0))
+  except (TypeError, ValueError):
+    return MALFORMED
+  return {
+    "description": description.strip(),
+    "box": box,
+    "score": score if math.isfinite(score) else 0.0,
+    "negatives": list(region.get("negatives") or ()),
   }

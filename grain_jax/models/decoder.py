@@ -6,13 +6,14 @@ image's tokens. Every layer's output goes through the shared final LayerNorm.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grain_jax.models import layers
+from grain_jax.models import layers, vit
 
 Array = jax.Array
 
@@ -21,11 +22,17 @@ XAVIER = nn.initializers.xavier_uniform()
 LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _positions(key: Array, shape: tuple[int, int]) -> Array:
+  """Initial positions of the memory: the class token's zero, then the patches' 2-D sine-cosine."""
+  del key
+  tokens, width = shape
+  return jnp.concatenate([jnp.zeros((1, width)), vit.sincos_positions(math.isqrt(tokens), width)])
+
+
 class DecoderLayer(nn.Module):
   """Pre-norm: self-attention, cross-attention, FFN, each with dropout on its branch.
 
-  The query embedding is added to q and k of self-attention and to q of cross-attention; positions
-  of the memory, if any, to its keys.
+  The query embedding is added to q and k of self-attention and to q of cross-attention.
   """
 
   heads: int
@@ -36,8 +43,8 @@ class DecoderLayer(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, queries: Array, memory: Array, keys: Array) -> tuple[Array, Array]:
-    """x, queries [B, Q + 1, D]; memory (values), keys [B, L, D] -> x twice (carry and output)."""
+  def __call__(self, x: Array, queries: Array, memory: Array) -> tuple[Array, Array]:
+    """x, queries [B, Q + 1, D] and memory [B, L, D] -> x twice (carry and the layer's output)."""
 
     def attention(name: str) -> nn.Module:
       return layers.Attention(
@@ -52,7 +59,7 @@ class DecoderLayer(nn.Module):
     x = x + drop(attention("self_attention")(q, q, y, deterministic=self.deterministic))
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
     x = x + drop(
-      attention("cross_attention")(y + queries, keys, memory, deterministic=self.deterministic)
+      attention("cross_attention")(y + queries, memory, memory, deterministic=self.deterministic)
     )
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm3")
     mlp = layers.Mlp(
@@ -93,16 +100,14 @@ class QueryDecoder(nn.Module):
       self.width, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name="input"
     )(tokens)
     memory = layers.layer_norm(memory, epsilon=self.norm_eps, dtype=self.dtype, name="input_norm")
-    keys = memory
     if self.memory_positions:
-      init = nn.initializers.normal(0.02)
-      positions = self.param("memory_positions", init, (tokens.shape[1], self.width))
-      keys = memory + positions.astype(self.dtype)
+      positions = self.param("memory_positions", _positions, (tokens.shape[1], self.width))
+      memory = memory + positions.astype(self.dtype)
     shape = (self.num_queries + 1, self.width)
     queries = self.param("query_embedding", nn.initializers.normal(1.0), shape)
     queries = jnp.broadcast_to(queries.astype(self.dtype), (tokens.shape[0], *shape))
     decoder_layers = layers.stack(
-      DecoderLayer, self.depth, unroll=self.unroll, remat=self.remat, broadcast=3
+      DecoderLayer, self.depth, unroll=self.unroll, remat=self.remat, broadcast=2
     )
     _, x = decoder_layers(
       self.heads,
@@ -112,7 +117,7 @@ class QueryDecoder(nn.Module):
       deterministic=not train,
       dtype=self.dtype,
       name="layers",
-    )(jnp.zeros_like(queries), queries, memory, keys)
+    )(jnp.zeros_like(queries), queries, memory)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
 

@@ -65,7 +65,9 @@ class Grain(nn.Module):
       self.image_projection = project(width)
       self.region_projection = project(width)
       self.box_head = decoder.BoxHead(width, dtype=self.dtype)
-    self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), ())
+    self.logit_scale = self.param(
+      "logit_scale", nn.initializers.constant(self.logit_scale_init), ()
+    )
 
   def __call__(
     self,
@@ -77,9 +79,7 @@ class Grain(nn.Module):
     """Encodes a device batch (`schema.BATCH`) of which the first 1 + num_regions texts are
     caption and descriptions."""
     image, regions, boxes = self.encode_regions(batch["image"], train=train)
-    texts = self.encode_text(
-      batch["tokens"], batch["segments"], batch["positions"], batch["ends"]
-    )
+    texts = self.encode_text(batch["tokens"], batch["segments"], batch["positions"], batch["ends"])
     return Output(
       image=image,
       regions=regions,
@@ -140,6 +140,8 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     activation=m.image.activation,
     qk_norm=m.image.qk_norm,
     norm_eps=m.image.norm_eps,
+    init_std=m.image.init_std,
+    position_init=m.image.position_init,
     **common,
   )
   text_tower = text.TextTransformer(

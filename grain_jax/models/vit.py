@@ -13,11 +13,27 @@ from grain_jax.models import layers
 Array = jax.Array
 
 
+def sincos_positions(side: int, width: int) -> Array:
+  """2-D sine-cosine embedding of a grid (Vaswani et al., 2017, of x and of y): [side^2, width].
+
+  A quarter of the channels each: sine and cosine of x, sine and cosine of y. Wavelengths run from
+  4 patches to 4 grids, so that every channel tells places of this grid apart.
+  """
+  if width % 4:
+    raise ValueError(f"a width of {width} must divide by 4 for sine-cosine positions.")
+  frequency = jnp.pi / 2 * jnp.logspace(0.0, -jnp.log10(side), width // 4)
+  angle = jnp.arange(side)[:, None] * frequency  # [side, width / 4]
+  wave = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+  across = jnp.tile(wave, (side, 1))
+  down = jnp.repeat(wave, side, axis=0)
+  return jnp.concatenate([across, down], axis=-1)
+
+
 class VisionTransformer(nn.Module):
   """Class token and patch tokens after the final LayerNorm.
 
-  Initialised as timm does: truncated normal 0.02 for weights and positions, 1e-6 for the class
-  token, zero biases.
+  Initialised as timm does: truncated normal (`init_std`, 0.02) for weights and positions, 1e-6 for
+  the class token, zero biases.
   """
 
   size: int
@@ -29,6 +45,8 @@ class VisionTransformer(nn.Module):
   activation: str
   qk_norm: bool
   norm_eps: float
+  init_std: float = 0.02
+  position_init: str = "normal"
   unroll: int = 1
   remat: str = "none"
   dtype: Any = jnp.float32
@@ -44,7 +62,7 @@ class VisionTransformer(nn.Module):
       [B, 1 + (size / patch)^2, width], the class token first.
     """
     batch, side = image.shape[0], self.size // self.patch
-    init = nn.initializers.truncated_normal(0.02)
+    init = nn.initializers.truncated_normal(self.init_std)
     # A convolution of stride `patch`, written as one matrix product over flattened patches.
     x = image.reshape(batch, side, self.patch, side, self.patch, 3).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(batch, side * side, self.patch * self.patch * 3).astype(self.dtype)
@@ -52,7 +70,7 @@ class VisionTransformer(nn.Module):
     x = nn.Dense(self.width, kernel_init=uniform, dtype=self.dtype, name="patch_embedding")(x)
     cls = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
     x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
-    positions = self.param("position_embedding", init, (1 + side * side, self.width))
+    positions = self.param("position_embedding", self._positions, (1 + side * side, self.width))
     x = x + positions.astype(self.dtype)
     blocks = layers.stack(
       layers.Block, self.depth, unroll=self.unroll, remat=self.remat, broadcast=1
@@ -68,3 +86,10 @@ class VisionTransformer(nn.Module):
       name="blocks",
     )(x, None)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+
+  def _positions(self, key: Array, shape: tuple[int, int]) -> Array:
+    """Initial position embedding, the class token's first; learned from there on."""
+    if self.position_init == "normal":
+      return nn.initializers.truncated_normal(0.02)(key, shape)
+    grid = sincos_positions(self.size // self.patch, self.width)
+    return jnp.concatenate([jnp.zeros((1, self.width)), grid])

@@ -101,14 +101,10 @@ def test_packed_and_unpacked_texts_have_equal_features_and_gradients(clip_text, 
     return ours.apply({"params": params}, *packed(texts, 30))[0]
 
   def apart(params):
-    return jnp.concatenate(
-      [ours.apply({"params": params}, *packed([t], 16))[0] for t in texts]
-    )
+    return jnp.concatenate([ours.apply({"params": params}, *packed([t], 16))[0] for t in texts])
 
   assert_allclose(together(params), apart(params), rtol=1e-5, atol=1e-5)
-  gradients = [
-    jax.grad(lambda p, f=f: jnp.sum(f(p) * weight))(params) for f in (together, apart)
-  ]
+  gradients = [jax.grad(lambda p, f=f: jnp.sum(f(p) * weight))(params) for f in (together, apart)]
   for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
     assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -125,9 +121,7 @@ def test_vision_tower_is_vit(rng):
     names = [k for k in state if f"layer.{i}." in k or f"layers.{i}." in k]
 
     def find(*words):
-      (name,) = [
-        n for n in names if n.endswith(".weight") and any(f".{w}." in n for w in words)
-      ]
+      (name,) = [n for n in names if n.endswith(".weight") and any(f".{w}." in n for w in words)]
       return state[name], state[name.removesuffix("weight") + "bias"]
 
     def linear(*words):
@@ -239,5 +233,7 @@ def test_decoder_is_torchs_decoder_layer_as_published(rng):
   tokens = rng.normal(size=(2, 7, 24)).astype(np.float32)
   got = ours.apply({"params": params}, tokens)
   assert_allclose(got, array(model(torch.tensor(tokens))), rtol=1e-4, atol=1e-5)
-  names = {k for k in flax.traverse_util.flatten_dict(ours.init(jax.random.key(0), tokens)["params"])}
+  names = {
+    k for k in flax.traverse_util.flatten_dict(ours.init(jax.random.key(0), tokens)["params"])
+  }
   assert names == set(flax.traverse_util.flatten_dict(params))

@@ -83,9 +83,7 @@ def test_bad_entries_are_avoided_first(solver):
 )
 def test_solvers_cost_the_same_on_every_input(seed, sizes, ties, bad):
   queries, regions = sizes
-  cost, mask = random_costs(
-    seed, problems=3, queries=queries, regions=regions, ties=ties, bad=bad
-  )
+  cost, mask = random_costs(seed, problems=3, queries=queries, regions=regions, ties=ties, bad=bad)
   clean = np.asarray(matching.clean_cost(jnp.asarray(cost), jnp.asarray(mask)))
   assert np.isfinite(clean).all()
   totals = [

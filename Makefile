@@ -1,0 +1,41 @@
+# Everything here does its own set-up: a machine needs Python 3.11+ with venv and make.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := runs/quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: help quickstart test lint scenes clean
+
+help:
+	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (15 minutes on 2 CPU cores)"
+	@echo "make test        all tests"
+	@echo "make lint        ruff"
+	@echo "make scenes      the embedded data alone, into data/scenes"
+
+.venv/installed: requirements.txt
+	@echo "installing into .venv (about 2 minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/it"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-tests: .venv/installed requirements-test.txt
+	@$(PIP) -r requirements-test.txt
+	@touch $@
+
+scenes: .venv/installed
+	@$(BIN)/python -m grain_jax.data.build --source=scenes --out=data/scenes
+
+quickstart: scenes
+	$(BIN)/python -m grain_jax.main --config=configs/quickstart.py --workdir=$(QUICKSTART)
+
+lint: .venv/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: .venv/installed-tests lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+clean:
+	rm -rf .venv .cache runs data

@@ -1,0 +1,86 @@
+"""Command-line flags of `grain_jax.data.build`: common ones and those of the source chosen."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from grain_jax.data import sources
+
+
+class _Parser(argparse.ArgumentParser):
+  """One line on a wrong value, without the usage."""
+
+  def error(self, message: str):
+    self.exit(2, f"{self.prog}: {message}. See --help.\n")
+
+
+def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="python -m grain_jax.data.build",
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--source", required=True, choices=("scenes", "folder", "published"))
+  add("--out", required=True, help="directory to write")
+  add("--overwrite", action="store_true", help="replace a dataset that is there")
+  add("--shard_size", type=int, default=4096, help="records a shard")
+  add("--workers", type=int, default=None, help="processes or threads; default: one per core")
+  if source == "scenes":
+    from grain_jax.data import scenes
+
+    for field in dataclasses.fields(scenes.SceneSettings):
+      default = field.default
+      if isinstance(default, bool):
+        add(f"--{field.name}", type=_boolean, default=default)
+      elif isinstance(default, int | float | str):
+        add(f"--{field.name}", type=type(default), default=default)
+    add("--names", default="", help="concepts by name, with commas between, instead of --concepts")
+  elif source in ("folder", "published"):
+    near = 1e-3 if source == "folder" else 0.05
+    add("--val_fraction", type=float, default=0.0, help="part of train that goes to val")
+    add("--tolerance", type=float, default=near, help="how far outside a box may lie (clipped)")
+    add("--licence", default="", help="of the images, for the manifest")
+  if source == "folder":
+    add("--input", required=True, help="folder of images")
+    add("--annotations", default=None, help="JSONL or CSV; default: the folder's own")
+  elif source == "published":
+    add("--images", required=True, help="folder of images")
+    add("--captions", required=True, help="captions_pooled.csv")
+    for name in ("generated", "boxes", "descriptions"):
+      add(f"--{name}", nargs="*", default=[], help="published JSON files")
+  return parser
+
+
+def _boolean(text: str) -> bool:
+  if text.lower() not in ("true", "false"):
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+  return text.lower() == "true"
+
+
+def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
+  """Flags of a build; ends the program with one line and code 2 where one is wrong."""
+  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  first.add_argument("--source", nargs="?")
+  kind = first.parse_known_args(arguments)[0].source
+  return _parser(kind, description).parse_args(arguments)
+
+
+def source(flags: argparse.Namespace) -> sources.Source:
+  """The source that the flags describe."""
+  values = vars(flags)
+  if flags.source == "scenes":
+    from grain_jax.data import scenes
+
+    fields = {f.name for f in dataclasses.fields(scenes.SceneSettings)}
+    settings = {name: values[name] for name in fields & values.keys()}
+    settings["names"] = tuple(n.strip() for n in flags.names.split(",") if n.strip())
+    return sources.scenes(scenes.SceneSettings(**settings), workers=flags.workers)
+  common = {name: values[name] for name in ("val_fraction", "tolerance", "licence")}
+  if flags.source == "folder":
+    return sources.folder(flags.input, annotations=flags.annotations, **common)
+  files = {name: values[name] for name in ("captions", "generated", "boxes", "descriptions")}
+  return sources.published(flags.images, **files, **common)

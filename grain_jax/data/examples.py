@@ -1,0 +1,224 @@
+"""Records to examples: decode, transform, choose regions and caption, tokenise and pack.
+
+A record is a few hundred microseconds of work, so it is done for some tens of records at a call:
+only decoding and resizing (PIL, which frees the interpreter lock) goes record by record.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from grain_jax import schema, tokenizer
+from grain_jax.data import dataset as dataset_lib
+from grain_jax.data import records, transforms
+
+_WARNINGS = 20  # bad records that are named in the log; all are counted
+_KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
+_RESIZE = ("squash", "crop")
+_CAPTION = ("half", "original", "generated", "joined")
+_ON_BAD_RECORD = ("skip", "stop")
+
+
+class BadRecord(ValueError):
+  """A record that cannot be used, where the config says to stop at one."""
+
+
+class Chunk(NamedTuple):
+  """A batch's arrays for a few records, in the order of schema.BATCH, and the regions' origin."""
+
+  arrays: tuple[np.ndarray, ...]
+  parsed: list[records.Parsed | None]
+  chosen: list[list[int]]  # of each record, its regions in the order of the boxes
+
+
+class Examples:
+  """Turns record indices into the arrays of a batch. Shared by the pipeline's threads.
+
+  Args:
+    dataset: what to read.
+    split: of the dataset.
+    config: whole configuration.
+    training: draw captions, crops and flips at random; else the first caption and squash.
+    negatives: slots for hard negatives (K).
+  """
+
+  def __init__(
+    self,
+    dataset: dataset_lib.Dataset,
+    split: str,
+    config: ml_collections.ConfigDict,
+    *,
+    training: bool,
+    negatives: int = 0,
+  ):
+    self.dataset, self.split = dataset, split
+    self.size = config.model.image.size
+    self.row_length = config.data.row_length
+    self.regions = config.data.max_regions
+    self.negatives = negatives
+    self.seed = config.seed
+    self.crop = training and _one_of(config, "resize", _RESIZE) == "crop"
+    self.flip = training and config.data.flip
+    self.min_area = config.data.crop_min_area
+    self.caption = _one_of(config, "caption", _CAPTION) if training else "original"
+    self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
+    self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
+    self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
+    self.failure = ""  # the line on which to stop
+    self._lock = threading.Lock()
+    for key, least in (("row_length", 2), ("max_regions", 0)):
+      if config.data[key] < least:
+        raise ValueError(f"config.data.{key} = {config.data[key]} is below {least}. Raise it.")
+    if not 0 < self.min_area <= 1:
+      raise ValueError(
+        f"config.data.crop_min_area = {self.min_area} is not a part of the image: use (0, 1]."
+      )
+
+  def chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
+    """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data."""
+    count, size = len(indices), self.size
+    parsed = self._parse(indices)
+    # Draws: caption (2), crop (4), flip (1).
+    draws = transforms.uniforms(seed=self.seed, epoch=epoch, indices=indices, count=7)
+    image = np.zeros((count, size, size, 3), np.uint8)
+    windows = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (count, 1))
+    flipped = np.zeros(count, bool)
+    for i, record in enumerate(parsed):
+      if record is not None:
+        try:
+          flipped[i] = self._view(record, draws[i, 2:], image[i], windows[i])
+        except ValueError as error:
+          self._refuse(int(indices[i]), str(error))
+          parsed[i] = None
+    boxes, region_mask, scores, chosen = self._boxes(parsed, windows, flipped)
+    texts, kinds = self._texts(parsed, chosen, draws)
+    packed = self.tokenizer.pack_batch(texts, row_length=self.row_length, scores=scores)
+    good = np.array([record is not None for record in parsed], bool)
+    arrays = (image, *packed[:5], kinds, schema.corners_to_center(boxes), region_mask, good)
+    arrays[7][~region_mask] = 0
+    return Chunk(arrays, parsed, chosen)
+
+  def _parse(self, indices: np.ndarray) -> list[records.Parsed | None]:
+    wanted = [int(i) for i in indices if i >= 0]
+    data = iter(self.dataset.read(self.split, wanted))
+    parsed: list[records.Parsed | None] = []
+    for index in map(int, indices):
+      record = None
+      if index >= 0:
+        value = next(data)
+        try:
+          if isinstance(value, ValueError):
+            raise value
+          record = records.parse(value)
+          if not any(record.captions):
+            raise ValueError("no caption")
+        except ValueError as error:
+          self._refuse(index, str(error))
+          record = None
+      parsed.append(record)
+    return parsed
+
+  def _view(self, record, draws, image: np.ndarray, window: np.ndarray) -> bool:
+    """Writes a record's image and its window (ymin, xmin, ymax, xmax); says if it is flipped."""
+    picture = records.decode_image(record.image)
+    if self.crop:
+      width, height = picture.size
+      box = transforms.random_window(width, height, draws[:4], min_area=self.min_area)
+      window[:] = box[1] / height, box[0] / width, box[3] / height, box[2] / width
+      pixels = transforms.crop(picture, box, self.size)
+    else:
+      pixels = transforms.squash(picture, self.size)
+    flipped = bool(self.flip and draws[4] < 0.5)
+    if flipped:
+      negatives = [caption for caption, _ in record.negatives]
+      texts = [*record.captions, *record.descriptions, *negatives]
+      flipped = not transforms.names_a_side(texts)
+    image[:] = transforms.flip(pixels) if flipped else pixels
+    return flipped
+
+  def _boxes(self, parsed, windows: np.ndarray, flipped: np.ndarray):
+    """The regions of highest score that are visible.
+
+    Returns:
+      Corner boxes f32 [n, R, 4], mask bool [n, R], scores f32 [n, R], and of each record the
+      indices of its chosen regions.
+    """
+    count, most = len(parsed), self.regions
+    boxes, mask = np.zeros((count, most, 4), np.float32), np.zeros((count, most), bool)
+    scores = np.zeros((count, most), np.float32)
+    chosen: list[list[int]] = [[] for _ in parsed]
+    sizes = np.array([0 if r is None else len(r.boxes) for r in parsed])
+    if not sizes.sum() or not most:
+      return boxes, mask, scores, chosen
+    row = np.repeat(np.arange(count), sizes)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    flat = np.concatenate([r.boxes for r in parsed if r is not None])
+    flat_scores = np.concatenate([r.scores for r in parsed if r is not None])
+    # `data.build` has refused boxes that are not finite; shards written by others may hold them.
+    with np.errstate(invalid="ignore"):
+      flat, visible = transforms.crop_boxes(flat, windows[row])
+    flat = np.where(flipped[row, None], transforms.flip_boxes(flat), flat)
+    row, place, flat, flat_scores = (x[visible] for x in (row, place, flat, flat_scores))
+    order = np.lexsort((place, -flat_scores, row))
+    row, place, flat, flat_scores = (x[order] for x in (row, place, flat, flat_scores))
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    top = rank < most
+    where = (row[top], rank[top])
+    boxes[where], scores[where], mask[where] = flat[top], flat_scores[top], True
+    for r, p in zip(where[0].tolist(), place[top].tolist(), strict=True):
+      chosen[r].append(p)
+    return boxes, mask, scores, chosen
+
+  def _texts(self, parsed, chosen, draws: np.ndarray):
+    """Texts [n][1 + R + K] in the order of the slots, and i32 [n, K] kinds of the negatives."""
+    kinds = np.zeros((len(parsed), self.negatives), np.int32)
+    texts: list[list[bytes | None]] = []
+    for i, record in enumerate(parsed):
+      row: list[bytes | None] = [None] * (1 + self.regions + self.negatives)
+      if record is not None:
+        row[0] = self._caption(record, draws[i, 0], draws[i, 1])
+        for slot, place in enumerate(chosen[i], start=1):
+          row[slot] = record.descriptions[place]
+        for k, (caption, kind) in enumerate(record.negatives[: self.negatives]):
+          row[1 + self.regions + k], kinds[i, k] = caption, _KINDS.get(kind, 0)
+      texts.append(row)
+    return texts, kinds
+
+  def _caption(self, record: records.Parsed, coin: float, pick: float) -> bytes:
+    """The caption of this visit, by `config.data.caption` and two numbers in [0, 1)."""
+    if self.caption == "joined":
+      if coin < 0.5 and record.descriptions:
+        return b", ".join(record.descriptions)
+      coin = 2 * coin - 1 if coin >= 0.5 else 2 * coin  # the half that is left, drawn as `half`
+    generated = record.captions[1:]
+    if generated and (self.caption == "generated" or (self.caption != "original" and coin >= 0.5)):
+      return generated[int(pick * len(generated))]
+    return record.captions[0]
+
+  def _refuse(self, index: int, why: str) -> None:
+    where = self.dataset.locate(self.split, index)
+    line = f"{where}: {why}" if where not in why else why
+    with self._lock:
+      first = index not in self.bad
+      self.bad[index] = why
+      if self.stop and not self.failure:
+        self.failure = (
+          f"bad record in {line.rstrip('.')}. Build the data again, or set "
+          "config.data.on_bad_record=skip to leave such records out."
+        )
+      if self.failure:
+        raise BadRecord(self.failure)
+    if first and len(self.bad) <= _WARNINGS:
+      logging.getLogger(__name__).warning("skipped bad record: %s", line)
+
+
+def _one_of(config: ml_collections.ConfigDict, key: str, choices: tuple[str, ...]) -> str:
+  value = config.data[key]
+  if value not in choices:
+    raise ValueError(f"config.data.{key} = {value!r} is none of {', '.join(choices)}. Choose one.")
+  return value

@@ -1,0 +1,331 @@
+"""What people have, as records for `grain_jax.data.build`.
+
+scenes     the embedded pictures (`grain_jax.data.scenes`).
+folder     a folder of one's own images with a file of annotations.
+published  the annotation files published with GRAIN (github.com/shaunak27/grain-clip).
+
+Own data (`--source=folder --input=FOLDER`). The annotations are FOLDER/annotations.jsonl or
+FOLDER/annotations.csv, or the file given as --annotations. JSONL, a line an image:
+
+  {"image": "images/0001.jpg", "captions": ["a dog on a sofa", "a brown dog sleeps on a sofa"],
+   "regions": [{"description": "a brown dog", "box": [0.2, 0.1, 0.9, 0.7], "score": 0.8}],
+   "split": "train"}
+
+  image     path from FOLDER; JPEG, PNG or whatever PIL reads. It is also the record's key.
+  captions  the original first, then generated ones; or "caption" with a single one.
+  regions   optional, and may be empty: description, box (ymin, xmin, ymax, xmax) as fractions of
+            the image, score (optional, 1): training takes the regions of highest score.
+  split     optional, "train": or any other name. --val_fraction moves a part of train to val.
+  negatives optional: [{"caption": str, "kind": relation | attribute | object | action}].
+
+CSV: a header with the columns image, caption and, optionally, split; further lines with the same
+image next to each other add captions.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from grain_jax import schema
+from grain_jax.data import records
+
+PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
+
+
+class Refused(NamedTuple):
+  """In the place of a record: something that could not be made into one, and why."""
+
+  key: str
+  what: str  # records | captions | regions
+  why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where records come from."""
+
+  name: str
+  settings: Mapping[str, Any]  # JSON; a build with equal settings need not be repeated
+  read: Callable[[], Iterator[tuple[str, dict[str, Any] | Refused]]]  # (split, record)
+  about: Mapping[str, Any]  # into the manifest: licence, class_names, ...
+  total: int | None = None  # records, where that is known beforehand
+  with_mask: bool = False
+  with_label: bool = False
+  check_image: bool = True  # decode each image; off where it has just been encoded
+  tolerance: float = 1e-3  # how far outside a box may lie, as a fraction of the image
+
+
+def scenes(settings: Any, *, workers: int | None = None) -> Source:
+  """The embedded pictures.
+
+  Args:
+    settings: a `scenes.SceneSettings`.
+    workers: processes; None takes one per CPU core.
+  """
+  from grain_jax.data import concepts
+  from grain_jax.data import scenes as scenes_lib
+
+  sizes = scenes_lib.Scenes(settings).split_sizes
+
+  def read() -> Iterator[tuple[str, dict[str, Any]]]:
+    for split in scenes_lib.SPLITS:
+      for record in scenes_lib.iterate(settings, split, workers=workers):
+        yield split, record
+
+  return Source(
+    name="scenes",
+    settings=dataclasses.asdict(settings),
+    read=read,
+    about={
+      "licence": "CC BY-SA 4.0",
+      "attribution": concepts.attribution(),
+      "class_names": scenes_lib.class_names(settings),
+      "unseen_pairs": scenes_lib.unseen_pairs(settings),
+      "descriptors": scenes_lib.descriptors(settings),
+      "mask_names": scenes_lib.concept_names(settings),
+    },
+    total=sum(sizes.values()),
+    with_mask=settings.masks,
+    with_label=True,
+    check_image=False,
+  )
+
+
+def folder(
+  input_dir: str | pathlib.Path,
+  *,
+  annotations: str | pathlib.Path | None = None,
+  val_fraction: float = 0.0,
+  tolerance: float = 1e-3,
+  licence: str = "",
+) -> Source:
+  """A folder of one's own images; the format stands at the head of this file.
+
+  Args:
+    input_dir: folder that the image paths start from.
+    annotations: JSONL or CSV file; default: the folder's own.
+    val_fraction: part of the split train that goes to val, chosen by a hash of the key.
+    tolerance: how far outside the image a box may lie (it is clipped), as a fraction of it.
+    licence: of the images, for the manifest.
+  """
+  root = _existing(input_dir, "--input")
+  if not 0 <= val_fraction < 1:
+    raise ValueError(f"--val_fraction = {val_fraction}: not a part of the data. Use [0, 1).")
+  file = _annotations(root, annotations)
+  lines = _csv_lines if file.suffix.lower() == ".csv" else _json_lines
+
+  def read() -> Iterator[tuple[str, dict[str, Any] | Refused]]:
+    for line in lines(file):
+      if isinstance(line, Refused):
+        yield "train", line
+      else:
+        split = str(line.get("split") or "train")
+        record = _folder_record(root, line)
+        key = record.key if isinstance(record, Refused) else record[schema.RECORD_KEY]
+        yield ("val" if split == "train" and _chance(key) < val_fraction else split), record
+
+  settings = {"input": str(root), "annotations": _stamp(file), "val_fraction": val_fraction}
+  settings["tolerance"] = tolerance
+  return Source("folder", settings, read, about={"licence": licence}, tolerance=tolerance)
+
+
+def published(
+  images: str | pathlib.Path,
+  *,
+  captions: str | pathlib.Path,
+  generated: Sequence[str | pathlib.Path] = (),
+  boxes: Sequence[str | pathlib.Path] = (),
+  descriptions: Sequence[str | pathlib.Path] = (),
+  val_fraction: float = 0.0,
+  tolerance: float = 0.05,
+  licence: str = "",
+) -> Source:
+  """The annotation files published with GRAIN, over a folder of the images they name.
+
+  Args:
+    images: folder that the paths in the files start from.
+    captions: `captions_pooled.csv` (image path, caption).
+    generated: `captions_*_pooled.json` {path: caption of the language model}.
+    boxes: `bboxes_*_pooled.json` {path: [{description, bbox, score}]}, bbox (x1, y1, x2, y2) in
+      the 960-pixel space of the squashed image.
+    descriptions: `desc_*.json` {path: [description]}; those without a box are counted, no more.
+    val_fraction: see `folder`.
+    tolerance: see `folder`; larger, because the detector's boxes reach over the edge.
+    licence: of the images, for the manifest.
+  """
+  root = _existing(images, "--images")
+  if not 0 <= val_fraction < 1:
+    raise ValueError(f"--val_fraction = {val_fraction}: not a part of the data. Use [0, 1).")
+  table = _existing(captions, "--captions")
+  files = {
+    "generated": [_existing(f, "--generated") for f in generated],
+    "boxes": [_existing(f, "--boxes") for f in boxes],
+    "descriptions": [_existing(f, "--descriptions") for f in descriptions],
+  }
+
+  def read() -> Iterator[tuple[str, dict[str, Any] | Refused]]:
+    texts = [_json_object(f) for f in files["generated"]]
+    regions = _merged(files["boxes"])
+    described = _merged(files["descriptions"])
+    matched = 0
+    for path, caption in _caption_rows(table):
+      found = regions.get(path) or []
+      matched += path in regions
+      split = "val" if _chance(path) < val_fraction else "train"
+      boxed = {r.get("description") for r in found if isinstance(r, Mapping)}
+      for _ in set(described.get(path) or ()) - boxed:
+        yield split, Refused(path, "regions", "description_without_box")
+      yield (
+        split,
+        {
+          schema.RECORD_KEY: path,
+          schema.RECORD_IMAGE: root / path,
+          schema.RECORD_CAPTIONS: [caption, *(t[path] for t in texts if path in t)],
+          schema.RECORD_REGIONS: [_published_region(r) for r in found],
+          schema.RECORD_NEGATIVES: [],
+        },
+      )
+    if regions and not matched:
+      raise ValueError(
+        f"no path of {table} stands in the box files (theirs look like {next(iter(regions))!r}). "
+        "Give the files of one dataset, with paths written alike."
+      )
+
+  settings = {
+    "images": str(root),
+    "captions": _stamp(table),
+    **{name: [_stamp(f) for f in paths] for name, paths in files.items()},
+    "val_fraction": val_fraction,
+    "tolerance": tolerance,
+  }
+  return Source("published", settings, read, about={"licence": licence}, tolerance=tolerance)
+
+
+def _folder_record(root: pathlib.Path, line: Mapping[str, Any]) -> dict[str, Any] | Refused:
+  image = line.get("image")
+  captions = line.get("captions", line.get("caption"))
+  captions = [captions] if isinstance(captions, str) else captions or []
+  regions, negatives = line.get("regions") or [], line.get("negatives") or []
+  if not isinstance(image, str) or not image:
+    return Refused(str(line)[:80], "records", records.MALFORMED)
+  if not all(isinstance(value, list) for value in (captions, regions, negatives)):
+    return Refused(image, "records", records.MALFORMED)
+  return {
+    schema.RECORD_KEY: image,
+    schema.RECORD_IMAGE: root / image,
+    schema.RECORD_CAPTIONS: captions,
+    schema.RECORD_REGIONS: regions,
+    schema.RECORD_NEGATIVES: [
+      n
+      for n in negatives
+      if isinstance(n, Mapping)
+      and isinstance(n.get("caption"), str)
+      and n.get("kind") in schema.NEGATIVE_KINDS
+    ],
+  }
+
+
+def _published_region(region: Any) -> Any:
+  try:
+    x1, y1, x2, y2 = (float(x) / PUBLISHED_SIDE for x in region["bbox"])
+  except (KeyError, TypeError, ValueError):
+    return region  # `records.check` counts it as malformed
+  box = (y1, x1, y2, x2)
+  return {"description": region.get("description"), "box": box, "score": region.get("score", 1.0)}
+
+
+def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
+  with file.open(encoding="utf-8") as lines:
+    for number, text in enumerate(lines, start=1):
+      if not text.strip():
+        continue
+      try:
+        line = json.loads(text)
+      except json.JSONDecodeError:
+        line = None
+      yield line if isinstance(line, dict) else Refused(f"line {number}", "records", "not_json")
+
+
+def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+  with file.open(encoding="utf-8", newline="") as text:
+    rows = csv.DictReader(text)
+    if not {"image", "caption"} <= set(rows.fieldnames or ()):
+      raise ValueError(
+        f"{file} has the columns {rows.fieldnames}: image and caption are needed. Write them into "
+        "its first line."
+      )
+    current: dict[str, Any] = {}
+    for row in rows:
+      if current and current["image"] == row["image"]:
+        current["captions"].append(row["caption"])
+        continue
+      if current:
+        yield current
+      current = {"image": row["image"], "captions": [row["caption"]], "split": row.get("split")}
+    if current:
+      yield current
+
+
+def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str]]:
+  with file.open(encoding="utf-8", newline="") as text:
+    first = text.readline()
+    text.seek(0)
+    delimiter = "\t" if "\t" in first and "," not in first.split("\t")[0] else ","
+    for number, row in enumerate(csv.reader(text, delimiter=delimiter)):
+      header = number == 0 and row and pathlib.PurePath(row[0]).suffix == ""
+      if len(row) >= 2 and not header:
+        yield row[0], row[1]
+
+
+def _json_object(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{file} is not JSON: {error}. Download or write it again.") from None
+  if not isinstance(content, dict):
+    raise ValueError(f"{file} is not a JSON object of image paths. Give the published file.")
+  return content
+
+
+def _merged(files: Iterable[pathlib.Path]) -> dict[str, list]:
+  merged: dict[str, list] = {}
+  for file in files:
+    for path, values in _json_object(file).items():
+      merged.setdefault(path, []).extend(values or [])
+  return merged
+
+
+def _annotations(root: pathlib.Path, given: str | pathlib.Path | None) -> pathlib.Path:
+  if given:
+    return _existing(given, "--annotations")
+  for name in ("annotations.jsonl", "annotations.csv"):
+    if (root / name).is_file():
+      return root / name
+  raise ValueError(
+    f"{root} holds neither annotations.jsonl nor annotations.csv: no captions to read. Write one "
+    "(the format: python -m grain_jax.data.build --source=folder --help) or give --annotations."
+  )
+
+
+def _existing(path: str | pathlib.Path, flag: str) -> pathlib.Path:
+  found = pathlib.Path(path).expanduser().resolve()
+  if not str(path) or not found.exists():
+    raise ValueError(f"{flag} = {path}: there is no such file or folder. Correct the path.")
+  return found
+
+
+def _stamp(file: pathlib.Path) -> dict[str, Any]:
+  """Tells a changed file from an unchanged one without reading it."""
+  stat = file.stat()
+  return {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _chance(key: str) -> float:
+  """A number in [0, 1) that depends on the key alone."""
+  return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48

@@ -1,0 +1,136 @@
+"""Annotation files of one's own and those published with GRAIN, against hand-worked records."""
+
+import json
+import os
+
+import pytest
+import toy_data
+from PIL import Image
+
+from grain_jax.data import build, dataset, records, sources
+
+
+def folder(tmp_path, *, count=3):
+  for i in range(count):
+    (tmp_path / f"{i}.jpg").write_bytes(toy_data.record(i)["image"])
+  return tmp_path
+
+
+def lines(*entries):
+  return "".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries)
+
+
+def build_quietly(source, out):
+  build.build(source, out, say=toy_data.quiet)
+  return dataset.open_dataset(out)
+
+
+def test_folder_with_jsonl(tmp_path):
+  root = folder(tmp_path / "in") if (tmp_path / "in").mkdir() is None else None
+  Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(root / "clear.png")
+  region = {"description": "a red box", "box": [0.1, 0.2, 0.5, 0.6], "score": 0.25}
+  (root / "annotations.jsonl").write_text(
+    lines(
+      {"image": "0.jpg", "captions": ["first", "second"], "regions": [region]},
+      "",
+      {"image": "1.jpg", "caption": "only", "split": "val"},
+      {"image": "clear.png", "caption": "a png", "regions": [{**region, "score": None}, 3]},
+      "{not json",
+      {"caption": "no image"},
+      {"image": "gone.jpg", "caption": "c"},
+      {"image": "2.jpg", "caption": "c", "negatives": [{"caption": "n", "kind": "object"}, "x"]},
+    )
+  )
+  opened = build_quietly(sources.folder(root, licence="own"), tmp_path / "out")
+  assert opened.num_records("train") == 3 and opened.num_records("val") == 1
+  first = opened.parse("train", 0)
+  assert first.key == b"0.jpg" and first.captions == [b"first", b"second"]
+  assert first.boxes.tolist() == [pytest.approx([0.1, 0.2, 0.5, 0.6])]
+  assert first.scores.tolist() == [0.25] and first.image == (root / "0.jpg").read_bytes()
+  white = records.decode_image(opened.parse("train", 1).image)
+  assert white.size == (20, 10) and min(white.getpixel((5, 5))) > 250
+  assert opened.parse("train", 2).negatives == [(b"n", b"object")]
+  assert opened.parse("val", 0).captions == [b"only"]
+  dropped = opened.manifest["splits"]["train"]["dropped"]
+  assert {k: v["count"] for k, v in dropped["records"].items()} == {
+    "not_json": 1,
+    "malformed": 1,
+    "missing_image": 1,
+  }
+  assert dropped["records"]["not_json"]["first"] == ["line 5"]
+  assert dropped["regions"]["malformed"]["count"] == 2
+  assert opened.manifest["licence"] == "own"
+
+
+def test_folder_with_csv_and_a_part_for_val(tmp_path):
+  root = folder(tmp_path)
+  (root / "annotations.csv").write_text('image,caption\n0.jpg,a\n0.jpg,"b, c"\n1.jpg,d\n2.jpg,e\n')
+  got = [r for _, r in sources.folder(root).read()]
+  assert [(r["key"], r["captions"]) for r in got] == [
+    ("0.jpg", ["a", "b, c"]),
+    ("1.jpg", ["d"]),
+    ("2.jpg", ["e"]),
+  ]
+  (root / "annotations.csv").write_text(
+    "image,caption\n" + "".join(f"{i}.jpg,c\n" for i in range(2000))
+  )
+  split = {r["key"]: s for s, r in sources.folder(root, val_fraction=0.25).read()}
+  assert 400 < sum(s == "val" for s in split.values()) < 600
+  assert split == {r["key"]: s for s, r in sources.folder(root, val_fraction=0.25).read()}
+  (root / "annotations.csv").write_text("file,text\n")
+  with pytest.raises(ValueError, match="has the columns .*image and caption are needed"):
+    list(sources.folder(root).read())
+
+
+def test_changed_annotations_are_other_settings(tmp_path):
+  (tmp_path / "annotations.csv").write_text("image,caption\n")
+  before = sources.folder(tmp_path).settings
+  assert before == sources.folder(tmp_path).settings
+  os.utime(tmp_path / "annotations.csv", (1, 1))
+  assert before != sources.folder(tmp_path).settings
+  (tmp_path / "annotations.csv").write_text("image,caption\n0.jpg,a\n")
+  assert before != sources.folder(tmp_path).settings
+
+
+def test_published_files(tmp_path):
+  root = folder(tmp_path)
+  (root / "captions_pooled.csv").write_text("filepath,title\n0.jpg,zero\n1.jpg,one\n2.jpg,two\n")
+  (root / "captions_a_pooled.json").write_text(json.dumps({"0.jpg": "a zero", "1.jpg": "a one"}))
+  boxes = [
+    {"description": "left half", "bbox": [0, 0, 480, 960], "score": 0.9},
+    {"description": "over the edge", "bbox": [-19.2, 96, 960, 979.2], "score": 0.4},
+    {"description": "no box", "bbox": None, "score": 0.4},
+  ]
+  (root / "bboxes_a_pooled.json").write_text(json.dumps({"0.jpg": boxes, "2.jpg": []}))
+  (root / "desc_a.json").write_text(json.dumps({"0.jpg": ["left half", "unseen"], "1.jpg": ["x"]}))
+  source = sources.published(
+    root,
+    captions=root / "captions_pooled.csv",
+    generated=[root / "captions_a_pooled.json"],
+    boxes=[root / "bboxes_a_pooled.json"],
+    descriptions=[root / "desc_a.json"],
+  )
+  opened = build_quietly(source, tmp_path / "out")
+  zero, one, two = (opened.parse("train", i) for i in range(3))
+  assert zero.captions == [b"zero", b"a zero"] and two.captions == [b"two"]
+  assert zero.descriptions == [b"left half", b"over the edge"]
+  # (x1, y1, x2, y2) of 960 pixels -> (ymin, xmin, ymax, xmax); 2 % over the edge is clipped.
+  assert zero.boxes.tolist() == [
+    pytest.approx([0, 0, 1, 0.5]),
+    pytest.approx([0.1, 0, 1, 1]),
+  ]
+  assert one.descriptions == [] and two.descriptions == []
+  dropped = opened.manifest["splits"]["train"]["dropped"]["regions"]
+  assert dropped["description_without_box"] == {"count": 2, "first": ["0.jpg", "1.jpg"]}
+  assert dropped["malformed"]["count"] == 1
+
+
+def test_published_files_of_different_datasets(tmp_path):
+  (tmp_path / "c.csv").write_text("0.jpg,zero\n")
+  (tmp_path / "b.json").write_text(json.dumps({"cc3m/0.jpg": []}))
+  source = sources.published(tmp_path, captions=tmp_path / "c.csv", boxes=[tmp_path / "b.json"])
+  with pytest.raises(ValueError, match="no path of .* stands in the box files.*'cc3m/0.jpg'"):
+    list(source.read())
+  (tmp_path / "b.json").write_text("[")
+  with pytest.raises(ValueError, match="b.json is not JSON"):
+    list(source.read())

@@ -1,0 +1,75 @@
+"""Flags, and errors in one line."""
+
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from grain_jax import cli
+from grain_jax import config as configs
+
+
+@pytest.fixture
+def parse(monkeypatch):
+  """The parser of a program with --config and --workdir, and of nothing else in this process."""
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, "FLAGS", values)
+  config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+  flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+  def run(*arguments):
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])  # config_flags reads it itself
+    cli._parse(["program", *arguments])
+    return values
+
+  return run
+
+
+CONFIG = "configs/quickstart.py"
+FULL = (f"--config={CONFIG}", "--workdir=w")
+
+
+@pytest.mark.parametrize("config", [(f"--config={CONFIG}",), ("--config", CONFIG)])
+def test_overrides_reach_the_config(parse, config):
+  values = parse(*config, "--workdir=w", "--config.optimizer.lr=0.5", "--config.data.flip")
+  assert (values.config.optimizer.lr, values.config.data.flip) == (0.5, True)
+  assert values.config.steps == configs.load(CONFIG).steps
+
+
+def test_a_switch_is_turned_off_by_no(parse):
+  assert parse(*FULL, "--noconfig.loss.mask_duplicates").config.loss.mask_duplicates is False
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ((*FULL, "--config.optimzer.lr=1"), ["config.optimzer.lr", "config.optimizer.lr"]),
+    (("--config", CONFIG, "--workdir=w", "--config.sede=1"), ["config.sede", "config.seed"]),
+    ((*FULL, "--noconfig.data.flop"), ["config.data.flop", "config.data.flip"]),
+    ((*FULL, "--config.batch_size=many"), ["config.batch_size", "many"]),
+    (("--config=configs/quikstart.py", "--workdir=w"), ["configs/quikstart.py", CONFIG]),
+    (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", CONFIG]),
+    ((f"--config={CONFIG}:optimizer.rate=1", "--workdir=w"), ["config.optimizer.rate"]),
+    ((f"--config={CONFIG}:runlocale", "--workdir=w"), ["'runlocale'", "runlocal"]),
+    ((*FULL, "--wrokdir=x"), ["wrokdir", "workdir"]),
+    ((*FULL, "more"), ["'more'", "--name=value"]),
+    ((f"--config={CONFIG}",), ["--workdir must be given"]),
+    ((), ["--config and --workdir must be given"]),
+  ],
+)
+def test_a_wrong_command_line_ends_in_one_line(parse, capsys, arguments, words):
+  with pytest.raises(SystemExit) as end:
+    parse(*arguments)
+  error = capsys.readouterr().err
+  assert end.value.code == 2 and error.count("\n") == 1
+  for word in words:
+    assert word in error
+
+
+def test_a_message_of_several_lines_becomes_one(capsys):
+  with pytest.raises(SystemExit) as end:
+    cli.fail(FileNotFoundError("first\n  second"))
+  assert end.value.code == 1
+  assert capsys.readouterr().err == "FileNotFoundError: first second\n"

@@ -1,0 +1,104 @@
+"""Overrides, sizes by name, checks, and JSON there and back."""
+
+import json
+import pathlib
+
+import pytest
+
+from configs import common
+from grain_jax import config as configs
+
+RECIPES = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", [r for r in RECIPES if r != "common"])
+@pytest.mark.parametrize("arg", ["", ":runlocal"])
+def test_every_recipe_passes_its_own_check(name, arg):
+  config = configs.resolve(configs.load(f"configs/{name}.py{arg}"))
+  configs.check(config)
+  assert {k for k, _ in configs.flatten(config)} == {
+    k for k, _ in configs.flatten(common.get_config())
+  }, "a recipe may only change keys that common.py lists"
+
+
+def test_published_run_has_the_published_numbers():
+  """GRAIN paper, section 4, and the tower sizes of ViT-B/16 (Dosovitskiy et al., table 1)."""
+  c = configs.resolve(configs.load("configs/cc12m.py"))
+  assert (c.batch_size, c.epochs, c.optimizer.lr, c.optimizer.b2) == (2048, 35, 1e-3, 0.98)
+  tower = c.model.image
+  assert (tower.width, tower.depth, tower.heads, tower.patch) == (768, 12, 12, 16)
+
+
+def test_variant_fills_only_what_is_not_given():
+  c = common.get_config()
+  c.model.image.update(variant="L/14", depth=3)
+  tower = configs.resolve(c).model.image
+  assert (tower.width, tower.depth, tower.heads, tower.patch) == (1024, 3, 16, 14)
+
+
+def test_argument_sets_literals_and_strings():
+  c = configs.load("configs/cc12m.py:optimizer.lr=0.5,method=clip,data.flip=True")
+  assert (c.optimizer.lr, c.method, c.data.flip) == (0.5, "clip", True)
+
+
+def test_json_there_and_back_keeps_tuples():
+  c = common.get_config()
+  c.optimizer.lr_scale = (("^image_tower/", 0.1),)
+  again = configs.from_json(configs.to_json(c))
+  assert again.to_dict() == c.to_dict()
+  assert json.loads(configs.to_json(c))["optimizer"]["lr_scale"] == [["^image_tower/", 0.1]]
+
+
+def test_first_difference_names_what_touches_the_parameters_alone():
+  old, new = common.get_config(), common.get_config()
+  new.log_every, new.data.dir, new.mesh.data, new.evals = 7, "elsewhere", 4, ()
+  assert configs.first_difference(old, new) is None
+  new.optimizer.lr = 0.5
+  assert configs.first_difference(old, new) == ("optimizer.lr", 1e-3, 0.5)
+  del old.optimizer["lr"]
+  assert configs.first_difference(old, new) == ("optimizer.lr", None, 0.5)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "words"),
+  [
+    ("model.num_queries", 3, ["config.model.num_queries = 3", "config.data.max_regions = 5"]),
+    ("model.image.size", 100, ["config.model.image.size = 100", "16 pixels"]),
+    ("model.image.variant", "H/14", ["config.model.image.variant = 'H/14'", "B/16"]),
+    ("model.text.heads", 7, ["config.model.text.width = 512", "heads = 7"]),
+    ("data.row_length", 40, ["config.data.row_length = 40", "config.model.text.context = 77"]),
+    ("loss.matcher", "gpu", ["config.loss.matcher = 'gpu'", "host, device"]),
+    ("batch_size", 0, ["config.batch_size = 0", "positive"]),
+    ("epochs", 0.0, ["config.steps", "config.epochs"]),
+  ],
+)
+def test_what_cannot_work_is_one_line_with_key_and_value(key, value, words):
+  c = common.get_config()
+  configs.set_key(c, key, value)
+  with pytest.raises(ValueError) as caught:
+    configs.check(configs.resolve(c))
+  line = str(caught.value)
+  assert "\n" not in line
+  for word in words:
+    assert word in line
+
+
+@pytest.mark.parametrize(
+  ("key", "nearest"),
+  [
+    ("optimzer.lr", "config.optimizer.lr"),
+    ("optimizer.learning_rate", "config.optimizer"),
+    ("max_regions", "config.data.max_regions"),
+    ("model.image.widht", "config.model.image.width"),
+    ("seed.of", "config.seed"),
+  ],
+)
+def test_unknown_key_names_the_nearest(key, nearest):
+  with pytest.raises(ValueError) as caught:
+    configs.set_key(common.get_config(), key, 1)
+  assert f"config.{key} is not a key" in str(caught.value) and nearest in str(caught.value)
+
+
+def test_value_of_another_type_is_refused():
+  with pytest.raises(ValueError, match=r"config\.batch_size = 'many' is not a int"):
+    configs.load("configs/cc12m.py:batch_size=many")
