@@ -160,8 +160,9 @@ def small(c: ml_collections.ConfigDict) -> None:
   """
   c.model.embed_dim = 128
   c.model.unroll = -1
-  c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4, position_init="sincos")
-  c.model.text.update(width=128, depth=2, heads=4, context=32)
+  c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4)
+  c.model.image.update(init_std=0.05, position_init="sincos")
+  c.model.text.update(width=96, depth=2, heads=4, context=32)
   c.model.decoder.update(width=128, depth=2, heads=4, mlp_dim=512, memory_positions=True)
 
 

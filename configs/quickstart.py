@@ -8,7 +8,7 @@ def get_config(arg: str = ""):
   c = common.get_config()
   common.small(c)
   c.data.dir = "data/scenes"
-  c.data.row_length = 56  # the longest caption and five descriptions take 58 tokens
+  c.data.row_length = 56  # of 400 descriptions one does not fit
   c.data.threads = 1
   c.batch_size = 64
   c.steps = 1500

@@ -199,6 +199,7 @@ def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
   config = configs.from_json(path.read_text())
   model = grain.build(config)
   params = jax.eval_shape(lambda: steps.init_params(model, config))
+  config.mesh.update(data=-1, fsdp=1, tensor=1)  # whatever devices there are now
   whole = meshes.replicated(meshes.create(config))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
@@ -218,7 +219,6 @@ def main() -> None:
   check(config, dataset)
   mesh = meshes.create(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  tokenizer.encode("")  # loads the vocabulary before the pipeline's threads ask for it all at once
   with jax.set_mesh(mesh):
     outcome = run(config, grain.build(config), params, dataset, mesh=mesh, tokenizer=tokenizer)
   if jax.process_index() == 0:

@@ -65,9 +65,18 @@ def clean(text: str) -> str:
   return " ".join(text.split()).lower()
 
 
-@functools.lru_cache(maxsize=1)
+_LOADING = threading.Lock()
+
+
 def _backend():
-  """The `tokenizers` object that `transformers` builds from the vendored vocabulary."""
+  """The `tokenizers` object of the vocabulary; threads that ask at once wait for one loading."""
+  with _LOADING:
+    return _load_backend()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_backend():
+  """Builds it with `transformers`, whose lazy import is not safe in several threads."""
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the caller's threads suffice
   import transformers  # slow to import: only where text is encoded
   from tokenizers import normalizers

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import json
+import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -22,6 +25,9 @@ from grain_jax.models import grain
 
 # Steps whose results the host may be behind; on CPUs of several processes one (see below).
 _IN_FLIGHT = 2
+
+# Parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -47,13 +53,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   evaluate.check(config, dataset)
   if config.compile_cache:
     jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+  if config.deterministic:  # read when the first program is compiled
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+  if jax.default_backend() == "cpu":
+    _keep_freed_memory()
   mesh = meshes.create(config)
   model = grain.build(config)
   init, abstract, shardings, optimizer = steps.create_state(
     model, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  tokenizer.encode("")  # loads the vocabulary before the pipeline's threads ask for it all at once
 
   folder = pathlib.Path(workdir)
   _claim(folder, config)
@@ -203,6 +212,19 @@ def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config))
     temporary.replace(path)
+
+
+def _keep_freed_memory() -> None:
+  """Tells glibc to keep freed memory: a CPU step otherwise maps and clears its buffers anew.
+
+  Measured on 2 cores (gradient of the quickstart's image tower): 184 ms instead of 240, and 10 ms
+  in the kernel instead of 136. Nothing happens where the C library is another.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+  if mallopt is not None:
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _say(line: str) -> None:

@@ -128,7 +128,7 @@ def test_a_workdir_of_another_run_is_left_as_it_is(finished_run, tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_names_what_is_not_there(finished_run, tmp_path):
-  with pytest.raises(ValueError, match=r"no checkpoint of step 5; it has \[9, 12\]"):
+  with pytest.raises(ValueError, match=r"no checkpoint of step 5; it has \[21, 24\]"):
     evaluate.load(str(finished_run), step=5)
   shutil.copy(finished_run / "config.json", tmp_path)
   with pytest.raises(ValueError, match="holds no checkpoint"):

@@ -34,7 +34,7 @@ def names_by_step(workdir):
 def test_a_run_leaves_what_the_design_promises(finished_run):
   config = json.loads((finished_run / "config.json").read_text())
   assert (config["steps"], config["model"]["image"]["width"]) == (kills.STEPS, 32)
-  assert kills.saved_steps(finished_run) == [9, 12]  # the newest two
+  assert kills.saved_steps(finished_run) == [kills.STEPS - 3, kills.STEPS]  # the newest two
   assert list(losses(finished_run)) == list(range(1, kills.STEPS + 1))
   assert list(finished_run.glob("events.out.tfevents.*"))
   assert {p.suffix for p in (finished_run / "figures").iterdir()} == {".png"}
@@ -59,13 +59,16 @@ def test_a_run_leaves_what_the_design_promises(finished_run):
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(finished_run, scenes_dir, tmp_path):
   """Host matcher, auxiliary box losses, dropout and random captions on."""
-  step = random.randint(1, kills.STEPS - 2)
-  print("killed after step", step)
+  # The save of step 6 waits for that of step 3: from step 7 on there is a checkpoint to go on from.
+  step = random.randint(7, kills.STEPS - 1)
   kills.kill_after(kills.start(scenes_dir, tmp_path), tmp_path, step=step)
+  print("killed after step", step, "with checkpoints", kills.saved_steps(tmp_path))
+  assert kills.saved_steps(tmp_path)
   kills.finish(kills.start(scenes_dir, tmp_path), tmp_path)
   ours, theirs = kills.final_state(tmp_path), kills.final_state(finished_run)
   assert len(ours) > 200 and not kills.differences(ours, theirs)
   assert losses(tmp_path) == losses(finished_run)
+  assert "step 0 of" not in (tmp_path / "stdout.txt").read_text().split("first step after")[1]
   assert len(set(names_by_step(tmp_path))) == len(names_by_step(tmp_path))
   ours, theirs = (json.loads((f / "results.json").read_text()) for f in (tmp_path, finished_run))
   assert ours == theirs
