@@ -124,6 +124,18 @@ def test_captions_are_drawn_half_and_half(data):
   assert 0.4 < shares["half"] < 0.6
 
 
+def test_joined_captions_are_all_descriptions_half_of_the_time(tmp_path):
+  data = toy_data.built(tmp_path / "data", [toy_data.record(i, regions=3) for i in range(8)])
+  c = toy_data.config(data, caption="joined", max_regions=0)
+  tok = tokenizer.Tokenizer()
+  joined = tok.encode("a red box, a green box, a blue box")
+  rows = np.concatenate([b["tokens"] for b in take(pipeline.train_batches(data, c), 60)])
+  whole = (rows[:, : len(joined)] == joined).all(axis=1)
+  generated = rows[:, 1] == tok.encode("picture")[1]
+  assert 0.4 < whole.mean() < 0.6
+  assert 0.15 < generated.mean() < 0.35  # half of the other half
+
+
 def test_crop_and_flip_keep_boxes_on_their_rectangles(data):
   c = toy_data.config(data, resize="crop", flip=True, crop_min_area=0.4, caption="original")
   words = {name: tokenizer.Tokenizer().encode(name)[1] for name in toy_data.COLORS}

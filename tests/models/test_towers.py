@@ -175,6 +175,21 @@ def test_qk_norm_normalises_each_head(rng):
   assert_allclose(ours.apply({"params": params}, image), before, rtol=1e-3, atol=1e-4)
 
 
+def test_sincos_positions_tell_all_places_apart_and_near_ones_least():
+  grid = np.asarray(vit.sincos_positions(6, 32))
+  assert grid.shape == (36, 32)
+  # Hand-worked: the first channel is sin(x pi / 2), the first of the second half sin(y pi / 2).
+  assert_allclose(grid[:4, 0], [0, 1, 0, -1], atol=1e-6)
+  assert_allclose(grid[::6, 16][:4], [0, 1, 0, -1], atol=1e-6)
+  distance = np.linalg.norm(grid[:, None] - grid[None], axis=-1)
+  assert distance[~np.eye(36, dtype=bool)].min() > 0.5
+  x = np.arange(36) % 6
+  row = np.arange(36) < 6
+  assert (np.argsort(distance[0, row])[1] == 1) and (x[np.argmax(distance[0, row])] > 2)
+  with pytest.raises(ValueError, match="must divide by 4"):
+    vit.sincos_positions(6, 30)
+
+
 class TorchDecoder(torch.nn.Module):
   """The published arrangement from torch's own layer parts: zero target, queries added."""
 
