@@ -170,6 +170,8 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes."""
   small(c)
   c.data.dir = "data/scenes"
+  c.model.dtype = "float32"
+  c.evals = ("zero_shot", "retrieval", "grounding")
   c.data.caption = "half"
   c.data.row_length = 56 if c.data.max_regions else 32
   c.batch_size = 32
