@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from clu import metric_writers
 
 Pairs = Mapping[str, tuple[Any, Any]]
@@ -84,15 +85,27 @@ class JsonlWriter(metric_writers.MetricWriter):
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a metrics file; a last line cut short by a kill is passed over."""
-  lines = []
-  if path.exists():
-    for text in path.read_text().splitlines():
-      try:
-        lines.append(json.loads(text))
-      except json.JSONDecodeError:
-        continue
-  return lines
+  """The objects of a metrics file, each with `step`; none where there is no file.
+
+  Lines that are no object with a step (a killed run leaves one half written) are passed over and
+  counted in a warning.
+  """
+  if not path.exists():
+    return []
+  kept, broken = [], []
+  text = path.read_text(encoding="utf-8", errors="replace")
+  for number, line in enumerate(text.splitlines(), start=1):
+    try:
+      entry = json.loads(line)
+    except ValueError:
+      entry = None
+    if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+      kept.append(entry)
+    else:
+      broken.append(number)
+  if broken:
+    logging.warning("%s: %d broken lines passed over, first %d.", path, len(broken), broken[0])
+  return kept
 
 
 def create_writer(workdir: pathlib.Path, *, start_step: int) -> metric_writers.MetricWriter:

@@ -40,6 +40,14 @@ def test_an_evaluation_done_again_takes_the_place_of_the_first(tmp_path):
   assert metrics.read_jsonl(path) == [{"step": 4, "loss": 1.0}, {"step": 4, "top1": 0.75}]
 
 
+def test_lines_that_are_no_metrics_are_passed_over_and_counted(tmp_path, caplog):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": 2, "tr{"step": 2}\n[3]\n{"loss": 2}\n{"step": 3}\n{"st')
+  assert metrics.read_jsonl(path) == [{"step": 1}, {"step": 3}]
+  assert "4 broken lines passed over, first 2" in caplog.text
+  assert metrics.read_jsonl(tmp_path / "none.jsonl") == []
+
+
 def test_writer_makes_a_jsonl_and_an_events_file(tmp_path):
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util import tensor_util

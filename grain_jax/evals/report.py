@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import pathlib
@@ -34,7 +32,7 @@ def write(
 
   Args:
     figures_dir: folder of the figures.
-    history: objects with `step` and metrics by flat name (`load_history`).
+    history: objects with `step` and metrics by flat name (`metrics.read_jsonl`).
     examples: images of `grounding.evaluate(..., keep=12)`.
 
   Returns:
@@ -53,34 +51,6 @@ def write(
     picture.savefig(partial, format="png", facecolor="white", dpi=_DPI)
     os.replace(partial, figures_dir / name)
   return [figures_dir / name for name in drawn]
-
-
-def load_history(path: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Reads `metrics.jsonl`: one JSON object a line, each with `step`.
-
-  Lines that are no object with a step (a killed run leaves one half written) are passed over and
-  counted in a warning.
-
-  Raises:
-    ValueError: no such file.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f"{path} does not exist: no metrics to draw. Name the workdir of a run.")
-  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-  history, broken = [], []
-  for number, line in enumerate(lines, start=1):
-    try:
-      entry = json.loads(line)
-    except ValueError:
-      entry = None
-    if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-      history.append(entry)
-    else:
-      broken.append(number)
-  if broken:
-    logging.warning("%s: %d broken lines passed over, first %d.", path, len(broken), broken[0])
-  return history
 
 
 def series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -1,7 +1,6 @@
 """The report: what is drawn, where, and that no text meets another."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -110,19 +109,6 @@ def test_series_takes_the_last_of_a_step_and_leaves_out_what_is_not_finite():
     {"step": 2, "a": 3.0},
   ]
   assert report.series(history, "a") == [(1, 5.0), (2, 3.0)]
-
-
-def test_history_of_a_killed_run(tmp_path, caplog):
-  path = tmp_path / "metrics.jsonl"
-  whole = "".join(json.dumps(e) + "\n" for e in make_history(3))
-  path.write_text(whole + '{"step": 150, "train/lo')
-  assert report.load_history(path) == make_history(3)
-  assert "1 broken lines passed over, first 4" in caplog.text
-  path.write_text('{"step": 1}\n{"step": 2, "tr{"step": 2}\n[3]\n{"loss": 2}\n{"step": 3}\n')
-  assert report.load_history(path) == [{"step": 1}, {"step": 3}]
-  assert "3 broken lines passed over, first 2" in caplog.text
-  with pytest.raises(ValueError, match="does not exist"):
-    report.load_history(tmp_path / "none.jsonl")
 
 
 def test_table():
