@@ -217,8 +217,9 @@ def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def _keep_freed_memory() -> None:
   """Tells glibc to keep freed memory: a CPU step otherwise maps and clears its buffers anew.
 
-  Measured on 2 cores (gradient of the quickstart's image tower): 184 ms instead of 240, and 10 ms
-  in the kernel instead of 136. Nothing happens where the C library is another.
+  Measured on 2 cores (gradient of the quickstart's image tower, median of 15, two processes):
+  193 and 203 ms instead of 240, and 5 and 7 ms in the kernel instead of 136. Nothing happens where
+  the C library is another.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
   if mallopt is not None:
