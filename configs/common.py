@@ -55,6 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.activation = "gelu"  # gelu (exact) | quick_gelu
   c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
   c.model.image.norm_eps = 1e-6
+  c.model.image.pre_norm = False  # LayerNorm after the embeddings, as CLIP has it
+  c.model.image.stem = "linear"  # patch embedding: linear (published) | hmlp (a small network)
+  c.model.image.patch_bias = True  # bias of the patch embedding; CLIP has none
   c.model.image.init_std = 0.02  # of the weights (timm's, for a width of 768)
   c.model.image.position_init = (
     "normal"  # normal (0.02) | sincos (2-D sine-cosine); learned in both
@@ -100,6 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.matcher = "host"  # host (SciPy in a callback) | device (exact search on the accelerator)
 
   c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = "adamw"  # adamw (published) | muon (for the layers' matrices; AdamW else)
+  c.optimizer.muon_rms = 0.2  # root mean square of Muon's update, in units of the learning rate
   c.optimizer.lr = 1e-3  # peak
   c.optimizer.lr_init = 1e-6  # at the first step of the warm-up
   c.optimizer.lr_end = 1e-5  # at the end of the cosine
@@ -156,13 +161,13 @@ def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigD
 def small(c: ml_collections.ConfigDict) -> None:
   """A model of 8 M parameters, most of them token embeddings, for 96-pixel pictures.
 
-  Sine-cosine positions and wider initial weights are there to learn boxes in minutes; what each
-  does by itself was not measured.
+  Sine-cosine positions, wider initial weights and the stem are there to learn boxes and shapes in
+  minutes.
   """
   c.model.embed_dim = 128
   c.model.unroll = -1
   c.model.image.update(size=96, patch=16, width=128, depth=4, heads=4)
-  c.model.image.update(init_std=0.05, position_init="sincos")
+  c.model.image.update(init_std=0.05, position_init="sincos", stem="hmlp")
   c.model.text.update(width=96, depth=2, heads=4, context=32)
   c.model.decoder.update(width=128, depth=2, heads=4, mlp_dim=512, memory_positions=True)
 

@@ -31,10 +31,12 @@ CHOICES = {
   "model.remat": ("none", "block"),
   "model.image.variant": tuple(VARIANTS),
   "model.image.activation": ("gelu", "quick_gelu"),
+  "model.image.stem": ("linear", "hmlp"),
   "model.image.position_init": ("normal", "sincos"),
   "model.text.activation": ("gelu", "quick_gelu"),
   "loss.region_negatives": ("global", "local"),
   "loss.matcher": ("host", "device"),
+  "optimizer.name": ("adamw", "muon"),
   "optimizer.decay_mask": ("clean", "published"),
 }
 
@@ -166,6 +168,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
       f"config.model.image.size = {m.image.size} does not divide into patches of "
       f"{m.image.patch} pixels."
+    )
+  if m.image.stem == "hmlp" and (m.image.patch < 8 or m.image.patch & (m.image.patch - 1)):
+    raise ValueError(
+      f"config.model.image.stem = 'hmlp' builds patches of 8, 16, 32, ... pixels, not of "
+      f"{m.image.patch}. Choose such a patch, or the linear stem."
     )
   towers = [("image", m.image), ("text", m.text)]
   if config.method == "grain":

@@ -1,4 +1,4 @@
-"""The optimiser of a configuration: AdamW, its schedule, and who decays, freezes or slows down."""
+"""The optimiser of a configuration: AdamW or Muon, schedule, who decays, freezes or slows down."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from optax import contrib
 
 from grain_jax import trees
 
@@ -61,16 +62,46 @@ def decay_mask(params: Any, kind: str) -> Any:
   return trees.map_with_name(decays, params)
 
 
+def scale_by_muon(o: ml_collections.ConfigDict, params: Any) -> optax.GradientTransformation:
+  """Directions of Muon for the layers' matrices and of Adam for all else.
+
+  A matrix goes in the direction of its orthogonalised momentum (Jordan et al., 2024), scaled to a
+  root mean square of about `o.muon_rms` an entry (Liu et al., arXiv 2502.16982, sec. 2.2, with
+  0.2), so that learning rate and decay mean what they mean for AdamW. Stacked layers are so many
+  matrices. Embeddings, queries, positions, biases, norms and the logit scale are Adam's.
+  """
+
+  def label(name: str, leaf: Any) -> str:
+    del leaf
+    return "muon" if name.endswith("/kernel") else "adam"
+
+  def dimensions(updates: Any) -> Any:
+    return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), updates)
+
+  def scale(updates: Any, _: Any) -> Any:
+    return jax.tree.map(lambda x: x * o.muon_rms * max(x.shape[-2:]) ** 0.5, updates)
+
+  muon = contrib.scale_by_muon(weight_dimension_numbers=dimensions)
+  adam = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+  return optax.partition(
+    {"muon": optax.chain(muon, optax.stateless(scale)), "adam": adam},
+    trees.map_with_name(label, params),
+  )
+
+
 def create(
   config: ml_collections.ConfigDict, params: Any, *, total_steps: int, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """AdamW (decoupled decay), with clipping, per-parameter rates and freezing by config."""
+  """AdamW or Muon, both with decoupled decay; clipping, per-parameter rates, freezing by config."""
   o = config.optimizer
   steps = []
   if o.clip_norm:
     steps.append(optax.clip_by_global_norm(o.clip_norm))
+  if o.name == "muon":
+    steps.append(scale_by_muon(o, params))
+  else:
+    steps.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps))
   steps += [
-    optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
     optax.add_decayed_weights(o.weight_decay, mask=decay_mask(params, o.decay_mask)),
     optax.scale_by_learning_rate(
       schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

@@ -83,6 +83,12 @@ def test_what_cannot_work_is_one_line_with_key_and_value(key, value, words):
     assert word in line
 
 
+def test_hierarchical_stem_needs_patches_that_it_can_build():
+  c = configs.load("configs/cc12m.py:model.image.variant=L/14,model.image.stem=hmlp")
+  with pytest.raises(ValueError, match=r"model.image.stem = 'hmlp' .* 8, 16, 32, .* not of 14"):
+    configs.check(configs.resolve(c))
+
+
 @pytest.mark.parametrize(
   ("key", "nearest"),
   [

@@ -143,3 +143,64 @@ def test_logit_scale_is_clamped(before, after):
   clamped = optim.clamp_logit_scale(params, 4.6052)
   assert_allclose(clamped["logit_scale"], after)
   assert_allclose(clamped["other"], 9.0)
+
+
+def test_muon_orthogonalises_each_layers_matrix_and_leaves_the_rest_to_adamw(tiny, rng):
+  """First step, where the momentum is the gradient: U V^T of the singular value decomposition."""
+  shapes = {
+    "tower": {"fc": {"kernel": (3, 8, 5), "bias": (3, 5)}, "out": {"kernel": (4, 6)}},
+    "token_embedding": (5, 4),
+  }
+  params, gradient = (
+    jax.tree.map(
+      lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: type(x) is tuple
+    )
+    for _ in range(2)
+  )
+  o = tiny.optimizer
+  o.update(lr=0.5, warmup_steps=0, warmup_epochs=0.0, weight_decay=0.1, muon_rms=0.3)
+  steps_of = {}
+  for o.name in ("adamw", "muon"):
+    optimizer = optim.create(tiny, params, total_steps=STEPS, steps_per_epoch=1)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    steps_of[o.name] = dict(trees.named_leaves(updates))
+  muon, weights = steps_of["muon"], dict(trees.named_leaves(params))
+  for name, value in trees.named_leaves(gradient):
+    if not name.endswith("kernel"):
+      assert_allclose(muon[name], steps_of["adamw"][name], rtol=1e-6, err_msg=name)
+      continue
+    directions = muon[name] / -0.5 - 0.1 * weights[name]
+    for matrix, direction in zip(
+      value.reshape(-1, *value.shape[-2:]),
+      np.reshape(directions, (-1, *value.shape[-2:])) / (0.3 * max(value.shape[-2:]) ** 0.5),
+      strict=True,
+    ):
+      u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+      aligned = u.T @ direction @ vt.T
+      # Newton-Schulz with Muon's coefficients brings singular values near 1, not to 1.
+      assert np.all((np.diag(aligned) > 0.6) & (np.diag(aligned) < 1.3)), np.diag(aligned)
+      assert_allclose(aligned, np.diag(np.diag(aligned)), atol=1e-4)
+
+
+def test_muon_sums_in_another_order_when_sharded_but_stays_the_same_step(tiny, make_batch):
+  """Losses of four steps on eight devices and on one."""
+  from grain_jax import mesh as meshes
+
+  tiny.optimizer.name = "muon"
+  losses = []
+  for devices in (1, 8):
+    mesh = meshes.create(tiny, devices=jax.devices()[:devices])
+    model = grain.build(tiny)
+    init, _, shardings, optimizer = steps.create_state(
+      model, tiny, mesh, total_steps=10, steps_per_epoch=2
+    )
+    with jax.set_mesh(mesh):
+      state, step = init(), steps.make_train_step(model, tiny, mesh, optimizer, shardings)
+      values = []
+      for i in range(4):
+        batch = make_batch(tiny, rng=np.random.default_rng(i))
+        state, metrics = step(state, meshes.to_global(batch, mesh))
+        values.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    losses.append(values)
+  assert losses[0][0] != losses[0][3]
+  assert_allclose(losses[0], losses[1], rtol=1e-4)

@@ -142,6 +142,10 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     norm_eps=m.image.norm_eps,
     init_std=m.image.init_std,
     position_init=m.image.position_init,
+    # `get`: config.json of runs from before these keys lacks them.
+    pre_norm=m.image.get("pre_norm", False),
+    patch_bias=m.image.get("patch_bias", True),
+    stem=m.image.get("stem", "linear"),
     **common,
   )
   text_tower = text.TextTransformer(

@@ -29,8 +29,49 @@ def sincos_positions(side: int, width: int) -> Array:
   return jnp.concatenate([across, down], axis=-1)
 
 
+def merge(x: Array, side: int) -> Array:
+  """Squares of side x side pixels become one: [B, H, W, C] -> [B, H/side, W/side, side^2 C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height // side, side, width // side, side, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, height // side, width // side, side * side * channels)
+
+
+class HierarchicalStem(nn.Module):
+  """Patch embedding by a small network: 4 x 4 pixels, then 2 x 2 merged until a patch is whole.
+
+  The hMLP stem (Touvron et al., "Three things everyone should know about Vision Transformers",
+  ECCV 2022, sec. 5) with LayerNorm. Patches do not see each other, as with the linear embedding.
+  """
+
+  patch: int  # pixels: 8, 16, 32, ...
+  width: int
+  activation: str
+  norm_eps: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, image: Array) -> Array:
+    """[B, size, size, 3] -> [B, (size / patch)^2, width]."""
+
+    def dense(x: Array, width: int, name: str) -> Array:
+      init = nn.initializers.lecun_normal()
+      return nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(x)
+
+    activation = layers.ACTIVATIONS[self.activation]
+    x = dense(merge(image.astype(self.dtype), 4), self.width // 2, "fc0")
+    for i in range(1, (self.patch // 4).bit_length()):
+      x = merge(activation(x), 2)
+      x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")
+      x = dense(x, self.width, f"fc{i}")
+    return x.reshape(image.shape[0], -1, self.width)
+
+
 class VisionTransformer(nn.Module):
   """Class token and patch tokens after the final LayerNorm.
+
+  With `pre_norm` and without `patch_bias` it is CLIP's image tower (Radford et al., 2021), whose
+  final LayerNorm sees the class token alone; for that token it is the same.
 
   Initialised as timm does: truncated normal (`init_std`, 0.02) for weights and positions, 1e-6 for
   the class token, zero biases.
@@ -47,6 +88,9 @@ class VisionTransformer(nn.Module):
   norm_eps: float
   init_std: float = 0.02
   position_init: str = "normal"
+  pre_norm: bool = False
+  patch_bias: bool = True
+  stem: str = "linear"
   unroll: int = 1
   remat: str = "none"
   dtype: Any = jnp.float32
@@ -63,15 +107,27 @@ class VisionTransformer(nn.Module):
     """
     batch, side = image.shape[0], self.size // self.patch
     init = nn.initializers.truncated_normal(self.init_std)
-    # A convolution of stride `patch`, written as one matrix product over flattened patches.
-    x = image.reshape(batch, side, self.patch, side, self.patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, side * side, self.patch * self.patch * 3).astype(self.dtype)
-    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    x = nn.Dense(self.width, kernel_init=uniform, dtype=self.dtype, name="patch_embedding")(x)
+    if self.stem == "hmlp":
+      x = HierarchicalStem(
+        self.patch, self.width, self.activation, self.norm_eps, dtype=self.dtype, name="stem"
+      )(image)
+    else:
+      # A convolution of stride `patch`, written as one matrix product over flattened patches.
+      x = merge(image, self.patch).reshape(batch, side * side, -1).astype(self.dtype)
+      uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+      x = nn.Dense(
+        self.width,
+        use_bias=self.patch_bias,
+        kernel_init=uniform,
+        dtype=self.dtype,
+        name="patch_embedding",
+      )(x)
     cls = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
     x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
     positions = self.param("position_embedding", self._positions, (1 + side * side, self.width))
     x = x + positions.astype(self.dtype)
+    if self.pre_norm:
+      x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")
     blocks = layers.stack(
       layers.Block, self.depth, unroll=self.unroll, remat=self.remat, broadcast=1
     )

@@ -252,3 +252,42 @@ def test_decoder_is_torchs_decoder_layer_as_published(rng):
     k for k in flax.traverse_util.flatten_dict(ours.init(jax.random.key(0), tokens)["params"])
   }
   assert names == set(flax.traverse_util.flatten_dict(params))
+
+
+def test_hierarchical_stem_is_its_strided_convolutions(rng):
+  """Merging squares and a matrix product are a convolution whose stride is its size."""
+  stem = vit.HierarchicalStem(patch=16, width=12, activation="gelu", norm_eps=1e-6)
+  image = rng.normal(size=(2, 32, 48, 3)).astype(np.float32)
+  params = stem.init(jax.random.key(0), image)["params"]
+  params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+  got = stem.apply({"params": params}, image)
+
+  x = torch.tensor(image).permute(0, 3, 1, 2)
+  for name, side in (("fc0", 4), ("fc1", 2), ("fc2", 2)):
+    if name != "fc0":
+      x = torch.nn.functional.gelu(x)
+      # One LayerNorm over the merged square: all of its channels at once.
+      squares = torch.nn.functional.unfold(x, side, stride=side)  # [B, C * side^2, L]
+      order = np.arange(x.shape[1] * side * side).reshape(x.shape[1], side * side).T.ravel()
+      scale, bias = (torch.tensor(params[f"norm{name[-1]}"][k]) for k in ("scale", "bias"))
+      squares = torch.nn.functional.layer_norm(
+        squares[:, order].transpose(1, 2), (len(order),), scale, bias, 1e-6
+      )
+      rows, columns = x.shape[2] // side, x.shape[3] // side
+      x = squares @ torch.tensor(params[name]["kernel"]) + torch.tensor(params[name]["bias"])
+      x = x.transpose(1, 2).reshape(x.shape[0], -1, rows, columns)
+    else:
+      kernel = torch.tensor(params[name]["kernel"]).reshape(side, side, 3, -1).permute(3, 2, 0, 1)
+      x = torch.nn.functional.conv2d(x, kernel, torch.tensor(params[name]["bias"]), stride=side)
+  assert_allclose(got, x.flatten(2).transpose(1, 2).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_hierarchical_stem_keeps_patches_apart(rng):
+  """A change in one patch changes that patch's embedding alone."""
+  stem = vit.HierarchicalStem(patch=8, width=12, activation="gelu", norm_eps=1e-6)
+  image = rng.normal(size=(1, 16, 16, 3)).astype(np.float32)
+  variables = stem.init(jax.random.key(0), image)
+  other = image.copy()
+  other[0, 9, 3] += 1  # second row of patches, first column
+  changed = np.any(stem.apply(variables, image) != stem.apply(variables, other), axis=-1)
+  assert changed.tolist() == [[False, False, True, False]]
