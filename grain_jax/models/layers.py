@@ -115,7 +115,8 @@ class Block(nn.Module):
   """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
   The block of both towers. Its call has the form that `nn.scan` asks for: (carry, mask) ->
-  (carry, None).
+  (carry, None). With `at`, i32 [B, T], only the tokens in these columns come out, [B, T, D]: they
+  attend to all of x, and the others cost keys and values alone.
   """
 
   heads: int
@@ -127,9 +128,12 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+  def __call__(self, x: Array, mask: Array | None, at: Array | None = None) -> tuple[Array, None]:
     attention_in, attention_out, fc1, fc2 = self.inits
-    y = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
+    y = query = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
+    if at is not None:
+      x, query = (jnp.take_along_axis(z, at[..., None], axis=1) for z in (x, y))
+      mask = None if mask is None else jnp.take_along_axis(mask, at[:, None, :, None], axis=2)
     x = x + Attention(
       self.heads,
       attention_in,
@@ -137,7 +141,7 @@ class Block(nn.Module):
       qk_norm_eps=self.norm_eps if self.qk_norm else None,
       dtype=self.dtype,
       name="attention",
-    )(y, y, y, mask=mask)
+    )(query, y, y, mask=mask)
     y = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
     x = x + Mlp(self.hidden, self.activation, fc1, fc2, dtype=self.dtype, name="mlp")(y)
     return x, None

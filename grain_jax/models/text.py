@@ -58,23 +58,27 @@ class TextTransformer(nn.Module):
     x = (jnp.take(embedding, tokens, axis=0) + jnp.take(position, positions, axis=0)).astype(
       self.dtype
     )
-    out = self.width**-0.5 * (2 * self.depth) ** -0.5
-    blocks = layers.stack(
-      layers.Block, self.depth, unroll=self.unroll, remat=self.remat, broadcast=1
-    )
-    x, _ = blocks(
-      self.heads,
-      round(self.width * self.mlp_ratio),
-      self.activation,
-      self.norm_eps,
-      inits=(
-        normal(self.width**-0.5),
-        normal(out),
-        normal((2 * self.width) ** -0.5),
-        normal(out),
-      ),
-      dtype=self.dtype,
-      name="blocks",
-    )(x, packed_causal_mask(segments))
-    x = jnp.take_along_axis(x, ends[..., None], axis=1)
+    x = self._blocks(x, packed_causal_mask(segments), ends)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+
+  def _blocks(self, x: Array, mask: Array, ends: Array) -> Array:
+    """All blocks, [B, L, D] -> [B, T, D]: the last of them for the tokens at `ends` alone."""
+    normal, out = nn.initializers.normal, self.width**-0.5 * (2 * self.depth) ** -0.5
+    args = (self.heads, round(self.width * self.mlp_ratio), self.activation, self.norm_eps)
+    inits = (normal(self.width**-0.5), normal(out), normal((2 * self.width) ** -0.5), normal(out))
+
+    def stack(depth: int, **kwargs: Any) -> nn.Module:
+      make = layers.stack(layers.Block, depth, unroll=self.unroll, remat=self.remat, broadcast=1)
+      return make(*args, inits=inits, dtype=self.dtype, **kwargs)
+
+    if self.is_initializing():  # parameters of all blocks are one stack
+      x, _ = stack(self.depth, name="blocks")(x, mask)
+      return jnp.take_along_axis(x, ends[..., None], axis=1)
+    params = self.variables["params"]["blocks"]
+    if self.depth > 1:
+      before = {"params": jax.tree.map(lambda p: p[:-1], params)}
+      x, _ = stack(self.depth - 1, parent=None).apply(before, x, mask)
+    last = {"params": jax.tree.map(lambda p: p[-1], params)}
+    block = nn.remat(layers.Block) if self.remat == "block" else layers.Block
+    x, _ = block(*args, inits=inits, dtype=self.dtype, parent=None).apply(last, x, mask, ends)
+    return x

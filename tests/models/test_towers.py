@@ -1,5 +1,6 @@
 """Towers and decoder against transformers and torch, with random weights carried over by name."""
 
+import flax.linen
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import torch
 import transformers
 from numpy.testing import assert_allclose
 
-from grain_jax.models import decoder, text, vit
+from grain_jax.models import decoder, layers, text, vit
 
 
 def array(x):
@@ -90,6 +91,34 @@ def test_text_tower_on_a_packed_row_is_clip_on_each_text_alone(clip_text, rng):
   for i, ids in enumerate(texts):
     want = model(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0, -1]
     assert_allclose(got[i], array(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("unroll", [1, -1])
+def test_last_block_at_the_ends_alone_is_the_whole_block(clip_text, rng, remat, unroll):
+  """Value and gradient against all blocks on all tokens, taken at the ends afterwards."""
+  _, ours, params = clip_text
+  ours = ours.clone(remat=remat, unroll=unroll)
+  tokens, segments, positions, ends = packed(texts_of([7, 3, 11], rng), 30)
+  weight = rng.normal(size=(1, 3, 32)).astype(np.float32)
+
+  def whole(params):
+    x = params["token_embedding"][tokens] + params["position_embedding"][positions]
+    mask, init = text.packed_causal_mask(segments), jax.nn.initializers.zeros
+    for i in range(3):
+      block = layers.Block(4, 128, "quick_gelu", 1e-5, (init,) * 4)
+      of_layer = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
+      x, _ = block.apply({"params": of_layer}, x, mask)
+    norm_ = flax.linen.LayerNorm(epsilon=1e-5)
+    return norm_.apply({"params": params["norm"]}, x)[:, ends[0]]
+
+  params = jax.tree.map(jnp.asarray, params)
+  functions = (whole, lambda p: ours.apply({"params": p}, tokens, segments, positions, ends))
+  values = [f(params) for f in functions]
+  assert_allclose(*values, rtol=1e-5, atol=1e-5)
+  gradients = [jax.grad(lambda p, f=f: jnp.sum(f(p) * weight))(params) for f in functions]
+  for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+    assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_and_unpacked_texts_have_equal_features_and_gradients(clip_text, rng):
