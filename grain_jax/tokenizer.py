@@ -103,6 +103,11 @@ def _byte_alphabet() -> list[str]:
   return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+def vocabulary_json() -> str:
+  """The tokenizer in the format of the `tokenizers` library: vocabulary, merges, rules."""
+  return _backend().to_str()
+
+
 class Tokenizer:
   """CLIP's tokenizer. Encoded texts are kept in memory: captions and descriptions come again.
 

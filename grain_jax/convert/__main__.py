@@ -1,0 +1,40 @@
+"""`python -m grain_jax.convert --from=FORMAT --input=PATH --out=DIR`: foreign weights, as a run."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from grain_jax import cli
+
+_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, safetensors"
+
+
+def main() -> None:
+  from grain_jax.convert import convert  # after the flags: a wrong one answers at once
+
+  flag = flags.FLAGS
+  source = flag["from"].value  # a keyword of Python
+  config = convert.convert(
+    source,
+    flag.input,
+    out=flag.out,
+    recipe=flag.config,
+    image_size=flag.image_size,
+    quick_gelu=flag.quick_gelu,
+  )
+  tower = config.model.image
+  print(
+    f"{flag.out}: {config.method}, {tower.size} pixels, image tower {tower.width} x {tower.depth} "
+    f"with patches of {tower.patch}, from {flag.input}",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("from", None, f"Format: {_FORMATS}.", required=True)
+  flags.DEFINE_string("input", None, "File or folder of the checkpoint.", required=True)
+  flags.DEFINE_string("out", None, "Run folder to be written; must not exist.", required=True)
+  flags.DEFINE_string("config", None, "Recipe FILE[:argument] that describes the checkpoint.")
+  flags.DEFINE_integer("image_size", None, "Pixels, if other than the checkpoint's.")
+  flags.DEFINE_bool("quick_gelu", None, "open_clip: trained with QuickGELU (OpenAI's weights are).")
+  cli.run(main)

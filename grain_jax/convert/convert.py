@@ -1,0 +1,138 @@
+"""From a foreign checkpoint to the folder of a run."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from grain_jax import config as configs
+from grain_jax import steps
+from grain_jax.convert import (
+  foreign,
+  grain_torch,
+  hf_clip,
+  layout,
+  native,
+  open_clip,
+  resize,
+  run_folder,
+  staging,
+)
+from grain_jax.models import grain
+
+# Name -> reader of a file or folder.
+FORMATS: dict[str, Callable[[pathlib.Path], foreign.Foreign]] = {
+  "grain_torch": grain_torch.load,
+  "hf_clip": hf_clip.load,
+  "open_clip": open_clip.load,
+  "ce_clip": functools.partial(open_clip.load, quick_gelu=True),
+  "safetensors": native.load,
+}
+# A file says its pixels' mean and deviation for certain, and they are no size: they always hold.
+_PIXELS = ("model.image.mean", "model.image.std")
+
+
+def read(
+  source: str,
+  path: str | pathlib.Path,
+  *,
+  recipe: str | None = None,
+  image_size: int | None = None,
+  quick_gelu: bool | None = None,
+) -> tuple[ml_collections.ConfigDict, Any]:
+  """A foreign checkpoint as (configuration, parameters).
+
+  Args:
+    source: the format, one of `FORMATS`.
+    path: file or folder of the checkpoint.
+    recipe: FILE or FILE:argument that describes the model of the checkpoint; without one its sizes
+      come from the file, and what is not there (heads, activations) by the format's convention.
+    image_size: pixels; the position embedding is resized.
+    quick_gelu: for 'open_clip', whose files do not say it; its own default is false.
+
+  Raises:
+    ValueError: format, file, recipe or size cannot work; one line.
+  """
+  if source not in FORMATS:
+    raise ValueError(f"--from={source} is unknown. Choose from {', '.join(FORMATS)}.")
+  if not pathlib.Path(path).exists():
+    raise ValueError(f"--input={path} does not exist.")
+  load = FORMATS[source]
+  if quick_gelu is not None:
+    if source == "ce_clip" and not quick_gelu:
+      raise ValueError("--from=ce_clip: CE-CLIP's towers have QuickGELU. Leave --quick_gelu away.")
+    if source not in ("open_clip", "ce_clip"):
+      raise ValueError(
+        f"--quick_gelu is for --from=open_clip; {source} says its activation itself."
+      )
+    load = functools.partial(open_clip.load, quick_gelu=quick_gelu)
+  found = load(pathlib.Path(path))
+  config = _configure(found, recipe)
+  model = grain.build(config)
+  abstract = jax.eval_shape(lambda: steps.init_params(model, config))
+  params = layout.read(found.rules(config), found.state, abstract, where=found.where)
+  if recipe is not None:
+    _check_facts(found, config, recipe)
+  if image_size is not None:
+    resize.images(params, config, size=image_size)
+  return config, params
+
+
+def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collections.ConfigDict:
+  """Writes the run folder `out`: config.json and the weights as checkpoint 0.
+
+  Args:
+    source: the format, one of `FORMATS`.
+    path: file or folder of the checkpoint.
+    out: the folder to be, which must not exist.
+    **options: of `read`.
+
+  Returns:
+    The configuration written.
+
+  Raises:
+    ValueError: as `read`, or `out` exists; one line, and nothing is left in `out`.
+  """
+  target = pathlib.Path(out)
+  staging.refuse_existing(target)
+  config, params = read(source, path, **options)
+  run_folder.write(target, config=config, params=params, source={"format": source, "file": path})
+  return config
+
+
+def _configure(found: foreign.Foreign, recipe: str | None) -> ml_collections.ConfigDict:
+  """The whole configuration of an imported model, checked."""
+  if recipe is None:
+    config = run_folder.default_config()
+    for key, value in {**found.assumed, **found.carried, **found.facts}.items():
+      configs.set_key(config, key, value)
+    if config.method == "grain":
+      config.data.max_regions = min(config.data.max_regions, config.model.num_queries)
+  else:
+    config = configs.resolve(configs.load(recipe))
+    for key in _PIXELS:
+      configs.set_key(config, key, found.facts.get(key, config.model.image[key.split(".")[-1]]))
+    if config.method != found.facts["method"]:
+      raise ValueError(
+        f"{found.where} is a model of method {found.facts['method']}; --config={recipe} says "
+        f"config.method = {config.method!r}."
+      )
+  config.data.dir = config.compile_cache = ""  # of another machine
+  config.data.row_length = max(config.data.row_length, config.model.text.context)
+  configs.check(config)
+  return config
+
+
+def _check_facts(found: foreign.Foreign, config: Any, recipe: str) -> None:
+  """Raises where the recipe denies what the file says; shapes have been checked before."""
+  flat = dict(configs.flatten(config))
+  for key, value in found.facts.items():
+    if flat[key] != value:
+      raise ValueError(
+        f"--config={recipe} says config.{key} = {flat[key]!r}, but {found.where} {value!r}."
+      )

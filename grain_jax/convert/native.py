@@ -1,0 +1,51 @@
+"""Our own names in a safetensors file beside config.json, both ways."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import safetensors.numpy
+
+from grain_jax import config as configs
+from grain_jax import steps, trees
+from grain_jax.convert import foreign, layout, state_dicts
+from grain_jax.models import grain
+
+
+def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
+  """Every parameter under its own name, layers stacked."""
+  model = grain.build(config)
+  abstract = jax.eval_shape(lambda: steps.init_params(model, config))
+  return [rule for name, _ in trees.named_leaves(abstract) for rule in layout.same(name, name)]
+
+
+def load(path: pathlib.Path) -> foreign.Foreign:
+  """Reads a folder that `save` wrote, or its file of weights."""
+  folder = path if path.is_dir() else path.parent
+  path = path / "model.safetensors" if path.is_dir() else path
+  carried = carried_config(json.dumps(state_dicts.read_json(folder / "config.json")), folder)
+  state = state_dicts.arrays(state_dicts.load(path), where=str(path))
+  return foreign.Foreign(str(path), state, rules, {"method": carried["method"]}, carried=carried)
+
+
+def carried_config(text: Any, where: Any) -> dict[str, Any]:
+  """Keys and values of a configuration that a checkpoint carries as JSON."""
+  try:
+    config = dict(configs.flatten(configs.from_json(text)))
+  except (TypeError, ValueError, AttributeError) as error:
+    raise ValueError(f"{where}: its configuration cannot be read ({error}).") from error
+  if config.get("method") not in grain.METHODS:
+    raise ValueError(f"{where}: its configuration is none of grain_jax; it has no known method.")
+  return config
+
+
+def save(path: pathlib.Path, *, config: ml_collections.ConfigDict, params: Any, step: int) -> None:
+  """Writes the folder `path`: model.safetensors and the run's config.json."""
+  path.mkdir()
+  state = layout.write(rules(config), params)
+  safetensors.numpy.save_file(state, path / "model.safetensors", metadata={"step": str(step)})
+  (path / "config.json").write_text(configs.to_json(config))

@@ -1,0 +1,47 @@
+"""Position embeddings for another resolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+
+def position_embedding(embedding: np.ndarray, side: int) -> np.ndarray:
+  """The class token's position, and those of the patches on a grid of `side` x `side`.
+
+  Bicubic with antialiasing: torch's `interpolate(mode='bicubic', antialias=True,
+  align_corners=False)`, which OpenCLIP uses when it loads a checkpoint at another size.
+
+  Args:
+    embedding: [1 + patches, D], the class token's first.
+    side: patches along each side of the new grid.
+
+  Returns:
+    [1 + side^2, D].
+  """
+  first, grid = embedding[:1], embedding[1:]
+  old = round(len(grid) ** 0.5)
+  if old == side:
+    return embedding
+  grid = jax.image.resize(
+    jnp.asarray(grid.reshape(old, old, -1)),
+    (side, side, grid.shape[-1]),
+    method="cubic",
+    antialias=True,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return np.concatenate([first, np.asarray(grid).reshape(side * side, -1)])
+
+
+def images(params: Any, config: ml_collections.ConfigDict, *, size: int) -> None:
+  """Changes parameters and configuration, in place, to images of `size` x `size` pixels."""
+  patch = config.model.image.patch
+  if size < patch or size % patch:
+    raise ValueError(f"--image_size={size} does not divide into patches of {patch} pixels.")
+  tower = params["image_tower"]
+  tower["position_embedding"] = position_embedding(tower["position_embedding"], size // patch)
+  config.model.image.size = size

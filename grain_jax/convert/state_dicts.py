@@ -1,0 +1,139 @@
+"""Files of weights: PyTorch's (without running what is pickled in them) and safetensors."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 from here on
+import numpy as np
+import safetensors
+
+from grain_jax.convert import layout
+
+_INDEX = ".index.json"
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+  """What a file of weights holds, as it was saved: a dictionary of tensors, or of dictionaries.
+
+  Args:
+    path: a .safetensors file, the .index.json of a file in parts, or any file of `torch.save`.
+
+  Raises:
+    ValueError: no such file, truncated, of another kind, or holding code; one line. Nothing that
+      the file asks for is run (`torch.load(weights_only=True)`).
+  """
+  if not path.is_file():
+    kind = "is a folder, not a file of weights" if path.is_dir() else "does not exist"
+    raise ValueError(f"--input: {path} {kind}.")
+  if path.name.endswith(_INDEX):
+    return _load_parts(path)
+  loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+  if not isinstance(loaded, Mapping):
+    raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights.")
+  return dict(loaded)
+
+
+def _load_parts(path: pathlib.Path) -> dict[str, Any]:
+  """All parts of a checkpoint that its index names; they stand beside it."""
+  index = read_json(path)
+  files = index.get("weight_map", {}) if isinstance(index, dict) else {}
+  names = sorted({str(name) for name in files.values()}) if isinstance(files, dict) else []
+  if not names or any(pathlib.PurePath(name).name != name for name in names):
+    raise ValueError(f"{path} does not name the files of its parts (weight_map).")
+  state: dict[str, Any] = {}
+  for name in names:
+    state |= load(path.with_name(name))
+  return state
+
+
+def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is truncated or not a safetensors file ({error}).") from error
+  except (AttributeError, TypeError) as error:  # how it says that NumPy lacks a type
+    raise ValueError(
+      f"{path} holds weights of an unknown type ({error}). Save them as float32 or bfloat16."
+    ) from error
+
+
+def _load_torch(path: pathlib.Path) -> Any:
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f"{path} is read by PyTorch, which is not installed: pip install torch, or have the weights "
+      "saved as .safetensors."
+    ) from error
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # what matters comes as an error
+      return torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # torch raises many kinds for a damaged file
+    reason = " ".join(str(error).split())
+    if "TorchScript" in reason:
+      raise ValueError(
+        f"{path} is a TorchScript program, not weights. Save its state_dict() as .safetensors, or "
+        "take the same weights from a project that publishes them without code."
+      ) from error
+    reason = reason.rpartition("WeightsUnpickler error: ")[2]  # without advice to run it anyway
+    code = re.search(r"(?:GLOBAL|unrecognized function|instantiate) (\S+)", reason)
+    if code:
+      raise ValueError(
+        f"{path} holds more than weights: its pickle asks for {code[1]}, and nothing of it was "
+        "run. Save the state dict alone, as .safetensors if you can."
+      ) from error
+    raise ValueError(
+      f"{path} is truncated or not a file of PyTorch ({reason[:100] or type(error).__name__})."
+    ) from error
+
+
+def arrays(weights: Any, *, where: str) -> layout.State:
+  """The weights as NumPy arrays, floating-point ones as float32, without 'module.' in front.
+
+  Args:
+    weights: a state dict of torch tensors or NumPy arrays.
+    where: the file, for errors.
+
+  Raises:
+    ValueError: it is no dictionary of tensors, or an empty one.
+  """
+  if not isinstance(weights, Mapping) or not weights:
+    raise ValueError(f"{where} is not a dictionary of weights.")
+  others = [str(k) for k, v in weights.items() if not hasattr(v, "shape") or not isinstance(k, str)]
+  if others:
+    raise ValueError(f"{where} is not a state dict: {layout.few(others)} are no arrays.")
+  state = {key: _array(value) for key, value in weights.items()}
+  if all(key.startswith("module.") for key in state):  # torch's DistributedDataParallel
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+  return state
+
+
+def _array(value: Any) -> np.ndarray:
+  if not isinstance(value, np.ndarray):
+    value = value.detach()
+    value = (value.float() if value.is_floating_point() else value).numpy()
+  floating = value.dtype.kind == "f" or value.dtype == ml_dtypes.bfloat16
+  return value.astype(np.float32, copy=False) if floating else value
+
+
+def without(state: layout.State, ignored: str) -> layout.State:
+  """The state dict without the keys that the regex `ignored` matches as a whole."""
+  return {key: value for key, value in state.items() if not re.fullmatch(ignored, key)}
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file; a one-line ValueError where there is none."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise ValueError(f"--input: {path} does not exist.") from error
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}).") from error
