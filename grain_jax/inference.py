@@ -1,0 +1,205 @@
+"""A trained model in Python: `grain_jax.load(PATH)`, then texts and images to embeddings."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from grain_jax import evaluate, schema
+from grain_jax import mesh as meshes
+from grain_jax import tokenizer as tokenizers
+from grain_jax.data import records, transforms
+from grain_jax.evals import zero_shot
+from grain_jax.models import grain
+
+# A picture: PIL, u8 [H, W, 3], or the path of a file.
+Picture = Image.Image | np.ndarray | str | os.PathLike
+_LARGEST_BATCH = 64  # images or rows of text in one call of the compiled encoder
+
+
+class Regions(NamedTuple):
+  """Where in an image each of N descriptions is."""
+
+  boxes: np.ndarray  # f32 [N, 4], (ymin, xmin, ymax, xmax) as fractions of the image
+  scores: np.ndarray  # f32 [N], cosine similarity of description and region
+
+
+class Model:
+  """A model and its tokenizer on one device. Takes any number of inputs, batches by itself.
+
+  `config` is the configuration that it was trained with.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, params: Any):
+    self.config = config
+    self.tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+    self._mesh = meshes.create(self._of_batch(1), devices=jax.local_devices()[:1])
+    self._model = grain.build(config)
+    self._params = jax.device_put(params, meshes.replicated(self._mesh))
+    self._encoders: dict[int, evaluate.Encoders] = {}
+
+  def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+    """Token ids with start and end, zero-padded: i32 [N, context] (77 as published).
+
+    Longer texts are cut to the context, the end token kept.
+    """
+    return self.tokenizer.tokenize(_texts(texts, "texts"))
+
+  def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+    """N texts -> f32 [N, E], L2-normalised."""
+    texts = _texts(texts, "texts")
+    if not texts:
+      return np.zeros((0, self.config.model.embed_dim), np.float32)
+    with jax.set_mesh(self._mesh):
+      return self._encoder(len(texts)).text(texts)
+
+  def encode_image(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+    """N images (PIL, u8 [H, W, 3], paths; or u8 [N, H, W, 3]) -> f32 [N, E], L2-normalised."""
+    pixels = self.preprocess(images)
+    if not len(pixels):
+      return np.zeros((0, self.config.model.embed_dim), np.float32)
+    with jax.set_mesh(self._mesh):
+      return self._encoder(len(pixels)).image(pixels)
+
+  def describe_regions(self, image: Picture, descriptions: str | Sequence[str]) -> Regions:
+    """For each description the region query that means it most: (boxes [N, 4], scores [N]).
+
+    Several descriptions may have the same region; a low score says that it is not to be seen.
+
+    Raises:
+      ValueError: the model has no region queries (method 'clip'), or there are several images.
+    """
+    if self.config.method == "clip":
+      raise ValueError(
+        "describe_regions: a model of method 'clip' has no region queries. Load a GRAIN model."
+      )
+    pixels = self.preprocess(image)
+    if len(pixels) != 1:
+      raise ValueError(f"describe_regions takes one image, not {len(pixels)}. Call it for each.")
+    descriptions = _texts(descriptions, "descriptions")
+    if not descriptions:
+      return Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+    with jax.set_mesh(self._mesh):
+      regions, boxes = self._encoder(1).regions(pixels)
+    similarity = self.encode_text(descriptions) @ regions[0].T  # [N, Q]
+    best = similarity.argmax(axis=1)
+    return Regions(
+      np.clip(schema.center_to_corners(boxes[0, best]), 0, 1).astype(np.float32),
+      similarity.max(axis=1),
+    )
+
+  def classify(
+    self,
+    images: Picture | Sequence[Picture],
+    classes: Sequence[str],
+    descriptors: Mapping[str, Sequence[str]] | None = None,
+  ) -> np.ndarray:
+    """Probabilities of C classes, f32 [N, C]: softmax of the scaled cosine similarities.
+
+    A class is the mean embedding of its prompts: `config.zero_shot.templates` and, if given, its
+    descriptors (class -> list), as `grain_jax.evals.zero_shot` words them.
+    """
+    classes = _texts(classes, "classes")
+    prompts = zero_shot.class_prompts(classes, self.config.zero_shot.templates, descriptors)
+    weights = zero_shot.class_embeddings(self.encode_text, prompts)
+    scale = float(np.exp(np.asarray(self._params["logit_scale"])))
+    logits = scale * (self.encode_image(images) @ np.asarray(weights).T)
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
+
+  def preprocess(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+    """Images as the model was trained on them (squashed): u8 [N, size, size, 3].
+
+    Raises:
+      ValueError: what is no image, or an array that is not u8 [..., H, W, 3].
+    """
+    single = isinstance(images, (Image.Image, str, os.PathLike)) or (
+      isinstance(images, np.ndarray) and images.ndim == 3
+    )
+    pictures = [images] if single else list(images)
+    size = self.config.model.image.size
+    pixels = [transforms.squash(_picture(p, i), size) for i, p in enumerate(pictures)]
+    return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+
+  def _of_batch(self, size: int) -> ml_collections.ConfigDict:
+    """The configuration with `size` rows a call, on the one device."""
+    config = ml_collections.ConfigDict(self.config.to_dict())
+    config.eval_batch_size = config.batch_size = size
+    config.mesh.update(data=1, fsdp=1, tensor=1, rules=())
+    return config
+
+  def _encoder(self, rows: int) -> evaluate.Encoders:
+    """Encoders for about so many rows: one compiled program for each power of two up to 64."""
+    size = min(1 << (rows - 1).bit_length(), _LARGEST_BATCH)
+    if size not in self._encoders:
+      self._encoders[size] = evaluate.make_encoders(
+        self._of_batch(size),
+        self._model,
+        self._params,
+        mesh=self._mesh,
+        tokenizer=self.tokenizer,
+      )
+    return self._encoders[size]
+
+
+def load(path: str | pathlib.Path, *, step: int | None = None) -> Model:
+  """A model from a folder.
+
+  Args:
+    path: workdir of a run, or what `grain_jax.convert` wrote (config.json and checkpoints/), or a
+      safetensors export (config.json and model.safetensors).
+    step: which checkpoint of a run; the newest by default.
+
+  Raises:
+    ValueError: there is no model in the folder; one line.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
+      "checkpoint first (python -m grain_jax.convert --help)."
+    )
+  if (folder / "model.safetensors").is_file():
+    from grain_jax.convert import convert
+
+    if step is not None:
+      raise ValueError(f"{folder} is an export of one checkpoint: it has no step {step}.")
+    return Model(*convert.read("safetensors", folder))
+  config, params, _ = evaluate.load(str(folder), step=step)
+  return Model(config, params)
+
+
+def _texts(texts: str | Sequence[str], name: str) -> list[str]:
+  found = [texts] if isinstance(texts, str) else list(texts)
+  for i, text in enumerate(found):
+    if not isinstance(text, str):
+      raise ValueError(f"{name}[{i}] is a {type(text).__name__}, not a text.")
+  return found
+
+
+def _picture(picture: Any, index: int) -> Image.Image:
+  """RGB; one line about what cannot be read."""
+  if isinstance(picture, (str, os.PathLike)):
+    file = pathlib.Path(picture)
+    if not file.is_file():
+      raise ValueError(f"images[{index}]: there is no file {file}.")
+    try:
+      return records.decode_image(file.read_bytes())
+    except ValueError as error:
+      raise ValueError(f"images[{index}], {file}: {error}") from error
+  if isinstance(picture, Image.Image):
+    return picture.convert("RGB")
+  array = np.asarray(picture)
+  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+    raise ValueError(
+      f"images[{index}] is {array.dtype} {list(array.shape)}: give u8 [H, W, 3] with values of 0 "
+      "to 255, a PIL image or a path."
+    )
+  return Image.fromarray(array)
