@@ -1,0 +1,1 @@
+"""The same mathematics written with other tools, to measure beside."""
