@@ -21,6 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
   c.compile_cache = ""  # folder of the persistent compilation cache; empty: none
 
+  c.init = ml_collections.ConfigDict()  # towers to start from; folders of `grain_jax.convert`, runs
+  c.init.image = ""  # image tower; empty: fresh
+  c.init.text = ""  # text tower and its projection
+
   c.data = ml_collections.ConfigDict()
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
   c.data.split = "train"  # split to train on
@@ -116,6 +120,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.weight_decay = 0.1
   c.optimizer.decay_mask = "clean"  # clean (no norm, bias, scale) | published (decoder's norms too)
   c.optimizer.clip_norm = 0.0  # largest global gradient norm; 0: no clipping, as published
+  c.optimizer.ema_decay = 0.0  # of a running mean of the parameters, to evaluate; 0: none is kept
   c.optimizer.freeze = ()  # regexes of parameter names that stay as they are
   c.optimizer.lr_scale = ()  # (regex, factor) pairs, first match wins
 
@@ -175,6 +180,7 @@ def small(c: ml_collections.ConfigDict) -> None:
 def runlocal(c: ml_collections.ConfigDict) -> None:
   """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes."""
   small(c)
+  c.init.update(image="", text="")
   c.data.dir = "data/scenes"
   c.model.dtype = "float32"
   c.evals = ("zero_shot", "retrieval", "grounding")

@@ -56,7 +56,7 @@ FREE_KEYS = frozenset(
   }
 )
 _NO_RECIPES = ("__init__", "common")  # in configs/
-_FREE_PREFIXES = ("zero_shot.", "retrieval.", "grounding.", "mesh.")
+_FREE_PREFIXES = ("init.", "zero_shot.", "retrieval.", "grounding.", "mesh.")
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,6 +153,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in positive:
     if flat[key] <= 0:
       raise ValueError(f"config.{key} = {flat[key]} must be positive.")
+  if not 0 <= config.optimizer.ema_decay < 1:
+    raise ValueError(
+      f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "
+      "mean over about 10,000 steps."
+    )
   if config.steps <= 0 and config.epochs <= 0:
     raise ValueError("config.steps and config.epochs are both 0: set one of them.")
   if config.data.max_regions < 0:

@@ -191,7 +191,10 @@ def write(folder: pathlib.Path, outcome: Outcome, *, step: int) -> None:
 
 
 def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
-  """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise."""
+  """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
+
+  Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean.
+  """
   folder = pathlib.Path(workdir)
   path = folder / "config.json"
   if not path.is_file():
@@ -203,9 +206,10 @@ def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
   whole = meshes.replicated(meshes.create(config))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-  state, meta = checkpoints.restore({"params": abstract}, step=step)
+  kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
+  state, meta = checkpoints.restore({kept: abstract}, step=step)
   checkpoints.close()
-  return config, state["params"], meta["step"]
+  return config, state[kept], meta["step"]
 
 
 def main() -> None:

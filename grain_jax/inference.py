@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from grain_jax import evaluate, schema
+from grain_jax import evaluate, schema, weights
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.data import records, transforms
@@ -108,9 +108,9 @@ class Model:
     """
     classes = _texts(classes, "classes")
     prompts = zero_shot.class_prompts(classes, self.config.zero_shot.templates, descriptors)
-    weights = zero_shot.class_embeddings(self.encode_text, prompts)
+    heads = zero_shot.class_embeddings(self.encode_text, prompts)
     scale = float(np.exp(np.asarray(self._params["logit_scale"])))
-    logits = scale * (self.encode_image(images) @ np.asarray(weights).T)
+    logits = scale * (self.encode_image(images) @ heads.T)
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -150,30 +150,8 @@ class Model:
 
 
 def load(path: str | pathlib.Path, *, step: int | None = None) -> Model:
-  """A model from a folder.
-
-  Args:
-    path: workdir of a run, or what `grain_jax.convert` wrote (config.json and checkpoints/), or a
-      safetensors export (config.json and model.safetensors).
-    step: which checkpoint of a run; the newest by default.
-
-  Raises:
-    ValueError: there is no model in the folder; one line.
-  """
-  folder = pathlib.Path(path)
-  if not (folder / "config.json").is_file():
-    raise ValueError(
-      f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
-      "checkpoint first (python -m grain_jax.convert --help)."
-    )
-  if (folder / "model.safetensors").is_file():
-    from grain_jax.convert import convert
-
-    if step is not None:
-      raise ValueError(f"{folder} is an export of one checkpoint: it has no step {step}.")
-    return Model(*convert.read("safetensors", folder))
-  config, params, _ = evaluate.load(str(folder), step=step)
-  return Model(config, params)
+  """A model from a folder: workdir, imported checkpoint or export; see `weights.load`."""
+  return Model(*weights.load(path, step=step))
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:

@@ -17,7 +17,7 @@ from clu import metric_writers
 Pairs = Mapping[str, tuple[Any, Any]]
 
 # Of these the total of the steps is told, not their mean.
-COUNTS = ("bad_examples", "dropped_texts", "nonfinite")
+COUNTS = ("bad_examples", "dropped_texts", "truncated_texts", "nonfinite")
 
 
 def summarize(steps: Iterable[Pairs], prefix: str = "train/") -> dict[str, float]:

@@ -29,6 +29,12 @@ class TrainState:
   step: Array  # i32 [], updates done
   params: Any
   opt_state: Any
+  ema: Any = None  # mean of the parameters, newer ones weighing more; None: not kept
+
+  @property
+  def eval_params(self) -> Any:
+    """The parameters to evaluate and to hand on: the mean where one is kept."""
+    return self.params if self.ema is None else self.ema
 
 
 def dummy_batch(config: ml_collections.ConfigDict, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,7 +74,8 @@ def create_state(
 
   def init() -> TrainState:
     params = init_params(model, config)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
   abstract = jax.eval_shape(init)
   shardings = meshes.state_shardings(abstract, mesh, config.mesh.rules)
@@ -137,7 +144,10 @@ def make_train_step(
     one = jnp.ones(())
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     metrics |= {"gradient_norm": (norm, one), "nonfinite": (1.0 - finite.astype(jnp.float32), one)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   whole = meshes.replicated(mesh)
   return jax.jit(

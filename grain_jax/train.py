@@ -16,7 +16,7 @@ import ml_collections
 from absl import logging
 from clu import metric_writers
 
-from grain_jax import checkpoint, evaluate, metrics, steps, trees
+from grain_jax import checkpoint, evaluate, metrics, steps, trees, weights
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
@@ -70,6 +70,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   with jax.set_mesh(mesh):
     if checkpoints.latest() is None:
       state = init()
+      if config.init.image or config.init.text:
+        state = state.replace(params=weights.start_from(config, state.params))
+        if state.ema is not None:
+          state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
     else:
       state, meta = checkpoints.restore(abstract)
       if meta["tokenizer"] != tokenizer.hash:
@@ -86,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       f"{mesh.size} device(s), step {step} of {total_steps} in {folder}"
     )
     run_evals = lambda state: evaluate.run(  # noqa: E731
-      config, model, state.params, dataset, mesh=mesh, tokenizer=tokenizer
+      config, model, state.eval_params, dataset, mesh=mesh, tokenizer=tokenizer
     )
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash}
     if step < total_steps:

@@ -69,6 +69,7 @@ def test_first_difference_names_what_touches_the_parameters_alone():
     ("data.row_length", 40, ["config.data.row_length = 40", "config.model.text.context = 77"]),
     ("loss.matcher", "gpu", ["config.loss.matcher = 'gpu'", "host, device"]),
     ("batch_size", 0, ["config.batch_size = 0", "positive"]),
+    ("optimizer.ema_decay", 1.0, ["config.optimizer.ema_decay = 1.0", "[0, 1)"]),
     ("epochs", 0.0, ["config.steps", "config.epochs"]),
   ],
 )

@@ -206,3 +206,72 @@ def test_encoders_give_what_the_model_gives_whole_on_every_device(config, batch)
   assert_allclose(last_boxes, output.boxes[-1], atol=1e-5)
   assert_allclose(text[:, 0], output.captions, atol=1e-5)
   assert_allclose(text[:, 1:], output.descriptions, atol=1e-5)
+
+
+def test_ema_is_the_weighted_mean_of_the_parameters_so_far(tiny, make_batch):
+  """After two steps: d^2 p0 + d (1 - d) p1 + (1 - d) p2, and the run itself is the same."""
+  mesh = meshes.create(tiny, devices=jax.devices()[:1])
+  batch = meshes.to_global(make_batch(tiny), mesh)
+  model, runs = grain.build(tiny), []
+  tiny.optimizer.update(lr=0.1, warmup_steps=0, warmup_epochs=0.0)
+  for tiny.optimizer.ema_decay in (0.0, 0.75):
+    init, _, shardings, optimizer = steps.create_state(
+      model, tiny, mesh, total_steps=10, steps_per_epoch=2
+    )
+    step = steps.make_train_step(model, tiny, mesh, optimizer, shardings)
+    with jax.set_mesh(mesh):
+      state, seen = init(), []
+      for _ in range(3):
+        seen.append(jax.tree.map(np.array, state.params))
+        last = state.eval_params if state.ema is None else jax.tree.map(np.array, state.ema)
+        state, _ = step(state, batch)
+    runs.append(seen)
+  for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(runs[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  want = jax.tree.map(lambda a, b, c: 0.5625 * a + 0.1875 * b + 0.25 * c, *runs[1])
+  for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, make_batch):
+  """Parameters, moments, embeddings, losses and gradients stay float32; the loss is near."""
+  batch = jax.tree.map(jnp.asarray, make_batch(tiny))
+  tiny.model.decoder.dropout = 0.0
+  found = {}
+  for tiny.model.dtype in ("float32", "bfloat16"):
+    model = grain.build(tiny)
+    params = steps.init_params(model, tiny)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    output = model.apply({"params": params}, batch, num_regions=tiny.data.max_regions)
+    assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    loss = lambda p, model=model: steps.loss_function(  # noqa: E731
+      p, batch, jax.random.key(0), model=model, config=tiny
+    )[0]
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    found[tiny.model.dtype] = jax.value_and_grad(loss)(params)
+    assert ("bf16" in program) == (tiny.model.dtype == "bfloat16")
+  (want, full), (got, half) = found["float32"], found["bfloat16"]
+  assert got.dtype == jnp.float32 and want != got
+  assert_allclose(got, want, rtol=2e-2)
+  assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+  norms = [float(optax.tree.norm(g)) for g in (full, half)]
+  assert_allclose(*norms, rtol=5e-2)
+
+
+def test_texts_cut_to_the_context_are_counted(tiny):
+  """A context beyond 77, captions of 3, 120 and 400 words; descriptions that fit."""
+  from grain_jax import schema, tokenizer
+
+  tiny.model.text.context, tiny.data.row_length, tiny.data.max_regions = 128, 160, 1
+  texts = [["dog " * n, "a dog"] for n in (3, 120, 400, 125)]
+  rows = tokenizer.Tokenizer(128).pack_batch(texts, row_length=160, scores=np.ones((4, 1)))
+  shapes = schema.batch_shapes(batch=4, image_size=32, row_length=160, regions=1)
+  batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+  batch |= {k: v for k, v in rows._asdict().items() if k in batch}
+  batch["example_mask"][:] = True
+  assert batch["text_mask"].all() and batch["positions"].max() == 127
+  model = grain.build(tiny)
+  _, parts = steps.loss_function(
+    steps.init_params(model, tiny), batch, jax.random.key(0), model=model, config=tiny
+  )
+  assert float(parts["truncated_texts"][0]) == 1  # 402 tokens; 122 and 127 fit

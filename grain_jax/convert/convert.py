@@ -123,6 +123,7 @@ def _configure(found: foreign.Foreign, recipe: str | None) -> ml_collections.Con
         f"config.method = {config.method!r}."
       )
   config.data.dir = config.compile_cache = ""  # of another machine
+  config.optimizer.ema_decay = 0.0  # what is imported has no mean beside it
   config.data.row_length = max(config.data.row_length, config.model.text.context)
   configs.check(config)
   return config

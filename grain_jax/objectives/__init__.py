@@ -113,5 +113,9 @@ def total_loss(
     jnp.sum(batch["region_mask"] & ~batch["text_mask"][:, 1 : 1 + num_regions], dtype=jnp.float32),
     one,
   )
+  # As long as the context: cut to it, but for the few texts of exactly that length.
+  last = jnp.take_along_axis(batch["positions"], batch["ends"], axis=1) + 1
+  full = (last >= config.model.text.context) & batch["text_mask"]
+  parts["truncated_texts"] = (jnp.sum(full, dtype=jnp.float32), one)
   parts["bad_examples"] = (jnp.sum(~example, dtype=jnp.float32), one)
   return Losses(total=total, parts=parts)

@@ -1,0 +1,99 @@
+"""Starting a run from somebody's towers: what is carried over, stays fresh, is refused."""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from grain_jax import config as configs
+from grain_jax import mesh as meshes
+from grain_jax import steps, train, trees, weights
+from grain_jax.convert import run_folder
+from grain_jax.models import grain
+
+
+@pytest.fixture
+def clip_folder(tiny, tmp_path):
+  """A CLIP as `convert` leaves it, of other parameters than a fresh model of `tiny`."""
+  clip = configs.from_json(configs.to_json(tiny))
+  clip.method, clip.seed = "clip", 7
+  params = steps.init_params(grain.build(clip), clip)
+  run_folder.write(tmp_path / "clip", config=clip, params=params, source={})
+  return tmp_path / "clip", dict(trees.named_leaves(params))
+
+
+def fresh(config):
+  """Parameters on all eight devices, the token embedding cut in two."""
+  config.mesh.update(fsdp=2, rules=(("token_embedding", ("fsdp",)),))
+  mesh = meshes.create(config)
+  init, *_ = steps.create_state(
+    grain.build(config), config, mesh, total_steps=10, steps_per_epoch=2
+  )
+  return init().params
+
+
+def test_towers_are_carried_over_and_the_decoder_stays_fresh(tiny, clip_folder):
+  folder, theirs = clip_folder
+  params = fresh(tiny)
+  tiny.init.update(image=str(folder), text=str(folder))
+  got = dict(trees.named_leaves(weights.start_from(tiny, params)))
+  carried = [n for n in got if n.startswith(("image_tower/", "text_tower/", "text_projection/"))]
+  assert len(carried) > 20 and len(got) > len(carried) + 20
+  for name, before in trees.named_leaves(params):
+    assert_array_equal(got[name], theirs[name] if name in carried else before, err_msg=name)
+    assert got[name].sharding == before.sharding
+  kernels = [n for n in carried if n.endswith("kernel")]
+  assert all(np.any(theirs[n] != dict(trees.named_leaves(params))[n]) for n in kernels)
+
+
+def test_one_tower_alone(tiny, clip_folder):
+  folder, theirs = clip_folder
+  params = fresh(tiny)
+  tiny.init.text = str(folder)
+  got, before = (dict(trees.named_leaves(p)) for p in (weights.start_from(tiny, params), params))
+  assert_array_equal(got["text_projection/kernel"], theirs["text_projection/kernel"])
+  kernel = "image_tower/blocks/mlp/fc1/kernel"
+  assert_array_equal(got[kernel], before[kernel])
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "line"),
+  [
+    ("model.image.activation", "quick_gelu", "config.model.image.activation is 'gelu' there and"),
+    ("model.image.size", 48, "config.model.image.size is 32 there and 48 here. Resize it"),
+    ("model.image.qk_norm", False, "config.model.image.qk_norm is True there and False here"),
+    ("model.text.depth", 1, "config.model.text.depth is 2 there and 1 here"),
+    ("model.embed_dim", 8, r"text_projection/kernel is \[32, 16\] there and \[32, 8\] here"),
+  ],
+)
+def test_another_architecture_is_one_line(tiny, clip_folder, key, value, line):
+  folder, _ = clip_folder
+  configs.set_key(tiny, key, value)
+  params = fresh(tiny)
+  tiny.init.update(image=str(folder), text=str(folder))
+  with pytest.raises(ValueError, match=line) as caught:
+    weights.start_from(tiny, params)
+  assert "\n" not in str(caught.value) and str(caught.value).startswith("config.init.")
+
+
+def test_a_folder_without_a_model_names_the_key(tiny, tmp_path):
+  params = fresh(tiny)
+  tiny.init.image = str(tmp_path)
+  with pytest.raises(ValueError, match=r"config.init.image: .* holds no model"):
+    weights.start_from(tiny, params)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_frozen_towers_and_leaves_them(tiny, clip_folder, scenes_dir, tmp_path):
+  folder, theirs = clip_folder
+  tiny.data.dir, tiny.steps, tiny.evals, tiny.save_every = str(scenes_dir), 2, (), 2
+  tiny.init.update(image=str(folder), text=str(folder))
+  tiny.optimizer.update(freeze=("^image_tower/",), lr=0.1, warmup_steps=0, warmup_epochs=0.0)
+  train.train(tiny, str(tmp_path / "run"))
+  _, params = weights.load(tmp_path / "run")
+  got = dict(trees.named_leaves(jax.tree.map(np.asarray, params)))
+  for name in theirs:
+    if name.startswith("image_tower/"):
+      assert_array_equal(got[name], theirs[name], err_msg=name)
+  name = "text_tower/blocks/mlp/fc1/kernel"
+  assert np.any(got[name] != theirs[name])
