@@ -186,8 +186,7 @@ def write(folder: pathlib.Path, outcome: Outcome, *, step: int) -> None:
   written = report.write(
     folder / "figures", metrics.read_jsonl(folder / "metrics.jsonl"), examples=outcome.examples
   )
-  names = ", ".join(str(path) for path in written)
-  print(f"wrote {folder / 'results.json'}, {names}", flush=True)
+  print("wrote " + ", ".join(map(str, [folder / "results.json", *written])), flush=True)
 
 
 def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
