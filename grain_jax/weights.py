@@ -12,7 +12,7 @@ import numpy as np
 from grain_jax import config as configs
 from grain_jax import evaluate, trees
 
-# What `config.init.PART` carries over, and the config keys on which both models must agree.
+# Parameters that `config.init.PART` carries over, by the start of their names.
 PARTS = {
   "image": ("image_tower/",),
   "text": ("text_tower/", "text_projection/"),
