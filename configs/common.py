@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.batch_size = 2048  # images a step, over all devices
   c.epochs = 35.0  # passes over the training split
   c.steps = 0  # if positive: length of the run in steps, instead of epochs
+  c.accumulate = 1  # parts in which a step encodes its batch, to save memory; same gradient
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
   c.compile_cache = ""  # folder of the persistent compilation cache; empty: none
 
@@ -44,7 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
-  c.model.remat = "none"  # none | block (recompute each block in the backward pass)
+  c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matrix
+  # products) | block (each block)
+  c.model.attention = "auto"  # auto (cuDNN's fused one on GPUs in bfloat16) | xla | cudnn
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
 
@@ -99,6 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.box_giou_cost = 2.0  # matching cost of -GIoU
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
+  c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
   c.loss.multi_positive = (
     0.0  # weight of descriptions as further positives of the image (a control)
@@ -128,11 +132,25 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.data = -1  # devices along each axis; -1: all that are left
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
-  c.mesh.rules = ()  # (regex of parameter names, partition of each dimension) pairs
+  c.mesh.rules = (  # (regex of parameter names, partition of each dimension), the first that fits
+    ("(blocks|layers)/.*(query|key|value|fc1)/kernel$", (None, "fsdp", "tensor")),
+    ("(blocks|layers)/.*(query|key|value|fc1)/bias$", (None, "tensor")),
+    ("(blocks|layers)/.*(out|fc2)/kernel$", (None, "tensor", "fsdp")),
+    ("projection/kernel$", ("fsdp", None)),
+    ("token_embedding$", (None, "fsdp")),
+  )
 
   c.log_every = 50  # steps between lines of metrics
   c.save_every = 1000  # steps between checkpoints
   c.keep_checkpoints = 3  # the newest so many
+  c.checkpoint = ml_collections.ConfigDict()
+  c.checkpoint.best_metric = ""  # keep the best by this result too: 'retrieval/text_to_image/r1'
+  c.checkpoint.keep_best = 1  # so many of the best
+  c.watchdog_seconds = 600.0  # a step that takes longer ends the run and says who is late; 0: off
+  c.peak_flops = 0.0  # of one device, for MFU, FLOP/s; 0: from the table of known devices
+  c.profile = ml_collections.ConfigDict()
+  c.profile.start_step = 0  # first step of a trace in WORKDIR/profile; 0: none
+  c.profile.num_steps = 5
   c.eval_every = 0  # steps between evaluations while training; 0: at the end alone
   c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evaluate.EVALS
   c.eval_batch_size = 256

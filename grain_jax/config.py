@@ -28,7 +28,8 @@ CHOICES = {
   "data.caption": ("half", "original", "generated", "joined"),
   "data.on_bad_record": ("skip", "stop"),
   "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "block"),
+  "model.remat": ("none", "dots", "block"),
+  "model.attention": ("auto", "xla", "cudnn"),
   "model.image.variant": tuple(VARIANTS),
   "model.image.activation": ("gelu", "quick_gelu"),
   "model.image.stem": ("linear", "hmlp"),
@@ -52,11 +53,21 @@ FREE_KEYS = frozenset(
     "evals",
     "keep_checkpoints",
     "log_every",
+    "peak_flops",
     "save_every",
+    "watchdog_seconds",
   }
 )
 _NO_RECIPES = ("__init__", "common")  # in configs/
-_FREE_PREFIXES = ("init.", "zero_shot.", "retrieval.", "grounding.", "mesh.")
+_FREE_PREFIXES = (
+  "init.",
+  "zero_shot.",
+  "retrieval.",
+  "grounding.",
+  "mesh.",
+  "checkpoint.",
+  "profile.",
+)
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,7 +157,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if flat[key] not in choices:
       raise ValueError(_not_a_choice(key, flat[key]))
   positive = [
-    "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
+    "accumulate", "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
     "data.row_length", "model.embed_dim", "model.image.size", "model.image.patch",
     "model.text.context", "optimizer.lr",
   ]  # fmt: skip

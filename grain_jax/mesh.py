@@ -41,6 +41,11 @@ def create(config: ml_collections.ConfigDict, devices: list[jax.Device] | None =
         f"config.{key} = {config[key]} does not divide by the {parts} devices along the data and "
         f"fsdp axes. Try {below} or {below + parts}."
       )
+  if config.batch_size % (parts * config.accumulate):
+    raise ValueError(
+      f"config.accumulate = {config.accumulate} does not divide the {config.batch_size // parts} "
+      f"examples a device of config.batch_size = {config.batch_size}."
+    )
   shape = dict(zip(AXES, sizes, strict=True))
   return jax.make_mesh(
     tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

@@ -13,8 +13,8 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
+from grain_jax import accumulation, objectives, optim, schema
 from grain_jax import mesh as meshes
-from grain_jax import objectives, optim, schema
 from grain_jax.models import grain
 
 Array = jax.Array
@@ -85,6 +85,30 @@ def create_state(
   return jax.jit(init, out_shardings=shardings), abstract, shardings, optimizer
 
 
+def encode(params: Any, batch: Batch, dropout_key: Array, *, model: grain.Grain) -> grain.Output:
+  """The model's output for a training batch, or for a part of one."""
+  return model.apply(
+    {"params": params},
+    batch,
+    num_regions=batch["boxes"].shape[1],
+    train=True,
+    rngs={"dropout": dropout_key},
+  )
+
+
+def objective(
+  output: grain.Output,
+  batch: Batch,
+  *,
+  config: ml_collections.ConfigDict,
+  batch_axes: tuple[str, ...] = (),
+) -> tuple[Array, Metrics]:
+  """(loss, its parts as (sum, weight) pairs) of the output for a whole batch."""
+  losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes)
+  scale = (jnp.exp(output.logit_scale), jnp.ones(()))
+  return losses.total, {**losses.parts, "logit_scale": scale}
+
+
 def loss_function(
   params: Any,
   batch: Batch,
@@ -93,22 +117,10 @@ def loss_function(
   model: grain.Grain,
   config: ml_collections.ConfigDict,
   batch_axes: tuple[str, ...] = (),
-  num_shards: int = 1,
 ) -> tuple[Array, Metrics]:
   """(loss, its parts as (sum, weight) pairs) of a training batch."""
-  output = model.apply(
-    {"params": params},
-    batch,
-    num_regions=batch["boxes"].shape[1],
-    train=True,
-    rngs={"dropout": dropout_key},
-  )
-  losses = objectives.total_loss(
-    output, batch, config, batch_axes=batch_axes, num_shards=num_shards
-  )
-  parts = dict(losses.parts)
-  parts["logit_scale"] = (jnp.exp(params["logit_scale"]), jnp.ones(()))
-  return losses.total, parts
+  output = encode(params, batch, dropout_key, model=model)
+  return objective(output, batch, config=config, batch_axes=batch_axes)
 
 
 def make_train_step(
@@ -123,19 +135,21 @@ def make_train_step(
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
   """
-  loss = functools.partial(
-    loss_function,
-    model=model,
-    config=config,
-    batch_axes=meshes.BATCH_AXES,
-    num_shards=meshes.num_shards(mesh),
+  options = {"config": config, "batch_axes": meshes.BATCH_AXES}
+  gradients_of = jax.value_and_grad(
+    functools.partial(loss_function, model=model, **options), has_aux=True
   )
+  if config.accumulate > 1:
+    gradients_of = accumulation.value_and_grad(
+      functools.partial(encode, model=model),
+      functools.partial(objective, **options),
+      parts=config.accumulate,
+      mesh=mesh,
+    )
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
-      state.params, batch, dropout_key
-    )
+    (value, metrics), gradients = gradients_of(state.params, batch, dropout_key)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optim.clamp_logit_scale(
       optax.apply_updates(state.params, updates), config.model.logit_scale_max

@@ -79,17 +79,9 @@ def assert_same(ours, theirs):
 
 CUTS = {
   "data=8": {},
-  "fsdp=8": {
-    "fsdp": 8,
-    "rules": (("mlp/fc1/kernel$", (None, None, "fsdp")), ("token_embedding", ("fsdp",))),
-  },
-  "tensor=2": {
-    "tensor": 2,
-    "rules": (
-      ("attention/(query|key|value)/kernel$", (None, None, "tensor")),
-      ("attention/out/kernel$", (None, "tensor")),
-    ),
-  },
+  "fsdp=8": {"fsdp": 8},
+  "tensor=2": {"tensor": 2},
+  "fsdp=2,tensor=2": {"fsdp": 2, "tensor": 2},
 }
 
 
@@ -122,6 +114,7 @@ def one_device(config, batch):
     (8, "data=8", "device"),
     (8, "fsdp=8", "host"),
     (8, "tensor=2", "device"),
+    (8, "fsdp=2,tensor=2", "host"),
   ],
 )
 def test_any_devices_and_either_matcher_give_one_loss_and_gradient(
@@ -130,8 +123,34 @@ def test_any_devices_and_either_matcher_give_one_loss_and_gradient(
   """With dropout on."""
   config.mesh.update(CUTS[cut])
   config.loss.matcher = solver
+  if cut != "data=8":  # so that something is cut
+    shardings = meshes.state_shardings(
+      jax.eval_shape(lambda: steps.TrainState(0, make_params(config), ())),
+      meshes.create(config), config.mesh.rules,
+    )  # fmt: skip
+    assert not all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
   assert one_device[0]["gradient_norm"][0] > 0.1
   assert_same(gradients_of_step(config, batch, devices=devices), one_device)
+
+
+@pytest.mark.parametrize(
+  ("devices", "cut", "parts"), [(1, "data=8", 4), (8, "data=8", 2), (8, "tensor=2", 2)]
+)
+def test_a_batch_encoded_in_parts_gives_the_gradient_of_the_whole(
+  config, batch, devices, cut, parts
+):
+  """Without dropout, of which each part draws its own."""
+  config.model.decoder.dropout = 0.0
+  config.loss.matcher = "device"
+  whole = gradients_of_step(config, batch, devices=1)
+  config.mesh.update(CUTS[cut])
+  config.accumulate = parts
+  assert_same(gradients_of_step(config, batch, devices=devices), whole)
+
+
+def test_logits_in_chunks_over_eight_devices_are_those_of_one(config, batch, one_device):
+  config.loss.chunk = 5  # of 16 captions and 48 descriptions
+  assert_same(gradients_of_step(config, batch, devices=8), one_device)
 
 
 def test_dropout_differs_from_step_to_step(config, batch, one_device):

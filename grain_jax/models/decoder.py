@@ -40,6 +40,7 @@ class DecoderLayer(nn.Module):
   dropout: float
   norm_eps: float
   deterministic: bool
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -48,8 +49,9 @@ class DecoderLayer(nn.Module):
 
     def attention(name: str) -> nn.Module:
       return layers.Attention(
-        self.heads, XAVIER, XAVIER, dropout=self.dropout, dtype=self.dtype, name=name
-      )
+        self.heads, XAVIER, XAVIER,
+        dropout=self.dropout, fused=self.fused, dtype=self.dtype, name=name,
+      )  # fmt: skip
 
     def drop(y: Array) -> Array:
       return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
@@ -82,6 +84,7 @@ class QueryDecoder(nn.Module):
   memory_positions: bool = False
   unroll: int = 1
   remat: str = "none"
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -115,9 +118,10 @@ class QueryDecoder(nn.Module):
       self.dropout,
       self.norm_eps,
       deterministic=not train,
+      fused=self.fused,
       dtype=self.dtype,
       name="layers",
-    )(jnp.zeros_like(queries), queries, memory)
+    )(jnp.zeros_like(queries), queries, layers.shard_batch(memory))
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
 

@@ -128,6 +128,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
   common = {
     "unroll": m.unroll if unroll is None else unroll,
     "remat": m.remat,
+    "fused": m.get("attention", "xla"),  # config.json of older runs lacks it
     "dtype": jnp.dtype(m.dtype),
   }
   image_tower = vit.VisionTransformer(

@@ -11,9 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 Initializer = Callable[..., Array]
+
+# What the backward pass computes again: nothing; all but matrix products; every block.
+REMAT = ("none", "dots", "block")
 
 
 def quick_gelu(x: Array) -> Array:
@@ -34,10 +38,24 @@ def layer_norm(x: Array, *, epsilon: float, dtype: Any, name: str) -> Array:
   return norm(x).astype(dtype)
 
 
+def _has_cudnn(x: Array) -> bool:
+  """Whether cuDNN's fused attention takes such arrays: half precision on a GPU."""
+  return jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def shard_batch(x: Array) -> Array:
+  """Fixes the layout of activations [B, ...] under `jax.set_mesh`: the batch is cut, nothing else.
+
+  Without it the compiler may follow the parameters' layout and cut the width instead.
+  """
+  axes = tuple(a for a in ("data", "fsdp") if a in jax.sharding.get_abstract_mesh().axis_names)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
 class Attention(nn.Module):
   """Multi-head attention with optional QK-norm (LayerNorm on each head's queries and keys).
 
-  softmax(q k^T / sqrt(D / H)) v, with the softmax in float32.
+  softmax(q k^T / sqrt(D / H)) v, with the softmax in float32. `fused` is config.model.attention.
   """
 
   heads: int
@@ -45,6 +63,7 @@ class Attention(nn.Module):
   out_init: Initializer
   qk_norm_eps: float | None = None
   dropout: float = 0.0
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -87,7 +106,10 @@ class Attention(nn.Module):
       weights = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
       out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), v)
     else:
-      out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+      fused = self.fused == "cudnn" or (self.fused == "auto" and mask is None and _has_cudnn(q))
+      out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, implementation="cudnn" if fused else "xla"
+      )
     out = out.reshape(*query.shape[:-1], width)
     return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
 
@@ -125,6 +147,7 @@ class Block(nn.Module):
   norm_eps: float
   inits: tuple[Initializer, Initializer, Initializer, Initializer]  # attention in, out, fc1, fc2
   qk_norm: bool = False
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -139,12 +162,30 @@ class Block(nn.Module):
       attention_in,
       attention_out,
       qk_norm_eps=self.norm_eps if self.qk_norm else None,
+      fused=self.fused,
       dtype=self.dtype,
       name="attention",
     )(query, y, y, mask=mask)
     y = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
     x = x + Mlp(self.hidden, self.activation, fc1, fc2, dtype=self.dtype, name="mlp")(y)
     return x, None
+
+
+def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -> type[nn.Module]:
+  """The module class with a part of its values computed again in the backward pass.
+
+  Args:
+    block: module class.
+    remat: one of REMAT.
+    scanned: it is the body of a scan, where nothing need stop the compiler from merging the two
+      computations.
+  """
+  if remat not in REMAT:
+    raise ValueError(f"config.model.remat = {remat!r} is unknown. Choose one of {REMAT}.")
+  if remat == "none":
+    return block
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+  return nn.remat(block, prevent_cse=not scanned, policy=policy)
 
 
 def stack(
@@ -156,18 +197,14 @@ def stack(
     block: module class whose call is (carry, *broadcast) -> (carry, output of the layer).
     depth: number of layers.
     unroll: layers per iteration; -1 unrolls all.
-    remat: 'none' or 'block' (each block is computed again in the backward pass).
+    remat: what the backward pass computes again: one of REMAT.
     broadcast: number of arguments after the carry, equal for all layers.
 
   Returns:
     A constructor with the block's own arguments.
   """
-  if remat not in ("none", "block"):
-    raise ValueError(f"config.model.remat = {remat!r} is unknown. Choose 'none' or 'block'.")
-  if remat == "block":
-    block = nn.remat(block, prevent_cse=False)
   return nn.scan(
-    block,
+    rematerialize(block, remat),
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=(nn.broadcast,) * broadcast,

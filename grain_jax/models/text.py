@@ -37,6 +37,7 @@ class TextTransformer(nn.Module):
   norm_eps: float
   unroll: int = 1
   remat: str = "none"
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -58,7 +59,7 @@ class TextTransformer(nn.Module):
     x = (jnp.take(embedding, tokens, axis=0) + jnp.take(position, positions, axis=0)).astype(
       self.dtype
     )
-    x = self._blocks(x, packed_causal_mask(segments), ends)
+    x = self._blocks(layers.shard_batch(x), packed_causal_mask(segments), ends)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
   def _blocks(self, x: Array, mask: Array, ends: Array) -> Array:
@@ -69,7 +70,7 @@ class TextTransformer(nn.Module):
 
     def stack(depth: int, **kwargs: Any) -> nn.Module:
       make = layers.stack(layers.Block, depth, unroll=self.unroll, remat=self.remat, broadcast=1)
-      return make(*args, inits=inits, dtype=self.dtype, **kwargs)
+      return make(*args, inits=inits, fused=self.fused, dtype=self.dtype, **kwargs)
 
     if self.is_initializing():  # parameters of all blocks are one stack
       x, _ = stack(self.depth, name="blocks")(x, mask)
@@ -79,6 +80,7 @@ class TextTransformer(nn.Module):
       before = {"params": jax.tree.map(lambda p: p[:-1], params)}
       x, _ = stack(self.depth - 1, parent=None).apply(before, x, mask)
     last = {"params": jax.tree.map(lambda p: p[-1], params)}
-    block = nn.remat(layers.Block) if self.remat == "block" else layers.Block
-    x, _ = block(*args, inits=inits, dtype=self.dtype, parent=None).apply(last, x, mask, ends)
+    block = layers.rematerialize(layers.Block, self.remat, scanned=False)
+    block = block(*args, inits=inits, fused=self.fused, dtype=self.dtype, parent=None)
+    x, _ = block.apply(last, x, mask, ends)
     return x

@@ -93,6 +93,7 @@ class VisionTransformer(nn.Module):
   stem: str = "linear"
   unroll: int = 1
   remat: str = "none"
+  fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -138,9 +139,10 @@ class VisionTransformer(nn.Module):
       self.norm_eps,
       inits=(init, init, init, init),
       qk_norm=self.qk_norm,
+      fused=self.fused,
       dtype=self.dtype,
       name="blocks",
-    )(x, None)
+    )(layers.shard_batch(x), None)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
   def _positions(self, key: Array, shape: tuple[int, int]) -> Array:

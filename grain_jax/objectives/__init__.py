@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import PartitionSpec
 
 from grain_jax.models import grain
 from grain_jax.objectives import boxes, captions, duplicates, matching, regions
@@ -26,13 +30,50 @@ def mean(pair: tuple[Array, Array]) -> Array:
   return pair[0] / jnp.maximum(pair[1], 1.0)
 
 
+def _over_devices(
+  loss: Callable[..., tuple[Array, ...]],
+  a: Array,
+  b: Array,
+  logit_scale: Array,
+  mask: Array,
+  prints: Array | None,
+  *,
+  batch_axes: tuple[str, ...],
+  chunk: int,
+  local: bool = False,
+) -> tuple[Array, ...]:
+  """A contrastive loss whose rows each device takes for its own examples; sums over all.
+
+  Args:
+    loss: `captions.caption_loss` or `regions.region_loss`.
+    a: embeddings of one side.
+    b: embeddings of the other.
+    logit_scale: [], ln s.
+    mask: which of them count.
+    prints: fingerprints of the texts, or None.
+    batch_axes: mesh axes that cut the batch; none: one device has it all.
+    chunk: columns of the logits at a time.
+    local: negatives from the device's own examples alone.
+  """
+  if not batch_axes:
+    return loss(a, b, logit_scale=logit_scale, mask=mask, prints=prints, chunk=chunk)
+
+  def own(a: Array, b: Array, logit_scale: Array, mask: Array, prints: Any) -> tuple[Array, ...]:
+    axes = () if local else batch_axes
+    sums = loss(a, b, logit_scale=logit_scale, mask=mask, prints=prints, axes=axes, chunk=chunk)
+    return jax.lax.psum(sums, batch_axes)
+
+  cut, whole = PartitionSpec(batch_axes), PartitionSpec()
+  over = jax.shard_map(own, in_specs=(cut, cut, whole, cut, cut), out_specs=whole)
+  return over(a, b, logit_scale, mask, prints)
+
+
 def total_loss(
   output: grain.Output,
   batch: dict[str, Array],
   config: ml_collections.ConfigDict,
   *,
   batch_axes: tuple[str, ...] = (),
-  num_shards: int = 1,
 ) -> Losses:
   """w_caption L_caption + w_box L_box + w_region L_region.
 
@@ -40,8 +81,7 @@ def total_loss(
     output: of the model, for this batch.
     batch: device batch (`schema.BATCH`).
     config: `config.loss` gives weights and choices.
-    batch_axes: mesh axes over which the batch is sharded, for the host matcher.
-    num_shards: parts into which `region_negatives='local'` cuts the batch.
+    batch_axes: mesh axes that cut the batch, under `jax.set_mesh`; none: it is not cut.
   """
   w = config.loss
   num_regions = batch["boxes"].shape[1]
@@ -49,13 +89,14 @@ def total_loss(
   prints = duplicates.fingerprints(
     batch["tokens"], batch["segments"], batch["positions"], num_texts=batch["ends"].shape[1]
   )
-  same = duplicates.equal(prints[:, 0], prints[:, 0]) if w.mask_duplicates else None
   caption_mask = example & batch["text_mask"][:, 0]
   parts = {
-    "loss_caption": captions.caption_loss(
-      output.image, output.captions, logit_scale=output.logit_scale, mask=caption_mask, same=same
+    "loss_caption": _over_devices(
+      captions.caption_loss, output.image, output.captions, output.logit_scale, caption_mask,
+      prints[:, 0] if w.mask_duplicates else None,
+      batch_axes=batch_axes, chunk=w.chunk,
     )
-  }
+  }  # fmt: skip
   total = w.caption * mean(parts["loss_caption"])
 
   region_mask = batch["region_mask"] & example[:, None]
@@ -96,14 +137,11 @@ def total_loss(
         parts["iou"] = (jnp.sum(overlap), number)
         parts["loss_box_l1"], parts["loss_box_giou"] = (l1, number), (giou, number)
     parts["loss_box"] = (box_total, number)
-    region_total, correct, weight = regions.region_loss(
-      regions.take_queries(output.regions, queries[:, -1]),
-      descriptions,
-      logit_scale=output.logit_scale,
-      mask=described,
-      prints=region_prints if w.mask_duplicates else None,
-      groups=num_shards if w.region_negatives == "local" else 1,
-    )
+    region_total, correct, weight = _over_devices(
+      regions.region_loss, regions.take_queries(output.regions, queries[:, -1]), descriptions,
+      output.logit_scale, described, region_prints if w.mask_duplicates else None,
+      batch_axes=batch_axes, chunk=w.chunk, local=w.region_negatives == "local",
+    )  # fmt: skip
     parts["loss_region"] = (region_total, weight)
     parts["region_accuracy"] = (correct, weight)
     total += w.box * mean(parts["loss_box"]) + w.region * mean(parts["loss_region"])

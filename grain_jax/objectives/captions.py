@@ -5,34 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grain_jax.objectives import duplicates
+from grain_jax.objectives import contrastive, duplicates
 
 Array = jax.Array
-
-# Stands for minus infinity where a softmax must not look; finite, so that no NaN can arise.
-FORBIDDEN = -1e9
-
-
-def similarity(a: Array, b: Array, *, logit_scale: Array) -> Array:
-  """exp(logit_scale) a b^T in float32: [..., N, E], [..., M, E] -> [..., N, M]."""
-  product = jnp.einsum("...ne,...me->...nm", a, b, precision=jax.lax.Precision.HIGHEST)
-  return jnp.exp(logit_scale) * product
-
-
-def cross_entropy(logits: Array, own: Array, allowed: Array, mask: Array) -> Array:
-  """Sum over rows of -log softmax at the row's own entry.
-
-  Args:
-    logits: f32 [..., N, M].
-    own: f32 [..., N], each row's logit at its target.
-    allowed: bool [..., N, M]; false where an entry is no negative of the row.
-    mask: bool [..., N], rows that count.
-
-  Returns:
-    []. The target itself is always in the denominator.
-  """
-  logits = jnp.where(allowed, logits, FORBIDDEN)
-  return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - own, 0.0))
 
 
 def caption_loss(
@@ -41,7 +16,9 @@ def caption_loss(
   *,
   logit_scale: Array,
   mask: Array,
-  same: Array | None = None,
+  prints: Array | None = None,
+  axes: tuple[str, ...] = (),
+  chunk: int = 0,
 ) -> tuple[Array, Array]:
   """1/2 [CE(s I T^T) + CE(s T I^T)] over the global batch (Radford et al., 2021; GRAIN eq. 1).
 
@@ -50,19 +27,23 @@ def caption_loss(
     text: f32 [B, E], L2-normalised.
     logit_scale: [], ln s.
     mask: bool [B]; examples that do not count are no negatives either.
-    same: bool [B, B] or None: pairs of equal captions, which are no negatives of each other.
+    prints: u32 [B, 2] or None: where given, equal captions are no negatives of each other.
+    axes: within `shard_map`, the mesh axes that cut the batch; negatives come from all of it.
+    chunk: columns of the logits at a time; 0: all.
 
   Returns:
-    (sum, weight): the loss is sum / weight, weight the number of examples.
+    (sum, weight): the loss is sum / weight, weight the number of examples (of this device).
   """
-  logits = similarity(image, text, logit_scale=logit_scale)
-  own = jnp.diagonal(logits)
-  allowed = jnp.broadcast_to(mask, logits.shape)
-  if same is not None:  # symmetric, so it serves both directions
-    allowed = allowed & ~same
-  allowed = allowed | jnp.eye(image.shape[0], dtype=bool)
-  total = cross_entropy(logits, own, allowed, mask) + cross_entropy(logits.T, own, allowed, mask)
-  return total / 2, jnp.sum(mask, dtype=jnp.float32)
+  images = contrastive.Side(image, mask, prints)
+  texts = contrastive.Side(text, mask, prints)
+  total = jnp.zeros(())
+  for rows, columns in ((images, texts), (texts, images)):
+    whole, first = contrastive.gather(columns, axes)
+    sums = contrastive.cross_entropy(
+      rows, columns.embeddings, whole, logit_scale=logit_scale, first=first, chunk=chunk
+    )
+    total += sums.loss / 2
+  return total, sums.rows
 
 
 def multi_positive_loss(
@@ -76,7 +57,8 @@ def multi_positive_loss(
   """Descriptions as further positives of the global embedding, symmetric like `caption_loss`.
 
   Each description is told from those of other images by its image, and its image from other
-  images by it; an equal description of another image is no negative, nor is that image.
+  images by it; an equal description of another image is no negative, nor is that image. The
+  logits exist as a whole: this is a control for small runs.
 
   Args:
     image: f32 [B, E], L2-normalised.
@@ -91,18 +73,24 @@ def multi_positive_loss(
   batch, regions = mask.shape
   flat, valid = descriptions.reshape(batch * regions, -1), mask.reshape(-1)
   owner = jnp.repeat(jnp.arange(batch), regions)
-  logits = similarity(flat, image, logit_scale=logit_scale)  # [B R, B]
+  logits = contrastive.similarity(flat, image, logit_scale=logit_scale)  # [B R, B]
   own = jnp.take_along_axis(logits, owner[:, None], axis=1)[:, 0]
   same = duplicates.equal(prints.reshape(-1, 2), prints.reshape(-1, 2)) & valid[None, :]
   mine = owner[:, None] == owner[None, :]
   # To image: images that hold the same description are no negatives.
   shares = jnp.any(same.reshape(-1, batch, regions), axis=-1)
   images = jnp.any(mask, axis=1)
-  to_image = cross_entropy(
+  to_image = _cross_entropy(
     logits, own, (images[None, :] & ~shares) | (owner[:, None] == jnp.arange(batch)), valid
   )
   # To text: the row of a description is its image's logits over all descriptions.
   rows = logits.T[owner]  # [B R, B R]
   allowed = (valid[None, :] & ~same & ~mine) | jnp.eye(batch * regions, dtype=bool)
-  to_text = cross_entropy(rows, own, allowed, valid)
+  to_text = _cross_entropy(rows, own, allowed, valid)
   return (to_image + to_text) / 2, jnp.sum(valid, dtype=jnp.float32)
+
+
+def _cross_entropy(logits: Array, own: Array, allowed: Array, mask: Array) -> Array:
+  """Sum over the rows in `mask` of -log softmax at the own entry; `allowed` includes it."""
+  logits = jnp.where(allowed, logits, contrastive.FORBIDDEN)
+  return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - own, 0.0))

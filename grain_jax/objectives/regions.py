@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grain_jax.objectives import captions, duplicates
+from grain_jax.objectives import contrastive
 
 Array = jax.Array
 
@@ -23,7 +23,8 @@ def region_loss(
   logit_scale: Array,
   mask: Array,
   prints: Array | None = None,
-  groups: int = 1,
+  axes: tuple[str, ...] = (),
+  chunk: int = 0,
 ) -> tuple[Array, Array, Array]:
   """CE over matched regions of s q D^T, D = all valid descriptions; region -> text only (GRAIN).
 
@@ -33,24 +34,20 @@ def region_loss(
     logit_scale: [], ln s.
     mask: bool [B, R].
     prints: u32 [B, R, 2] or None: where given, equal descriptions are no negatives.
-    groups: the batch is cut into so many equal parts, and negatives come from the region's own
-      part only. 1 is the whole batch; the number of devices is the published code.
+    axes: within `shard_map`, the mesh axes that cut the batch: negatives come from all of it.
+      Without them they come from this device's part alone, as in the published code.
+    chunk: columns of the logits at a time; 0: all.
 
   Returns:
     (sum, correct, weight): the loss is sum / weight; correct counts the regions whose own
-    description scores highest; weight is the number of regions.
+    description scores highest; weight is the number of regions (of this device).
   """
-  shape = (groups, mask.size // groups)
-  q, d = regions.reshape(*shape, -1), descriptions.reshape(*shape, -1)
-  valid = mask.reshape(shape)
-  logits = captions.similarity(q, d, logit_scale=logit_scale)
-  own = jnp.diagonal(logits, axis1=-2, axis2=-1)
-  allowed = jnp.broadcast_to(valid[:, None, :], logits.shape)
-  if prints is not None:
-    prints = prints.reshape(*shape, 2)
-    allowed = allowed & ~duplicates.equal(prints, prints)
-  allowed = allowed | jnp.eye(shape[1], dtype=bool)
-  best = jnp.max(jnp.where(allowed, logits, captions.FORBIDDEN), axis=-1)
-  correct = jnp.sum((own >= best) & valid, dtype=jnp.float32)
-  total = captions.cross_entropy(logits, own, allowed, valid)
-  return total, correct, jnp.sum(valid, dtype=jnp.float32)
+  width, valid = regions.shape[-1], mask.reshape(-1)
+  prints = None if prints is None else prints.reshape(-1, 2)
+  texts = contrastive.Side(descriptions.reshape(-1, width), valid, prints)
+  whole, first = contrastive.gather(texts, axes)
+  rows = contrastive.Side(regions.reshape(-1, width), valid, prints)
+  sums = contrastive.cross_entropy(
+    rows, texts.embeddings, whole, logit_scale=logit_scale, first=first, chunk=chunk
+  )
+  return sums.loss, sums.correct, sums.rows

@@ -1,0 +1,93 @@
+"""Columns in chunks: the same loss and gradients, and no array of all logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from numpy.testing import assert_allclose
+
+from grain_jax.objectives import captions, contrastive, regions
+
+
+def make(rng, rows, columns, width=8):
+  """Rows i whose own columns are 2 + i; some are invalid, some columns equal others."""
+  a, b = (rng.normal(size=(n, width)).astype(np.float32) for n in (rows, columns))
+  a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+  prints = rng.integers(0, columns // 2, (columns, 1)).astype(np.uint32).repeat(2, 1)
+  valid = rng.random(columns) < 0.8
+  own = slice(2, 2 + rows)
+  return a, b, valid, prints, own
+
+
+def loss(a, b, scale, *, valid, prints, own, chunk):
+  rows = contrastive.Side(a, valid[own], prints[own])
+  columns = contrastive.Side(b, valid, prints)
+  return contrastive.cross_entropy(
+    rows, b[own], columns, logit_scale=scale, first=own.start, chunk=chunk
+  )
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 10, 11, 12, 13, 100])
+def test_any_chunk_gives_the_loss_worked_out_row_by_row(rng, chunk):
+  a, b, valid, prints, own = make(rng, 7, 12)
+  sums = loss(
+    jnp.asarray(a), jnp.asarray(b), jnp.float32(1.5), valid=jnp.asarray(valid),
+    prints=jnp.asarray(prints), own=own, chunk=chunk,
+  )  # fmt: skip
+  want, correct = 0.0, 0
+  for i in np.flatnonzero(valid[own]):
+    target = i + own.start
+    others = [
+      j for j in range(12)
+      if j != target and valid[j] and prints[j, 0] != prints[target, 0]
+    ]  # fmt: skip
+    logits = np.exp(1.5) * a[i] @ b[[target, *others]].T
+    want -= scipy.special.log_softmax(logits)[0]
+    correct += logits[0] >= logits.max()
+  assert_allclose(sums.loss, want, rtol=1e-5)
+  assert (float(sums.correct), float(sums.rows)) == (correct, valid[own].sum())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_gradients_do_not_depend_on_the_chunk(rng, chunk):
+  a, b, valid, prints, own = make(rng, 7, 12)
+
+  def value(a, b, scale, chunk):
+    keys = {"valid": jnp.asarray(valid), "prints": jnp.asarray(prints), "own": own}
+    return loss(a, b, scale, chunk=chunk, **keys).loss
+
+  args = jnp.asarray(a), jnp.asarray(b), jnp.float32(1.0)
+  whole = jax.grad(value, argnums=(0, 1, 2))(*args, 0)
+  parts = jax.grad(value, argnums=(0, 1, 2))(*args, chunk)
+  for got, want in zip(parts, whole, strict=True):
+    assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def sizes(jaxpr):
+  """Elements of every array that the program computes, those of inner programs too."""
+  for equation in jaxpr.eqns:
+    for var in equation.outvars:
+      yield int(np.prod(var.aval.shape))
+    for value in equation.params.values():
+      for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from sizes(inner)
+
+
+def test_logits_of_all_columns_never_exist(rng):
+  """Caption and region loss with their gradients: 40 rows of 16, 16 columns at a time."""
+  x = jnp.asarray(rng.normal(size=(40, 5, 16)).astype(np.float32))
+  mask = jnp.ones((40, 5), bool)
+
+  def both(x, chunk):
+    options = {"logit_scale": jnp.float32(1.0), "chunk": chunk}
+    caption, _ = captions.caption_loss(x[:, 0], x[:, 1], mask=mask[:, 0], **options)
+    return caption + regions.region_loss(x, x, mask=mask, **options)[0]
+
+  largest = lambda chunk: max(
+    sizes(jax.make_jaxpr(jax.grad(both), static_argnums=1)(x, chunk).jaxpr)
+  )  # noqa: E731,E501
+  assert largest(0) == 200 * 200  # so the count finds what it is to find
+  assert largest(16) == 208 * 16  # the padded columns' own embeddings, [13, 16, 16]
