@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
   c.data.resize = "squash"  # squash (published) | crop (random resized crop)
   c.data.crop_min_area = 0.5  # crop: least area kept, as a fraction of the image
+  c.data.reduced_decode = True  # training JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough
   c.data.flip = False  # horizontal flip, never where a text says left or right
   c.data.caption = "half"  # half (original or LLM's with equal chance) | original | generated |
   # joined (half of the time all descriptions as one text, else as `half`; a control)

@@ -64,6 +64,7 @@ class Examples:
     self.seed = config.seed
     self.crop = training and _one_of(config, "resize", _RESIZE) == "crop"
     self.flip = training and config.data.flip
+    self.reduced = training and config.data.get("reduced_decode", False)
     self.min_area = config.data.crop_min_area
     self.caption = _one_of(config, "caption", _CAPTION) if training else "original"
     self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
@@ -125,10 +126,23 @@ class Examples:
 
   def _view(self, record, draws, image: np.ndarray, window: np.ndarray) -> bool:
     """Writes a record's image and its window (ymin, xmin, ymax, xmax); says if it is flipped."""
-    picture = records.decode_image(record.image)
+    shape = box = None  # of the file's image, and the part of it to show
+
+    def enough(width: int, height: int) -> tuple[int, int]:
+      nonlocal shape, box
+      shape, box = (width, height), (0, 0, width, height)
+      if self.crop:
+        box = transforms.random_window(width, height, draws[:4], min_area=self.min_area)
+      if not self.reduced:
+        return shape
+      width, height = box[2] - box[0], box[3] - box[1]
+      return -(-shape[0] * self.size // width), -(-shape[1] * self.size // height)
+
+    picture = records.decode_image(record.image, enough=enough)
     if self.crop:
-      width, height = picture.size
-      box = transforms.random_window(width, height, draws[:4], min_area=self.min_area)
+      (width, height), factor = picture.size, picture.size[0] / shape[0]
+      if factor < 1:
+        box = transforms.scale_window(box, factor, width, height)
       window[:] = box[1] / height, box[0] / width, box[3] / height, box[2] / width
       pixels = transforms.crop(picture, box, self.size)
     else:

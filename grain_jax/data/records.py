@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,10 +164,21 @@ def parse(data: bytes) -> Parsed:
   )
 
 
-def decode_image(data: bytes) -> Image.Image:
-  """JPEG bytes -> RGB image; a one-line ValueError where they are corrupt or cut short."""
+def decode_image(
+  data: bytes, *, enough: Callable[[int, int], tuple[int, int]] | None = None
+) -> Image.Image:
+  """JPEG bytes -> RGB image; a one-line ValueError where they are corrupt or cut short.
+
+  Args:
+    data: of the file.
+    enough: (width, height) of the file's image -> a width and height that are enough. The image is
+      then decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller: the JPEG decoder leaves
+      out what a later resize would take away.
+  """
   try:
     image = Image.open(io.BytesIO(data))
+    if enough is not None:
+      image.draft(None, enough(*image.size))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
   except Exception as error:  # PIL raises a dozen kinds, SyntaxError and struct.error among them

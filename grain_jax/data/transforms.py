@@ -70,6 +70,22 @@ def random_window(
   return left, top, left + w, top + h
 
 
+def scale_window(
+  window: tuple[int, int, int, int], factor: float, width: int, height: int
+) -> tuple[int, int, int, int]:
+  """A window of an image in the pixels of a smaller one, at least one pixel wide and high.
+
+  Args:
+    window: (left, top, right, bottom) in pixels of the larger image.
+    factor: by which the smaller one's sides are shorter.
+    width: of the smaller image in pixels.
+    height: of the smaller image in pixels.
+  """
+  left, top, right, bottom = (round(x * factor) for x in window)
+  left, top = min(left, width - 1), min(top, height - 1)
+  return left, top, min(max(right, left + 1), width), min(max(bottom, top + 1), height)
+
+
 def crop(image: Image.Image, window: tuple[int, int, int, int], size: int) -> np.ndarray:
   """The window of the image at size x size, bicubic with antialiasing: u8 [size, size, 3]."""
   return squash(image.crop(window), size)

@@ -333,3 +333,32 @@ def test_dataset_finds_records_across_shards(data):
   assert keys == [b"r10", b"r0", b"r5", b"r4", b"r0"]
   with pytest.raises(ValueError, match="record 11 is not one of the split's 11"):
     opened.read("train", [11])
+
+
+def test_an_image_is_decoded_no_larger_than_it_has_to_be():
+  smooth = np.asarray(Image.new("RGB", (4, 3), "teal").resize((640, 480)))
+  data = toy_data.jpeg(smooth)
+  sizes = {(224, 224): (320, 240), (320, 240): (320, 240), (321, 240): (640, 480), (1, 1): (80, 60)}
+  for enough, size in sizes.items():
+    seen = []
+    image = records.decode_image(data, enough=lambda w, h: seen.append((w, h)) or enough)  # noqa: B023
+    assert image.size == size and seen == [(640, 480)]
+  assert records.decode_image(data).size == (640, 480)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_reduced_decoding_shows_the_same_picture_and_boxes(tmp_path, resize):
+  """Of 480-pixel pictures at 48; evaluations decode whole."""
+  data = toy_data.built(tmp_path / "large", [toy_data.record(i, size=480) for i in range(8)])
+  batches = {}
+  for reduced in (False, True):
+    c = toy_data.config(data, resize=resize, reduced_decode=reduced)
+    batches[reduced] = next(pipeline.train_batches(data, c))
+    evaluated = next(pipeline.eval_batches(data, "train", c))[0]["image"]
+    assert_equal([{"image": evaluated}], [batches.setdefault("eval", {"image": evaluated})])
+  whole, reduced = batches[False], batches[True]
+  difference = np.abs(whole["image"].astype(int) - reduced["image"])
+  assert 0 < difference.mean() < 3  # another program, the same picture
+  for name in whole.keys() - {"image", "boxes"}:
+    np.testing.assert_array_equal(whole[name], reduced[name])
+  np.testing.assert_allclose(whole["boxes"], reduced["boxes"], atol=1 / 48)

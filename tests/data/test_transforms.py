@@ -117,3 +117,17 @@ def test_random_numbers_are_uniform_and_belong_to_the_record():
 )
 def test_words_for_sides(text, names):
   assert transforms.names_a_side([b"a cat", text.encode()]) == names
+
+
+@given(
+  st.tuples(st.integers(1, 400), st.integers(1, 400)),
+  st.lists(UNIT, min_size=4, max_size=4),
+  st.sampled_from([1, 2, 4, 8]),
+)
+def test_a_window_in_a_smaller_image_lies_in_it_where_it_lay(shape, draws, less):
+  window = transforms.random_window(*shape, np.array(draws), min_area=0.2)
+  width, height = (-(-side // less) for side in shape)  # as JPEG decoders round
+  left, top, right, bottom = transforms.scale_window(window, width / shape[0], width, height)
+  assert 0 <= left < right <= width and 0 <= top < bottom <= height
+  near = np.array([left, top, right, bottom]) - np.array(window) / less
+  assert np.abs(near).max() <= 2  # half a pixel of rounding; a pixel or so where sides are tiny

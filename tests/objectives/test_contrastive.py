@@ -21,7 +21,7 @@ def make(rng, rows, columns, width=8):
 
 
 def loss(a, b, scale, *, valid, prints, own, chunk):
-  rows = contrastive.Side(a, valid[own], prints[own])
+  rows = contrastive.Side(a, valid[own], None if prints is None else prints[own])
   columns = contrastive.Side(b, valid, prints)
   return contrastive.cross_entropy(
     rows, b[own], columns, logit_scale=scale, first=own.start, chunk=chunk
@@ -29,11 +29,14 @@ def loss(a, b, scale, *, valid, prints, own, chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3, 10, 11, 12, 13, 100])
-def test_any_chunk_gives_the_loss_worked_out_row_by_row(rng, chunk):
+@pytest.mark.parametrize("named", [True, False])
+def test_any_chunk_gives_the_loss_worked_out_row_by_row(rng, chunk, named):
   a, b, valid, prints, own = make(rng, 7, 12)
+  if not named:
+    prints = np.arange(12, dtype=np.uint32)[:, None].repeat(2, 1)
   sums = loss(
     jnp.asarray(a), jnp.asarray(b), jnp.float32(1.5), valid=jnp.asarray(valid),
-    prints=jnp.asarray(prints), own=own, chunk=chunk,
+    prints=jnp.asarray(prints) if named else None, own=own, chunk=chunk,
   )  # fmt: skip
   want, correct = 0.0, 0
   for i in np.flatnonzero(valid[own]):
@@ -86,8 +89,9 @@ def test_logits_of_all_columns_never_exist(rng):
     caption, _ = captions.caption_loss(x[:, 0], x[:, 1], mask=mask[:, 0], **options)
     return caption + regions.region_loss(x, x, mask=mask, **options)[0]
 
-  largest = lambda chunk: max(
-    sizes(jax.make_jaxpr(jax.grad(both), static_argnums=1)(x, chunk).jaxpr)
-  )  # noqa: E731,E501
+  def largest(chunk):
+    program = jax.make_jaxpr(jax.grad(both), static_argnums=1)(x, chunk)
+    return max(sizes(program.jaxpr))
+
   assert largest(0) == 200 * 200  # so the count finds what it is to find
   assert largest(16) == 208 * 16  # the padded columns' own embeddings, [13, 16, 16]
