@@ -50,15 +50,21 @@ def build_scenes(out: pathlib.Path) -> None:
   subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
-def start(data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-  """`grain_jax.main` on the tiny model, in a process group of its own."""
+def start(
+  data: pathlib.Path, workdir: pathlib.Path, *flags: str, name: str = "std"
+) -> subprocess.Popen:
+  """`grain_jax.main` on the tiny model, in a process group of its own.
+
+  What it says is appended to NAMEout.txt and NAMEerr.txt in `workdir`.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
   command = [
     sys.executable, "-m", "grain_jax.main", f"--config=configs/quickstart.py:{TINY}",
     f"--config.data.dir={data}", f"--workdir={workdir}", *flags,
   ]  # fmt: skip
   environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-  with (workdir / "stdout.txt").open("a") as out, (workdir / "stderr.txt").open("a") as err:
+  out_path, err_path = workdir / f"{name}out.txt", workdir / f"{name}err.txt"
+  with out_path.open("a") as out, err_path.open("a") as err:
     return subprocess.Popen(
       command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
     )

@@ -58,6 +58,28 @@ FREE_KEYS = frozenset(
     "watchdog_seconds",
   }
 )
+_LEAST = {
+  "checkpoint.keep_best": 1,
+  "loss.chunk": 0,
+  "peak_flops": 0,
+  "profile.num_steps": 1,
+  "profile.start_step": 0,
+  "watchdog_seconds": 0,
+}
+
+# Keys that came later, and what a config.json without them means.
+ADDED = {
+  "accumulate": 1,
+  "data.reduced_decode": False,
+  "loss.chunk": 8192,
+  "model.attention": "auto",
+  "model.image.patch_bias": True,
+  "model.image.pre_norm": False,
+  "model.image.stem": "linear",
+  "optimizer.ema_decay": 0.0,
+  "optimizer.muon_rms": 0.2,
+  "optimizer.name": "adamw",
+}
 _NO_RECIPES = ("__init__", "common")  # in configs/
 _FREE_PREFIXES = (
   "init.",
@@ -164,6 +186,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in positive:
     if flat[key] <= 0:
       raise ValueError(f"config.{key} = {flat[key]} must be positive.")
+  for key, least in _LEAST.items():
+    if flat[key] < least:
+      raise ValueError(f"config.{key} = {flat[key]} must be at least {least}.")
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(
       f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "
@@ -225,7 +250,7 @@ def first_difference(
   old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> tuple[str, Any, Any] | None:
   """(key, old value, new value) of the first key that matters to the parameters and differs."""
-  a, b = dict(flatten(old)), dict(flatten(new))
+  a, b = ADDED | dict(flatten(old)), ADDED | dict(flatten(new))
   for key in dict.fromkeys([*a, *b]):
     free = key in FREE_KEYS or key.startswith(_FREE_PREFIXES)
     if not free and a.get(key) != b.get(key):

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from grain_jax import checkpoint, cli, metrics, steps
+from grain_jax import addresses, checkpoint, cli, distributed, metrics, steps
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
@@ -48,8 +48,12 @@ def make_encoders(
   *,
   mesh: Mesh,
   tokenizer: tokenizers.Tokenizer,
+  on_batch: Callable[[], None] = lambda: None,
 ) -> Encoders:
-  """Encoders that cut their input into batches of `config.eval_batch_size`, padded at the end."""
+  """Encoders that cut their input into batches of `config.eval_batch_size`, padded at the end.
+
+  They call `on_batch` after each.
+  """
   jitted = steps.make_encoders(model, mesh)
   size = config.eval_batch_size
   sharding = meshes.batch_sharding(mesh)
@@ -67,6 +71,7 @@ def make_encoders(
         jax.make_array_from_callback(c.shape, sharding, lambda index, c=c: c[index]) for c in chunk
       ]
       parts.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *placed)))  # noqa: B023
+      on_batch()
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
   def text(texts: Sequence[str]) -> np.ndarray:
@@ -162,9 +167,13 @@ def run(
   *,
   mesh: Mesh,
   tokenizer: tokenizers.Tokenizer,
+  on_batch: Callable[[], None] = lambda: None,
 ) -> Outcome:
-  """All of `config.evals`; a model without region queries is not asked to ground."""
-  encoders = make_encoders(config, model, params, mesh=mesh, tokenizer=tokenizer)
+  """All of `config.evals`; a model without region queries is not asked to ground.
+
+  `on_batch` is called after each encoded batch.
+  """
+  encoders = make_encoders(config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch)
   results: dict[str, float] = {}
   examples: Sequence[grounding.Example] = ()
   for name in config.evals:
@@ -204,7 +213,7 @@ def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
   config.mesh.update(data=-1, fsdp=1, tensor=1)  # whatever devices there are now
   whole = meshes.replicated(meshes.create(config))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
   kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
   state, meta = checkpoints.restore({kept: abstract}, step=step)
   checkpoints.close()
@@ -212,7 +221,11 @@ def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
 
 
 def main() -> None:
-  flag = flags.FLAGS
+  with distributed.session(addresses.from_flags()):
+    _main(flags.FLAGS)
+
+
+def _main(flag: flags.FlagValues) -> None:
   config, params, step = load(flag.workdir, step=flag.step)
   if flag.evals:
     config.evals = tuple(flag.evals)
@@ -220,11 +233,13 @@ def main() -> None:
     config.data.dir = flag.data_dir
   dataset = pipeline.open_dataset(config.data.dir)
   check(config, dataset)
+  asked = {"--workdir": flag.workdir, "step": step, "evals": config.evals}
+  distributed.agree("command", asked)
   mesh = meshes.create(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   with jax.set_mesh(mesh):
     outcome = run(config, grain.build(config), params, dataset, mesh=mesh, tokenizer=tokenizer)
-  if jax.process_index() == 0:
+  if distributed.index() == 0:
     write(pathlib.Path(flag.workdir), outcome, step=step)
 
 

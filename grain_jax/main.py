@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from grain_jax import cli
+from grain_jax import addresses, cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, FILE or FILE:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
@@ -13,9 +13,16 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-  from grain_jax import train  # after the flags: a wrong one answers at once
+  address = addresses.from_flags()
+  from grain_jax import distributed  # after the flags: a wrong one answers at once
 
-  train.train(_CONFIG.value, _WORKDIR.value)
+  with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
+    from grain_jax import train
+
+    try:
+      train.train(_CONFIG.value, _WORKDIR.value)
+    except OSError as error:  # a full disk, a lost mount
+      raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -57,6 +57,33 @@ def num_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_share(devices: np.ndarray, process: int) -> tuple[int, int]:
+  """Which part of the batch a process reads: (its number, parts).
+
+  Processes that only hold other parts of the parameters (the tensor axis) read the same part.
+
+  Args:
+    devices: of the mesh, [data, fsdp, tensor].
+    process: index of the process.
+
+  Raises:
+    ValueError: the parts of two processes overlap without being the same.
+  """
+  rows = devices.reshape(-1, devices.shape[-1])
+  of: dict[int, list[int]] = {}
+  for row, row_devices in enumerate(rows):
+    for owner in {device.process_index for device in row_devices}:
+      of.setdefault(owner, []).append(row)
+  parts = sorted({tuple(part) for part in of.values()})
+  if sum(map(len, parts)) != len(rows):
+    raise ValueError(
+      f"config.mesh.tensor = {devices.shape[-1]} cuts the {len(of)} processes unevenly: some share "
+      "a part of the batch only partly. Make tensor a multiple or a divisor of the devices of a "
+      "process."
+    )
+  return parts.index(tuple(of[process])), len(parts)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Leading dimension over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -127,6 +127,15 @@ def clock(seconds: float) -> str:
   return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
+class Speed(NamedTuple):
+  """Of the steps since it was last asked."""
+
+  samples_per_second: float
+  left: float  # seconds to the end of the run
+  waited: float  # seconds that the loop waited for data
+  waited_share: float  # of the time, in [0, 1]
+
+
 class Progress:
   """Speed and time left, without the first step's compilation and without evaluations."""
 
@@ -134,24 +143,30 @@ class Progress:
     self._total = total_steps
     self._batch = batch_size
     self._mark: tuple[int, float] | None = None
-    self._paused = 0.0
+    self._paused = self._waited = 0.0
 
   def start(self, step: int) -> None:
     """From here (after `step` updates) time counts."""
     self._mark = (step, time.monotonic())
-    self._paused = 0.0
+    self._paused = self._waited = 0.0
 
   def pause(self, seconds: float) -> None:
     """Takes out time that was not spent training."""
     self._paused += seconds
 
-  def speed(self, step: int) -> tuple[float, float]:
-    """(samples/s since the last call, seconds left at that speed)."""
+  def waited(self, seconds: float) -> None:
+    """Time spent waiting for data; it counts as training."""
+    self._waited += seconds
+
+  def speed(self, step: int) -> Speed:
+    """The speed since the last call."""
     assert self._mark is not None, "start() comes first"
     steps = max(step - self._mark[0], 1)
     seconds = max(time.monotonic() - self._mark[1] - self._paused, 1e-9)
+    waited = self._waited
     self.start(step)
-    return self._batch * steps / seconds, (self._total - step) * seconds / steps
+    left = (self._total - step) * seconds / steps
+    return Speed(self._batch * steps / seconds, left, waited, min(waited / seconds, 1.0))
 
   def line(self, step: int, values: Mapping[str, float], left: float) -> str:
     """'step  100/700  loss 9.312 (caption 4.1, box 2.0, region 3.2)  250 samples/s  3:21 left'."""
@@ -165,3 +180,27 @@ class Progress:
       f"({', '.join(parts)})  {values['train/samples_per_second']:.0f} samples/s  "
       f"{clock(left)} left"
     )
+
+
+class Profiler:
+  """A trace of some steps for TensorBoard or Perfetto, written by the first process."""
+
+  def __init__(self, window: Any, folder: pathlib.Path):
+    """`window`: `config.profile`, with start_step (0: no trace) and num_steps."""
+    self._first = window.start_step if jax.process_index() == 0 else 0
+    self._last = self._first + window.num_steps - 1
+    self._folder = folder
+    self._running = False
+
+  def before(self, step: int) -> None:
+    """Begins the trace at its first step, or later where the run goes on within the window."""
+    if self._first and not self._running and self._first <= step <= self._last:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, values: Any) -> None:
+    """Ends the trace after its last step, once the device has computed `values`."""
+    if self._running and step >= self._last:
+      jax.block_until_ready(values)
+      jax.profiler.stop_trace()
+      self._running = False

@@ -16,7 +16,16 @@ import ml_collections
 from absl import logging
 from clu import metric_writers
 
-from grain_jax import checkpoint, evaluate, metrics, steps, trees, weights
+from grain_jax import (
+  checkpoint,
+  distributed,
+  evaluate,
+  metrics,
+  steps,
+  trees,
+  utilization,
+  weights,
+)
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
@@ -42,6 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   Raises:
     ValueError: configuration, data, devices or workdir cannot work; one line.
     FloatingPointError: loss or gradient is no longer finite; the last good checkpoint stays.
+    distributed.Preempted: SIGTERM came; everything is saved.
   """
   config = configs.resolve(config)
   configs.check(config)
@@ -51,6 +61,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   evaluate.check(config, dataset)
+  _check_best(config)
+  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  _agree(config, workdir, records=dataset.num_records(config.data.split), tokenizer=tokenizer.hash)
   if config.compile_cache:
     jax.config.update("jax_compilation_cache_dir", config.compile_cache)
   if config.deterministic:  # read when the first program is compiled
@@ -62,11 +75,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   init, abstract, shardings, optimizer = steps.create_state(
     model, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
-  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
 
   folder = pathlib.Path(workdir)
   _claim(folder, config)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+  checkpoints = checkpoint.Checkpoints(
+    folder / "checkpoints",
+    keep=config.keep_checkpoints,
+    best_metric=config.checkpoint.best_metric,
+    keep_best=config.checkpoint.keep_best,
+  )
   with jax.set_mesh(mesh):
     if checkpoints.latest() is None:
       state = init()
@@ -84,21 +101,30 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     step = int(state.step)
     train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
     writer = metrics.create_writer(folder, start_step=step)
+    several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
     _say(
       f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
       f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
-      f"{mesh.size} device(s), step {step} of {total_steps} in {folder}"
+      f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
     )
-    run_evals = lambda state: evaluate.run(  # noqa: E731
-      config, model, state.eval_params, dataset, mesh=mesh, tokenizer=tokenizer
-    )
+
+    def run_evals(state: steps.TrainState) -> evaluate.Outcome:
+      at = int(state.step)
+      distributed.progress("evaluating", at)
+      return evaluate.run(
+        config, model, state.eval_params, dataset, mesh=mesh, tokenizer=tokenizer,
+        on_batch=lambda: distributed.progress("evaluating", at),
+      )  # fmt: skip
+
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash}
     if step < total_steps:
-      state = _loop(
-        config, state, train_step, dataset,
-        mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
-        run_evals=run_evals, meta=meta,
-      )  # fmt: skip
+      with distributed.Preemption() as preemption:
+        state = _loop(
+          config, state, train_step, dataset,
+          mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
+          run_evals=run_evals, meta=meta, preemption=preemption,
+          folder=folder,
+        )  # fmt: skip
     results: dict[str, float] = {}
     if config.evals:
       began = time.monotonic()
@@ -107,7 +133,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       _say(f"evaluated in {metrics.clock(time.monotonic() - began)}")
       writer.write_scalars(total_steps, results)
       writer.flush()
-      if jax.process_index() == 0:
+      checkpoints.record(total_steps, results)
+      if distributed.index() == 0:
         evaluate.write(folder, outcome, step=total_steps)
     writer.close()
     checkpoints.close()
@@ -126,60 +153,116 @@ def _loop(
   total_steps: int,
   run_evals: Any,
   meta: dict[str, Any],
+  preemption: distributed.Preemption,
+  folder: pathlib.Path,
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
+  host, num_hosts = meshes.batch_share(mesh.devices, jax.process_index())
   batches = pipeline.train_batches(
-    dataset,
-    config,
-    start_step=first,
-    host=jax.process_index(),
-    num_hosts=jax.process_count(),
+    dataset, config, start_step=first, host=host, num_hosts=num_hosts
   )
   progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
+  profiler = metrics.Profiler(config.profile, folder / "profile")
+  used = utilization.Utilization(config, mesh.size)
   # Several CPU processes that run ahead of each other hang in the collectives.
   lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
   in_flight: collections.deque[Any] = collections.deque()
   pending: list[metrics.Pairs] = []
-  waited = 0.0
+
+  def evaluate_now(step: int, state: steps.TrainState) -> None:
+    began = time.monotonic()
+    results = run_evals(state).results
+    writer.write_scalars(step, results)
+    checkpoints.record(step, results)
+    progress.pause(time.monotonic() - began)
+
+  every = config.eval_every or total_steps  # the last evaluation comes after the loop
+  if first and first % every == 0 and not _evaluated(folder, first):
+    evaluate_now(first, state)
   for step in range(first + 1, total_steps + 1):
     began = time.monotonic()
+    if step > first + 1:
+      distributed.progress("data", step)
     batch = meshes.to_global(next(batches), mesh)
-    waited += time.monotonic() - began
+    progress.waited(time.monotonic() - began)
+    distributed.progress("step" if step > first + 1 else "compiling", step)
+    if lockstep and step == first + 1:
+      # Gloo gives up on a process that still compiles: first all compile, then all begin.
+      train_step = train_step.lower(state, batch).compile()
+      distributed.gather("compiled", "", seconds=3600)
+    profiler.before(step)
     state, values = train_step(state, batch)
     pending.append(values)
     in_flight.append(values["loss"])
     if lockstep or len(in_flight) > _IN_FLIGHT:
       jax.block_until_ready(in_flight.popleft())
+    profiler.after(step, values)
     if step == first + 1:
       jax.block_until_ready(values)
       _say(f"first step after {metrics.clock(time.monotonic() - began)} of compilation")
       progress.start(step)
-      waited = 0.0
-    save = step % config.save_every == 0 or step == total_steps
+      preemption.watch()
+    stop = preemption.reached(step)
+    evals = step % every == 0 and step < total_steps
+    save = step % config.save_every == 0 or step == total_steps or stop
+    save = save or (evals and bool(config.checkpoint.best_metric))  # what is judged can be kept
     if step % config.log_every == 0 or save:
       summary = metrics.summarize(pending)
       pending.clear()
       _check_finite(summary, step, checkpoints)
       if step > first + 1:
-        speed, left = progress.speed(step)
-        summary["train/samples_per_second"] = speed
-        summary["train/data_wait_seconds"] = waited
-        waited = 0.0
-        if jax.process_index() == 0:
-          _say(progress.line(step, summary, left))
+        speed = progress.speed(step)
+        summary["train/samples_per_second"] = speed.samples_per_second
+        summary["train/data_wait_seconds"] = speed.waited
+        summary["train/data_wait_share"] = speed.waited_share
+        summary |= used.metrics(speed.samples_per_second) | utilization.memory()
+        _say(progress.line(step, summary, speed.left))
       writer.write_scalars(step, summary)
+    checkpoints.check()
     if save:
       began = time.monotonic()
+      distributed.progress("saving", step)
       checkpoints.save(step, state, {**meta, "step": step})
       progress.pause(time.monotonic() - began)
-    if config.eval_every and step % config.eval_every == 0 and step < total_steps:
-      began = time.monotonic()
-      writer.write_scalars(step, run_evals(state).results)
-      progress.pause(time.monotonic() - began)
+    if stop and step < total_steps:
+      checkpoints.close()
+      writer.close()
+      raise distributed.Preempted(step)
+    if evals:
+      evaluate_now(step, state)
+  distributed.progress("closing", total_steps)
+  batches.close()
+  distributed.progress("saving", total_steps)
   checkpoints.wait()
   writer.flush()
   return state
+
+
+# What may differ from machine to machine.
+_OWN = frozenset({"data.dir", "data.threads", "data.prefetch", "compile_cache"})
+
+
+def _agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
+  """Ends a run whose processes were started differently, before it can hang."""
+  values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _OWN}
+  distributed.agree("configuration", {**values, "--workdir": workdir, **others})
+
+
+def _check_best(config: ml_collections.ConfigDict) -> None:
+  best = config.checkpoint.best_metric
+  if best and (best.split("/")[0] not in config.evals or not config.eval_every):
+    raise ValueError(
+      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
+      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
+    )
+
+
+def _evaluated(folder: pathlib.Path, step: int) -> bool:
+  """Whether the metrics hold an evaluation of `step`: a run may end between save and evaluation."""
+  lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.index() == 0 else []
+  found = any(line["step"] == step and "train/loss" not in line for line in lines)
+  return distributed.broadcast("evaluated", str(found)) == "True"
 
 
 def _check_finite(
@@ -212,7 +295,7 @@ def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         "Use a new workdir, or the config of the old one."
       )
   folder.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
+  if distributed.index() == 0:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config))
     temporary.replace(path)
@@ -233,6 +316,6 @@ def _keep_freed_memory() -> None:
 
 
 def _say(line: str) -> None:
-  if jax.process_index() == 0:
+  if distributed.index() == 0:
     print(line, flush=True)
   logging.debug(line)

@@ -1,5 +1,9 @@
 """Checkpoints there and back, on other devices, in part, and when damaged."""
 
+import json
+import resource
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +132,7 @@ def test_parameters_of_another_shape_are_an_error(tmp_path, state):
   """Silently cutting or padding them would be worse than any error."""
   save(tmp_path, state, 3).close()
   other = {**state, "params": {"kernel": jnp.zeros((8, 3))}}
-  with pytest.raises(ValueError, match="can be read"):
+  with pytest.raises(ValueError, match=r"checkpoint 3 is of another model.*\[16, 3\].*\[8, 3\]"):
     checkpoint.Checkpoints(tmp_path).restore(abstract(other, mesh_of(1)))
 
 
@@ -142,3 +146,88 @@ def test_what_was_being_written_when_the_process_died_is_not_listed(tmp_path, st
   checkpoints.wait()
   assert checkpoints.latest() == 2
   checkpoints.close()
+
+
+@pytest.mark.parametrize("gone", ["commit_success.txt", "meta", "state/manifest.ocdbt", "state"])
+def test_a_half_deleted_newest_checkpoint_is_named_and_passed_over(tmp_path, state, caplog, gone):
+  """As a process leaves it that dies while it deletes, or a disk that loses a file."""
+  save(tmp_path, state, 1, 2).close()
+  path = tmp_path / "2" / gone
+  shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+  (tmp_path / "7").mkdir()  # nothing left but the folder
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  restored, _ = checkpoints.restore(abstract(state, mesh_of(1)))
+  assert "checkpoint 7 in" in caplog.text and "passed over" in caplog.text
+  assert int(restored["step"]) == (2 if gone == "commit_success.txt" else 1)
+  checkpoints.save(7, {**state, "step": jnp.int32(7)}, {"step": 7})
+  checkpoints.wait()
+  assert checkpoints.restore(abstract(state, mesh_of(1)))[1] == {"step": 7}
+  checkpoints.close()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, state):
+  results = {1: 0.2, 2: 0.9, 3: 0.5, 4: float("nan"), 5: 0.9, 6: 0.1}
+  options = {"keep": 2, "best_metric": "val/r1", "keep_best": 1}
+
+  def steps(*, saved, opened=None):
+    checkpoints = opened or checkpoint.Checkpoints(tmp_path, **options)
+    for step in saved:
+      checkpoints.save(step, {**state, "step": jnp.int32(step)}, {"step": step})
+      checkpoints.record(step, {"val/r1": results[step], "other": 1.0})
+    checkpoints.close()
+    return sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit())
+
+  assert steps(saved=[1, 2, 3]) == [2, 3]
+  assert steps(saved=[4, 5, 6]) == [2, 5, 6]  # the record outlives the process
+  note = json.loads((tmp_path / "best.json").read_text())
+  assert (note["metric"], note["best"]) == ("val/r1", 2)
+  other = checkpoint.Checkpoints(tmp_path, keep=2, best_metric="other", keep_best=1)
+  assert other.best() is None  # of another metric nothing is on record
+  with pytest.raises(ValueError, match="best_metric = 'other' is not a result.*val/r1"):
+    other.record(6, {"val/r1": 0.5})
+  other.close()
+
+
+def test_a_checkpoint_of_another_model_is_named_not_passed_over(tmp_path, state):
+  save(tmp_path, state, 1, 2).close()
+  checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+  wanted = {"params": {"kernel": state["params"]["kernel"], "bias": jnp.zeros(3)}}
+  with pytest.raises(ValueError, match=r"checkpoint 2 is of another model: it has no 'params/bias"):
+    checkpoints.restore(abstract(wanted, mesh_of(1)))
+  wanted = {"params": {"weight": state["params"]["kernel"]}}
+  with pytest.raises(ValueError, match=r"it has no 'params/weight' \[16, 3\]"):
+    checkpoints.restore(abstract(wanted, mesh_of(1)))
+  wider = {"params": {**state["params"], "bias": jnp.zeros(3)}}
+  save(tmp_path / "wider", wider, 1).close()
+  with pytest.raises(ValueError, match=r"its 'params/bias' \[3\] is not in the model"):
+    checkpoint.Checkpoints(tmp_path / "wider").restore(
+      abstract({"params": state["params"]}, mesh_of(1))
+    )
+
+
+def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path, state):
+  """Every write past 64 bytes of a file fails, as on a full disk."""
+  checkpoints = save(tmp_path, state, 1)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+  try:
+    with pytest.raises(checkpoint.SaveError) as caught:
+      checkpoints.save(2, {**state, "step": jnp.int32(2)}, {"step": 2})
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert "checkpoint 2 in" in str(caught.value) and "checkpoint 1 is kept" in str(caught.value)
+  assert "\n" not in str(caught.value)
+  reopened = checkpoint.Checkpoints(tmp_path)
+  assert reopened.restore(abstract(state, mesh_of(1)))[1]["step"] == 1
+  reopened.close()
+
+
+def test_reading_beside_a_run_leaves_what_it_writes(tmp_path, state):
+  save(tmp_path, state, 1).close()
+  half = tmp_path / "2.orbax-checkpoint-tmp"
+  half.mkdir()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  assert reader.restore(abstract(state, mesh_of(1)))[1]["step"] == 1
+  reader.close()
+  assert half.exists()

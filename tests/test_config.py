@@ -59,6 +59,21 @@ def test_first_difference_names_what_touches_the_parameters_alone():
   assert configs.first_difference(old, new) == ("optimizer.lr", None, 0.5)
 
 
+def test_a_key_that_came_later_means_what_runs_before_it_did():
+  old, new = common.get_config(), common.get_config()
+  assert configs.ADDED.keys() <= dict(configs.flatten(new)).keys()
+  for key in configs.ADDED:
+    *nodes, leaf = key.split(".")
+    node = old
+    for name in nodes:
+      node = node[name]
+    del node[leaf]
+  new.data.reduced_decode = False
+  assert configs.first_difference(old, new) is None
+  new.accumulate = 2
+  assert configs.first_difference(old, new) == ("accumulate", 1, 2)
+
+
 @pytest.mark.parametrize(
   ("key", "value", "words"),
   [
@@ -69,6 +84,9 @@ def test_first_difference_names_what_touches_the_parameters_alone():
     ("data.row_length", 40, ["config.data.row_length = 40", "config.model.text.context = 77"]),
     ("loss.matcher", "gpu", ["config.loss.matcher = 'gpu'", "host, device"]),
     ("batch_size", 0, ["config.batch_size = 0", "positive"]),
+    ("accumulate", 0, ["config.accumulate = 0", "positive"]),
+    ("profile.num_steps", 0, ["config.profile.num_steps = 0", "at least 1"]),
+    ("watchdog_seconds", -1.0, ["config.watchdog_seconds = -1.0", "at least 0"]),
     ("optimizer.ema_decay", 1.0, ["config.optimizer.ema_decay = 1.0", "[0, 1)"]),
     ("epochs", 0.0, ["config.steps", "config.epochs"]),
   ],

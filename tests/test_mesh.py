@@ -1,5 +1,7 @@
 """Mesh sizes, batch cuts and sharding rules on eight virtual devices."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,32 @@ def test_a_batch_that_does_not_divide_names_its_neighbours(tiny, key):
   tiny[key] = 20
   with pytest.raises(ValueError, match=rf"config\.{key} = 20 .* 8 devices .*Try 16 or 24\."):
     meshes.create(tiny)
+
+
+def devices_of(owners):
+  """Stand-ins for devices [data, fsdp, tensor] from the numbers of their processes."""
+  return np.vectorize(lambda p: types.SimpleNamespace(process_index=p), otypes=[object])(owners)
+
+
+@pytest.mark.parametrize(
+  ("owners", "shares"),
+  [
+    ([[[0]], [[0]], [[1]], [[1]]], [(0, 2), (1, 2)]),
+    ([[[0], [0]], [[1], [1]]], [(0, 2), (1, 2)]),
+    ([[[0, 0]], [[1, 1]]], [(0, 2), (1, 2)]),
+    ([[[0, 0, 1, 1]]], [(0, 1), (0, 1)]),  # the tensor axis spans both: the same examples
+    ([[[0, 1]], [[2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ([[[1]], [[0]]], [(1, 2), (0, 2)]),  # in the order of the mesh, not of the processes
+  ],
+)
+def test_every_process_reads_the_part_of_the_batch_that_its_devices_hold(owners, shares):
+  devices = devices_of(owners)
+  assert [meshes.batch_share(devices, p) for p in range(len(shares))] == shares
+
+
+def test_parts_of_the_batch_that_overlap_are_an_error():
+  with pytest.raises(ValueError, match=r"^config\.mesh\.tensor = 3 cuts the 2 processes unevenly"):
+    meshes.batch_share(devices_of([[[0, 0, 0]], [[0, 1, 1]]]), 0)
 
 
 def test_batch_lies_in_order_over_the_devices(tiny):

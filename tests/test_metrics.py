@@ -75,6 +75,10 @@ def test_speed_leaves_pauses_out(monkeypatch):
   progress.start(1)
   now[0] += 15.0
   progress.pause(5.0)
-  assert progress.speed(11) == (8.0, 29.0)  # 10 steps of 8 images in 10 s; 29 steps left
+  progress.waited(2.0)
+  # 10 steps of 8 images in 10 s; 29 steps left; 2 s of the 10 without data.
+  assert progress.speed(11) == metrics.Speed(8.0, 29.0, 2.0, 0.2)
+  now[0] += 1.0
+  assert progress.speed(12).waited == 0
   line = progress.line(11, {"train/loss": 2.0, "train/samples_per_second": 8.0}, 29.0)
   assert line.startswith("step 11/40  loss 2.000") and line.endswith("8 samples/s  0:29 left")

@@ -1,0 +1,314 @@
+"""Faults done to real runs, against one that nothing disturbed, bit for bit.
+
+`python -m bench.faults [--json] [--kills=50] [--only=lost_process,...]` trains a tiny model on some
+scenes, in one process and in two, and does to it what machines do:
+
+  kills         SIGKILL at random moments, start-up and saving included, until the run is through
+  preempted     SIGTERM to one of two processes
+  lost_process  SIGKILL of one of two processes
+  slow_process  one of two processes stands still for half of the time
+  full_disk     no file can grow while a checkpoint is written (RLIMIT_FSIZE)
+  bad_shard     a shard of the data is overwritten between epochs, and mended
+
+Each is started again as a launcher would, and must end with the arrays of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from bench import kills as runs
+from grain_jax import metrics
+from grain_jax.watchdog import RESTART
+
+_LONG = 900.0  # seconds after which a run counts as hanging
+_FLAGS = ("--config.evals=()", "--config.watchdog_seconds=120")
+_PAIR = (*_FLAGS, "--config.method=clip", "--config.steps=12")  # compiles in a third of the time
+Say = Callable[[str], None]
+
+
+def lines(workdir: pathlib.Path) -> int:
+  """Lines of metrics, one a step, that a run has written so far."""
+  path = workdir / "metrics.jsonl"
+  return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_step(step: int, workdir: pathlib.Path, *processes: subprocess.Popen) -> None:
+  """Returns when the metrics of `step` are there; raises when a process ends before."""
+  until = time.monotonic() + _LONG
+  while lines(workdir) < step:
+    if any(p.poll() is not None for p in processes) or time.monotonic() > until:
+      raise RuntimeError(f"{workdir} did not come to step {step}: {said(workdir)[-2000:]}")
+    time.sleep(0.01)
+
+
+def said(workdir: pathlib.Path, name: str = "*") -> str:
+  """All that the processes of a run wrote to stderr."""
+  return "".join(path.read_text() for path in sorted(workdir.glob(f"{name}err.txt")))
+
+
+def start_pair(data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
+  """Two processes of one run; their names are 'p0-' and 'p1-'."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
+  return [
+    runs.start(data, workdir, *_PAIR, *flags, *address, f"--process_id={i}", name=f"p{i}-")
+    for i in range(2)
+  ]
+
+
+def end(processes: Sequence[subprocess.Popen]) -> list[int]:
+  """Exit codes; a process that does not end is killed and gives -9."""
+  codes = []
+  until = time.monotonic() + _LONG
+  for process in processes:
+    try:
+      codes.append(process.wait(max(until - time.monotonic(), 1)))
+    except subprocess.TimeoutExpired:
+      process.kill()
+      codes.append(process.wait())
+  return codes
+
+
+def finish_pair(data: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Starts both processes again, to the end."""
+  codes = end(start_pair(data, workdir))
+  if codes != [0, 0]:
+    raise RuntimeError(f"{workdir} ended with codes {codes}: {said(workdir)[-2000:]}")
+
+
+def _line(text: str, word: str) -> str:
+  """The first line with `word` in it; '' if there is none."""
+  return next((line for line in text.splitlines() if word in line), "")
+
+
+class Faults:
+  """The scenarios; every method returns {'equal': ..., what was seen}."""
+
+  def __init__(self, folder: pathlib.Path, *, kills: int, seed: int, say: Say = print):
+    self.folder, self.kills, self.say = folder, kills, say
+    self.rng = random.Random(seed)
+    self.data = folder / "scenes"
+    self._states: dict[int, dict[str, Any]] = {}
+    if not self.data.exists():
+      runs.build_scenes(self.data)
+
+  def undisturbed(self, processes: int) -> dict[str, Any]:
+    """Final arrays of a run left alone, made once."""
+    if processes not in self._states:
+      workdir, began = self.folder / f"undisturbed-{processes}", time.monotonic()
+      if processes == 1:
+        runs.finish(runs.start(self.data, workdir, *_FLAGS), workdir)
+      else:
+        finish_pair(self.data, workdir)
+      self.say(f"undisturbed, {processes} process(es): {time.monotonic() - began:.0f} s")
+      self._states[processes] = runs.final_state(workdir)
+    return self._states[processes]
+
+  def _equal(self, workdir: pathlib.Path, processes: int) -> dict[str, Any]:
+    different = runs.differences(self.undisturbed(processes), runs.final_state(workdir))
+    return {"equal": not different, "different": different[:5]}
+
+  def random_kills(self) -> dict[str, Any]:
+    """`kills` SIGKILLs over runs of `STEPS` steps, each started again after each, to its end."""
+    done, run, at, equal = 0, 0, [], []
+    while done < self.kills:
+      workdir, run = self.folder / f"killed-{run}", run + 1
+      while done < self.kills:
+        process, before = runs.start(self.data, workdir, *_FLAGS), lines(workdir)
+        # A third of the kills falls anywhere in the start-up, the others into training and saving.
+        steps = self.rng.choice([0, 0, 1, 2, 3, 4, 5, 6])
+        until = time.monotonic() + (self.rng.uniform(0, 20) if not steps else _LONG)
+        # A run that goes on begins with the lines up to its checkpoint, so it may have fewer.
+        while process.poll() is None and time.monotonic() < until:
+          if steps and lines(workdir) >= before + steps:
+            time.sleep(self.rng.uniform(0, 0.2))
+            break
+          time.sleep(0.002)
+        if process.poll() is not None:
+          runs.finish(process, workdir)  # raises if it failed by itself
+          break
+        process.kill()
+        process.wait()
+        done += 1
+        at.append(lines(workdir))
+        self.say(f"kill {done}: after step {at[-1]}, checkpoints {runs.saved_steps(workdir)}")
+      process = runs.start(self.data, workdir, *_FLAGS)
+      runs.finish(process, workdir)
+      equal.append(self._equal(workdir, 1)["equal"])
+    return {"equal": all(equal), "kills": done, "runs": run, "killed_after": at}
+
+  def preempted(self) -> dict[str, Any]:
+    """SIGTERM to one of two: both save the same step, and end with the code for a restart."""
+    workdir = self.folder / "preempted"
+    pair = start_pair(self.data, workdir)
+    wait_for_step(4, workdir, *pair)
+    began = time.monotonic()
+    pair[1].terminate()
+    codes = end(pair)
+    seconds, saved = time.monotonic() - began, runs.saved_steps(workdir)
+    self.say(f"preempted: codes {codes} after {seconds:.1f} s, checkpoint {saved[-1:]}")
+    finish_pair(self.data, workdir)
+    result = self._equal(workdir, 2)
+    result |= {"codes": codes, "seconds": round(seconds, 1), "saved": saved[-1]}
+    return result | {"equal": result["equal"] and codes == [RESTART, RESTART]}
+
+  def lost_process(self) -> dict[str, Any]:
+    """SIGKILL of either of two: the other ends within a bounded time and says why."""
+    result: dict[str, Any] = {"equal": True}
+    for victim in (0, 1):
+      workdir = self.folder / f"lost-{victim}"
+      pair = start_pair(self.data, workdir)
+      wait_for_step(5, workdir, *pair)
+      pair[victim].kill()
+      began = time.monotonic()
+      codes = end(pair)
+      seconds, other = time.monotonic() - began, 1 - victim
+      line = _line(said(workdir, f"p{other}-"), "Start all again")
+      self.say(f"process {victim} killed: the other ended with {codes[other]} in {seconds:.1f} s")
+      finish_pair(self.data, workdir)
+      same = self._equal(workdir, 2)["equal"]
+      result["equal"] &= same and bool(line) and codes[other] not in (0, -signal.SIGKILL)
+      result[f"process_{victim}"] = {
+        "code_of_other": codes[other], "seconds": round(seconds, 1), "line": line, "equal": same,
+      }  # fmt: skip
+    return result
+
+  def slow_process(self) -> dict[str, Any]:
+    """One of two stands still for half of the time, from its first step on."""
+    workdir = self.folder / "slow"
+    pair = start_pair(self.data, workdir)
+    wait_for_step(1, workdir, *pair)
+    stops = 0
+    while pair[0].poll() is None and pair[1].poll() is None:
+      pair[1].send_signal(signal.SIGSTOP)
+      time.sleep(0.5)
+      pair[1].send_signal(signal.SIGCONT)
+      stops += 1
+      time.sleep(0.5)
+    codes = end(pair)
+    self.say(f"slow process: codes {codes} after {stops} stops")
+    result = self._equal(workdir, 2)
+    return result | {
+      "codes": codes, "stops": stops, "equal": result["equal"] and codes == [0, 0],
+    }  # fmt: skip
+
+  def full_disk(self) -> dict[str, Any]:
+    """From the first checkpoint on no file can grow past 64 KiB, then there is room again."""
+    workdir = self.folder / "full"
+    process = runs.start(self.data, workdir, *_FLAGS)
+    wait_for_step(4, workdir, process)
+    while not runs.saved_steps(workdir) and process.poll() is None:
+      time.sleep(0.01)
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, hard))
+    (code,), kept = end([process]), runs.saved_steps(workdir)
+    line = _line(said(workdir), "could not be written")
+    self.say(f"full disk: code {code}, checkpoints {kept}: {line}")
+    runs.finish(runs.start(self.data, workdir, *_FLAGS), workdir)
+    result = self._equal(workdir, 1)
+    whole = bool(line) and code == 1 and bool(kept)
+    return result | {"code": code, "kept": kept, "line": line, "equal": result["equal"] and whole}
+
+  @contextlib.contextmanager
+  def _overwritten_shard(self, data: pathlib.Path) -> Iterator[None]:
+    """The largest shard of the training split with garbage in its middle, then whole again."""
+    shard = max(data.rglob("*train*array_record*"), key=lambda p: p.stat().st_size)
+    whole = shard.read_bytes()
+    middle = len(whole) // 2
+    with shard.open("r+b") as file:  # in place: the run holds it open
+      file.seek(middle)
+      file.write(self.rng.randbytes(4096))
+    try:
+      yield
+    finally:
+      with shard.open("r+b") as file:
+        file.write(whole)
+
+  def bad_shard(self) -> dict[str, Any]:
+    """A shard overwritten after the first epoch: the run stops; mended, it goes on as if never."""
+    workdir = self.folder / "bad-shard"
+    data = shutil.copytree(self.data, self.folder / "bad-scenes")
+    stop = (*_FLAGS, "--config.data.on_bad_record=stop")
+    whole = self.folder / "undisturbed-stop"  # on_bad_record is part of a run's identity
+    runs.finish(runs.start(self.data, whole, *stop), whole)
+    process = runs.start(data, workdir, *stop)
+    wait_for_step(8, workdir, process)
+    with self._overwritten_shard(data):
+      (code,) = end([process])
+    line = _line(said(workdir), "BadRecord") or said(workdir).strip().rsplit("\n", 1)[-1]
+    self.say(f"bad shard: code {code}: {line}")
+    runs.finish(runs.start(data, workdir, *stop), workdir)
+    different = runs.differences(runs.final_state(whole), runs.final_state(workdir))
+    skipping = self.folder / "bad-shard-skip"
+    process = runs.start(data, skipping, *_FLAGS)
+    wait_for_step(8, skipping, process)
+    with self._overwritten_shard(data):
+      (skipped,) = end([process])
+    entries = metrics.read_jsonl(skipping / "metrics.jsonl")
+    bad = sum(entry.get("train/bad_examples", 0) for entry in entries)
+    self.say(f"bad shard, skipped: code {skipped}, {bad:.0f} bad examples")
+    good = not different and code == 1 and skipped == 0 and bad > 0
+    return {"equal": good, "code": code, "line": line, "skipped": {"code": skipped, "bad": bad}}
+
+
+SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
+  "kills": Faults.random_kills,
+  "preempted": Faults.preempted,
+  "lost_process": Faults.lost_process,
+  "slow_process": Faults.slow_process,
+  "full_disk": Faults.full_disk,
+  "bad_shard": Faults.bad_shard,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
+  parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, by comma")
+  parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments")
+  parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+  flags = parser.parse_args(arguments)
+  names = flags.only.split(",")
+  unknown = [name for name in names if name not in SCENARIOS]
+  if unknown:
+    parser.error(f"--only: {unknown[0]!r} is none of {', '.join(SCENARIOS)}")
+  logging.set_verbosity(logging.ERROR)  # Orbax misses files that nothing here needs
+  say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+  result: dict[str, Any] = {"seed": flags.seed}
+  with tempfile.TemporaryDirectory() as folder:
+    faults = Faults(pathlib.Path(folder), kills=flags.kills, seed=flags.seed, say=say)
+    for name in names:
+      began = time.monotonic()
+      result[name] = SCENARIOS[name](faults)
+      result[name]["wall_seconds"] = round(time.monotonic() - began)
+  result["equal"] = all(result[name]["equal"] for name in names)
+  if flags.json:
+    print(json.dumps(result))
+  else:
+    for name in names:
+      print(f"{name}: {'as undisturbed' if result[name]['equal'] else 'DIFFERENT'} {result[name]}")
+  sys.exit(not result["equal"])
+
+
+if __name__ == "__main__":
+  main()

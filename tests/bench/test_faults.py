@@ -1,0 +1,70 @@
+"""Two real processes: preempted, one killed, and gone on with as one; a disk that fills."""
+
+import signal
+import time
+
+import pytest
+
+from bench import faults, kills
+from grain_jax import metrics
+from grain_jax.watchdog import RESTART
+
+
+@pytest.fixture
+def scenarios(scenes_dir, tmp_path):
+  (tmp_path / "scenes").symlink_to(scenes_dir)
+  return faults.Faults(tmp_path, kills=0, seed=0)
+
+
+def losses(workdir):
+  lines = metrics.read_jsonl(workdir / "metrics.jsonl")
+  return {line["step"]: line["train/loss"] for line in lines}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
+  """The same losses as one process that nothing disturbed, so the same order of samples."""
+  whole, run = tmp_path / "whole", tmp_path / "run"
+  alone = kills.start(scenarios.data, whole, *faults._PAIR)
+  pair = faults.start_pair(scenarios.data, run)
+  faults.wait_for_step(4, run, *pair)
+  pair[1].send_signal(signal.SIGTERM)
+  assert faults.end(pair) == [RESTART, RESTART], faults.said(run)
+  (stopped,) = kills.saved_steps(run)[-1:]
+  assert f"checkpoint {stopped} is saved" in faults.said(run, "p0-")
+  assert max(losses(run)) == stopped < 12  # saved at the very step at which both stopped
+
+  pair = faults.start_pair(scenarios.data, run)
+  faults.wait_for_step(stopped + 1, run, *pair)
+  pair[1].kill()
+  began = time.monotonic()
+  assert faults.end(pair) == [RESTART, -signal.SIGKILL], faults.said(run)
+  assert time.monotonic() - began < 90
+  assert "process 1 of 2" in faults.said(run, "p0-") and "is lost" in faults.said(run, "p0-")
+
+  kills.finish(kills.start(scenarios.data, run, *faults._PAIR), run)
+  kills.finish(alone, whole)
+  assert list(losses(run)) == list(range(1, 13))
+  assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_what_the_scenarios_look_at(tmp_path):
+  assert faults.lines(tmp_path) == 0
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+  assert faults.lines(tmp_path) == 2
+  (tmp_path / "p0-err.txt").write_text("a\n")
+  (tmp_path / "p1-err.txt").write_text("b\n")
+  assert (faults.said(tmp_path), faults.said(tmp_path, "p1-")) == ("a\nb\n", "b\n")
+  assert faults._line("x\na lost b\nlost", "lost") == "a lost b"
+
+
+def test_an_overwritten_shard_is_whole_again(scenarios, scenes_dir, tmp_path):
+  import shutil
+
+  data = shutil.copytree(scenes_dir, tmp_path / "copy")
+  before = {p: p.read_bytes() for p in data.rglob("*array_record*")}
+  with scenarios._overwritten_shard(data):
+    changed = [p for p, content in before.items() if p.read_bytes() != content]
+    assert len(changed) == 1 and "train" in changed[0].name
+    assert changed[0].stat().st_size == len(before[changed[0]])
+  assert {p: p.read_bytes() for p in before} == before

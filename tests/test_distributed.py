@@ -1,0 +1,270 @@
+"""Addresses, agreement, the watchdog's verdicts, and real processes that disagree."""
+
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from bench import kills
+from grain_jax import addresses, distributed, watchdog
+
+SRUN = {
+  "SLURM_JOB_ID": "4097",
+  "SLURM_STEP_NODELIST": "gpu[003-004]",
+  "SLURM_STEP_NUM_TASKS": "4",
+  "SLURM_PROCID": "2",
+  "SLURM_LOCALID": "1",
+  "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+  "CUDA_VISIBLE_DEVICES": "0,1",
+}
+POD = {
+  "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+  "JOB_COMPLETION_INDEX": "1",
+  "JAX_COORDINATOR_ADDRESS": "grain-worker-0-0.grain",
+  "JAX_NUM_PROCESSES": "2",
+}
+
+
+def without(environ, *names):
+  return {k: v for k, v in environ.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+  ("nodes", "first"),
+  [
+    ("node001", "node001"),
+    ("node001,host2", "node001"),
+    ("node[001-015],host2", "node001"),
+    ("node[001,007-015]", "node001"),
+    ("gpu-a[3-4]b,x", "gpu-a3b"),
+  ],
+)
+def test_first_host_of_a_slurm_list(nodes, first):
+  """The forms that JAX's own SLURM detection names, and a suffix."""
+  assert addresses.first_host(nodes) == first
+
+
+def test_addresses_by_slurm_kubernetes_and_flags():
+  # The port as jax._src.clusters.slurm_cluster has it: 4097 % 4096 + 61440.
+  assert addresses.find(SRUN) == ("SLURM", "gpu003:61441", 4, 2, 1, 300.0)
+  assert addresses.find({**SRUN, "CUDA_VISIBLE_DEVICES": "0"}).local_device is None
+  assert addresses.find({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}).local_device is None
+  assert addresses.find(POD)[:4] == ("Kubernetes", "grain-worker-0-0.grain:55527", 2, 1)
+  given = addresses.find(SRUN, coordinator="h:1", num_processes=3, process_id=0)
+  assert given[:4] == ("flags", "h:1", 3, 0)
+
+
+@pytest.mark.parametrize(
+  "environ",
+  [
+    {},
+    {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    without(SRUN, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"),  # the batch script, salloc
+    without(POD, "JOB_COMPLETION_INDEX"),
+    without(POD, "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"),
+    without(POD, "KUBERNETES_SERVICE_HOST"),
+    {"TPU_WORKER_HOSTNAMES": "a,b"},  # no chips here
+  ],
+)
+def test_one_process_where_nothing_says_several(environ):
+  assert addresses.find(environ) is None
+
+
+def test_a_tpu_slice_of_several_machines(monkeypatch):
+  monkeypatch.setattr(addresses.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(addresses.importlib.util, "find_spec", lambda name: name == "libtpu")
+  assert addresses.find({"TPU_WORKER_HOSTNAMES": "a,b"}) == addresses.Address("TPU")
+  assert addresses.find({}) == addresses.Address("TPU")  # the metadata server says how many
+  assert addresses.find({"TPU_WORKER_HOSTNAMES": "a"}) is None
+  assert addresses.find({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
+
+
+@pytest.mark.parametrize(
+  ("environ", "flags", "words"),
+  [
+    ({}, {"process_id": 1}, ["--coordinator_address and --num_processes must be given"]),
+    ({}, {"coordinator": "h", "num_processes": 2, "process_id": 0}, ["=h is not HOST:PORT"]),
+    ({}, {"coordinator": "h:1", "num_processes": 2, "process_id": 2}, ["process_id=2", "0 to 1"]),
+    (without(POD, "JAX_NUM_PROCESSES"), {}, ["JAX_NUM_PROCESSES is not set"]),
+    ({**SRUN, "SLURM_PROCID": "x"}, {}, ["SLURM_PROCID='x' is not a number"]),
+    ({**SRUN, "SLURM_LOCALID": "2"}, {}, ["sees 2 GPUs"]),
+  ],
+)
+def test_addresses_that_cannot_be(environ, flags, words):
+  with pytest.raises(ValueError) as caught:
+    addresses.find(environ, **flags)
+  assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+class Store(dict):
+  """The key-value store of `jax.distributed`, as the watchdog uses it."""
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    assert allow_overwrite or key not in self
+    self[key] = value
+
+  def key_value_dir_get(self, key):
+    return [(k, v) for k, v in self.items() if k.startswith(key)]
+
+
+@pytest.fixture
+def pair(monkeypatch):
+  """(clock, two watchdogs on one store, exit codes); nothing runs by itself."""
+  clock, codes = [100.0], []
+  monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 1))
+  store = Store()
+  dogs = [
+    watchdog.Watchdog(store, index=i, count=2, limit=60, leave=lambda code, i=i: codes.append(
+      (i, code)
+    ))
+    for i in range(2)
+  ]  # fmt: skip
+  return clock, dogs, codes
+
+
+def test_who_is_late(pair):
+  clock, (zero, one), _ = pair
+  zero.at("step", 42)
+  one.at("data", 42)
+  assert zero.look() is None and one.look() is None
+  clock[0] += 50
+  one.look()
+  zero.at("step", 43)
+  clock[0] += 20
+  assert zero.look() is None
+  code, line, tell = one.look()
+  assert (code, tell) == (75, True)
+  assert "no progress for 70 s (config.watchdog_seconds = 60)" in line
+  assert "process 1 of 2" in line and "is late: it waits for the data of step 42 for 70 s" in line
+  assert "process 0 is in step 43" in line
+
+
+def test_compiling_and_being_done_have_no_limit(pair):
+  clock, (zero, one), _ = pair
+  zero.at("compiling", 1)
+  one.at("done", 9)
+  one.look()
+  zero.look()
+  clock[0] += 5000
+  assert zero.look() is None  # nor is the silence of a process that is done
+  assert watchdog.Watchdog(limit=0).look() is None
+
+
+def test_a_silent_process_is_lost(pair):
+  clock, (zero, one), _ = pair
+  for dog in (zero, one):
+    dog.at("step", 7)
+    dog.look()
+  zero.look()
+  clock[0] += 29
+  zero.at("step", 8)
+  assert zero.look() is None
+  clock[0] += 2
+  code, line, _ = zero.look()
+  assert code == 75 and "process 1 of 2" in line and "no sign of it for 31 s" in line
+  assert "it was last seen where it is in step 7" in line
+
+
+def test_an_error_on_one_process_ends_the_other_with_the_same_line(pair, capsys):
+  _, (zero, one), codes = pair
+  one.end(1, "ValueError: no data here")
+  code, line, tell = zero.look()
+  assert (code, tell) == (1, False) and line == f"{one.name}: ValueError: no data here"
+  zero.end(code, line, tell=tell)
+  assert codes == [(1, 1), (0, 1)]
+  said = capsys.readouterr().err.splitlines()
+  assert said == ["ValueError: no data here", line]
+
+
+def test_agreement_names_the_first_difference(monkeypatch):
+  """Two threads stand for two processes; the store is a dict with waiting reads."""
+  here, store, ready = threading.local(), {}, threading.Condition()
+
+  class Client:
+    def key_value_set(self, key, value):
+      with ready:
+        store[key] = value
+        ready.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+      with ready:
+        assert ready.wait_for(lambda: key in store, milliseconds / 1000), key
+        return store[key]
+
+  monkeypatch.setattr(distributed, "count", lambda: 2)
+  monkeypatch.setattr(distributed, "index", lambda: here.index)
+  monkeypatch.setattr(distributed, "_state", lambda: type("S", (), {"client": Client()}))
+  lines = {}
+
+  def process(index, values):
+    here.index = index
+    try:
+      distributed.agree("configuration", values)
+      lines[index] = None
+    except ValueError as error:
+      lines[index] = str(error)
+
+  class PerThread:  # each process has its own count
+    def __getitem__(self, key):
+      return here.__dict__.setdefault("rounds", {}).get(key, 0)
+
+    def __setitem__(self, key, value):
+      here.rounds[key] = value
+
+  monkeypatch.setattr(distributed, "_rounds", PerThread())
+
+  def both(a, b):
+    threads = [threading.Thread(target=process, args=(i, v)) for i, v in enumerate((a, b))]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(30)
+    store.clear()
+    return lines[0], lines[1]
+
+  assert both({"a": 1, "b": (1, 2)}, {"a": 1, "b": (1, 2)}) == (None, None)
+  one, two = both({"a": 1, "lr": 0.1}, {"a": 1, "lr": 0.2})
+  assert one == two and "lr is 0.1 on process 0 and 0.2 on process 1" in one
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_end_with_one_line_each(scenes_dir, tmp_path):
+  address = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2")
+  pair = [
+    kills.start(
+      scenes_dir, tmp_path, *address, f"--process_id={i}", f"--config.optimizer.lr=0.{i + 1}",
+      name=f"p{i}-",
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  assert [process.wait(120) for process in pair] == [1, 1]
+  for i in range(2):
+    said = (tmp_path / f"p{i}-err.txt").read_text().splitlines()
+    assert [line for line in said if "config.optimizer.lr is 0.1 on process 0 and 0.2 on" in line]
+    assert not [line for line in said if "Traceback" in line]
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_wrong_flags_answer_at_once():
+  command = [sys.executable, "-m", "grain_jax.main", "--config=configs/quickstart.py"]
+  done = subprocess.run(
+    [*command, "--workdir=/nowhere", "--num_processes=2"],
+    cwd=kills.ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert "--coordinator_address and --process_id must be given" in done.stderr
+
+
+def test_one_process_needs_no_store():
+  assert distributed.gather("x", "a") == ["a"] and distributed.broadcast("x", "b") == "b"
+  distributed.agree("configuration", {"a": 1})
+  assert (distributed.index(), distributed.count()) == (0, 1)
