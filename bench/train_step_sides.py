@@ -45,7 +45,7 @@ def setting(
 ) -> ml_collections.ConfigDict:
   """The recipe's configuration in float32 on one device; a one-line error where it cannot be."""
   config = configs.load(recipe)
-  config.model.dtype = "float32"
+  config.model.update(dtype="float32", remat="none")
   config.batch_size = config.eval_batch_size = batch_size
   config.data.row_length, config.seed = row_length, seed
   config.mesh.update(data=1, fsdp=1, tensor=1)

@@ -46,8 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
-  c.model.remat = "none"  # what the backward pass computes again: none | dots (all but the matrix
-  # products) | block (each block)
+  c.model.remat = "none"  # what the backward pass computes again: none | elementwise (all but the
+  # matrix products) | attention (their products in attention too) | block (each block)
   c.model.attention = "auto"  # auto (cuDNN's fused one on GPUs in bfloat16) | xla | cudnn
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
@@ -201,7 +201,7 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   small(c)
   c.init.update(image="", text="")
   c.data.dir = "data/scenes"
-  c.model.dtype = "float32"
+  c.model.update(dtype="float32", remat="none")
   c.evals = ("zero_shot", "retrieval", "grounding")
   c.data.caption = "half"
   c.data.row_length = 56 if c.data.max_regions else 32

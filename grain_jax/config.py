@@ -28,7 +28,7 @@ CHOICES = {
   "data.caption": ("half", "original", "generated", "joined"),
   "data.on_bad_record": ("skip", "stop"),
   "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "dots", "block"),
+  "model.remat": ("none", "elementwise", "attention", "block"),
   "model.attention": ("auto", "xla", "cudnn"),
   "model.image.variant": tuple(VARIANTS),
   "model.image.activation": ("gelu", "quick_gelu"),

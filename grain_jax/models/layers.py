@@ -16,8 +16,14 @@ from jax.sharding import PartitionSpec
 Array = jax.Array
 Initializer = Callable[..., Array]
 
-# What the backward pass computes again: nothing; all but matrix products; every block.
-REMAT = ("none", "dots", "block")
+# What the backward pass computes again: nothing; all but matrix products; all but the matrix
+# products with parameters; every block.
+REMAT = ("none", "elementwise", "attention", "block")
+_POLICIES = {
+  "elementwise": jax.checkpoint_policies.dots_saveable,
+  "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "block": None,
+}
 
 
 def quick_gelu(x: Array) -> Array:
@@ -184,8 +190,7 @@ def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -
     raise ValueError(f"config.model.remat = {remat!r} is unknown. Choose one of {REMAT}.")
   if remat == "none":
     return block
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-  return nn.remat(block, prevent_cse=not scanned, policy=policy)
+  return nn.remat(block, prevent_cse=not scanned, policy=_POLICIES[remat])
 
 
 def stack(

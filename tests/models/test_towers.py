@@ -93,7 +93,35 @@ def test_text_tower_on_a_packed_row_is_clip_on_each_text_alone(clip_text, rng):
     assert_allclose(got[i], array(want), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+def products(jaxpr):
+  """Matrix products in a program, those of inner programs too, a loop's body once."""
+  for equation in jaxpr.eqns:
+    yield from ["dot"] if equation.primitive.name == "dot_general" else []
+    for value in equation.params.values():
+      for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from products(inner)
+
+
+def test_rematerialisation_computes_those_products_again_that_it_says(clip_text, rng):
+  """A block has 4 projections, 2 products in attention, 2 in the MLP; each has 2 backward."""
+  _, ours, params = clip_text
+  args = packed(texts_of([7, 3, 11], rng), 30)
+
+  def count(remat):
+    tower = ours.clone(remat=remat)
+    loss = lambda p: jnp.sum(tower.apply({"params": p}, *args))  # noqa: E731
+    return len(list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)))
+
+  none = count("none")
+  assert none == 2 * 3 * 8  # the scanned blocks and the last one
+  assert count("elementwise") == none
+  assert count("attention") == none + 2 * 2
+  assert count("block") > count("attention")
+
+
+@pytest.mark.parametrize("remat", layers.REMAT)
 @pytest.mark.parametrize("unroll", [1, -1])
 def test_last_block_at_the_ends_alone_is_the_whole_block(clip_text, rng, remat, unroll):
   """Value and gradient against all blocks on all tokens, taken at the ends afterwards."""
