@@ -1,0 +1,1 @@
+"""Planning a run: the train step compiled ahead of time for a machine that need not be there."""

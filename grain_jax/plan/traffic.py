@@ -1,0 +1,258 @@
+"""What a compiled program moves: memory traffic with its causes, and collectives.
+
+XLA's own cost analysis counts the body of a loop once. Here each instruction counts as often as it
+runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from grain_jax.plan import hlo as plan_hlo
+from grain_jax.plan.chips import Collective
+
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+# What moves nothing, or is counted where it starts or inside.
+_FREE = frozenset(
+  [
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
+    "async-update", "opt-barrier", "domain", "send", "send-done", "recv", "recv-done", "infeed",
+    "outfeed",
+  ]
+)  # fmt: skip
+
+
+def first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
+  """Devices of the first group of a collective, in any of the forms that HLO writes them."""
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+  if listed:
+    return tuple(int(i) for i in listed.group(1).split(","))
+  pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+  if pairs:
+    return tuple(int(i) for i in pairs.groups())
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+  if iota:
+    shape, dims = ([int(i) for i in iota.group(k).split(",")] for k in (1, 2))
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    if iota.group(3):
+      ids = ids.transpose([int(i) for i in iota.group(3).split(",")])
+    return tuple(int(i) for i in ids.reshape(shape)[0].reshape(-1))
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+  if mesh:
+    axes = re.findall(r"'([^']*)'=(\d+)", mesh.group(1))
+    cut = re.findall(r"'([^']*)'", mesh.group(2))
+    ids = np.arange(math.prod(int(size) for _, size in axes))
+    ids = ids.reshape([int(size) for _, size in axes])
+    index = tuple(slice(None) if axis in cut else 0 for axis, _ in axes)
+    return tuple(int(i) for i in np.ravel(ids[index]))
+  return tuple(range(num_devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A collective as it stands in the text, alone or within a fusion."""
+
+  kind: str
+  instruction: plan_hlo.Instruction
+  computation: plan_hlo.Computation
+  fused: bool
+
+  @property
+  def channel(self) -> str:
+    """What the parts of one exchange share."""
+    found = re.search(r"channel_id=(\d+)", self.instruction.attributes)
+    return found.group(1) if found else self.instruction.name
+
+  def exchange(self, num_devices: int, times: int) -> Collective:
+    group = first_group(self.instruction.attributes, num_devices)
+    operands = (self.computation.instructions[o] for o in self.instruction.operands)
+    payload = sum(a.bytes for operand in operands for a in operand.types)
+    if self.kind == "all-gather":
+      payload *= len(group)
+    return Collective(self.kind, payload, group, times, self.instruction.path)
+
+
+def _parts(
+  module: plan_hlo.Module, computation: plan_hlo.Computation, *, kind: str = "", fused: bool = False
+) -> Iterator[_Part]:
+  """The collectives of a computation and of the fusions it calls."""
+  for i in computation.instructions.values():
+    base = i.op.removesuffix("-start")
+    if base in COLLECTIVES:
+      yield _Part(kind or base, i, computation, fused)
+    elif i.op in ("fusion", "async-start") and (name := i.called("calls")):
+      # A TPU's reduce-scatter is an all-reduce of which each chip keeps a part, in one fusion.
+      inner = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+      yield from _parts(
+        module, module.computations[name], kind=inner, fused=fused or i.op == "fusion"
+      )
+
+
+def collectives(module: plan_hlo.Module) -> list[Collective]:
+  """All exchanges of a step.
+
+  A TPU's compiler spreads one exchange over several fusions, and over the turns of a loop that it
+  overlaps with: these parts share a channel and count as one, as often as the rarest of them runs.
+  """
+  found: dict[tuple[str, str], tuple[_Part, int]] = {}
+  for computation, times in module.executed():
+    for part in _parts(module, computation):
+      key = (part.channel, "" if part.fused else f"{computation.name} {part.instruction.name}")
+      if key not in found or times < found[key][1]:
+        found[key] = part, times
+  fused = {channel for channel, where in found if not where}
+  return [
+    part.exchange(module.num_devices, times)
+    for (channel, where), (part, times) in found.items()
+    if not where or channel not in fused
+  ]
+
+
+def of_gradients(exchange: Collective) -> bool:
+  """Whether it adds up gradients of parameters: a reduction within the model's backward pass.
+
+  Features and logits of the losses have no module of the model in their path.
+  """
+  reduces = exchange.kind in ("all-reduce", "reduce-scatter")
+  return reduces and bool(re.search(r"transpose\(jvp\(\w+\)\)", exchange.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Bytes that one instruction reads and writes in a step."""
+
+  path: str
+  op: str
+  bytes: int
+
+
+def _slice_reads(fusion: plan_hlo.Computation, name: str, depth: int = 0) -> int | None:
+  """Bytes read of a fusion's parameter where only slices of it are; None: all of it."""
+  total = 0
+  for user in fusion.users.get(name, []):
+    if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+      total += sum(a.bytes for a in user.types)
+    elif user.op == "dynamic-update-slice" and user.operands[0] == name:
+      continue  # in place: only the update moves, as part of the result
+    elif user.op in ("bitcast", "get-tuple-element") and depth < 8:
+      inner = _slice_reads(fusion, user.name, depth + 1)
+      if inner is None:
+        return None
+      total += inner
+    else:
+      return None
+  return total
+
+
+def _written(fusion: plan_hlo.Computation, name: str) -> int | None:
+  """Bytes written by a fusion's result where it is an update in place; None: all of it."""
+  instruction = fusion.instructions[name]
+  while instruction.op == "bitcast" and instruction.operands:
+    instruction = fusion.instructions[instruction.operands[0]]
+  if instruction.op != "dynamic-update-slice":
+    return None
+  return sum(a.bytes for a in fusion.instructions[instruction.operands[1]].types)
+
+
+def _moved(
+  module: plan_hlo.Module,
+  computation: plan_hlo.Computation,
+  i: plan_hlo.Instruction,
+  hbm_only: bool,
+) -> int:
+  """Bytes that an instruction reads and writes."""
+
+  def size(types: Sequence[plan_hlo.Array]) -> int:
+    return sum(a.bytes for a in types if not (hbm_only and a.on_chip))
+
+  def read(name: str) -> int:
+    return size(computation.instructions[name].types)
+
+  if i.op in ("copy-start", "slice-start"):  # (to, from, context) or ((from), to, context)
+    to = i.types[0] if i.op == "copy-start" else i.types[1]
+    source = computation.instructions[i.operands[0]].types[0]
+    return size([to]) + (0 if hbm_only and source.on_chip else to.bytes)
+  if i.op in ("dynamic-slice", "slice", "gather"):
+    return 2 * size(i.types)
+  if i.op == "dynamic-update-slice":
+    return 2 * read(i.operands[1])
+  if i.op == "scatter":
+    return 3 * read(i.operands[-1])
+  if i.op.removesuffix("-start") in COLLECTIVES:
+    return 2 * sum(read(o) for o in i.operands)
+  called = i.called("calls") if i.op == "fusion" else None
+  fusion = module.computations.get(called or "")
+  if fusion is None:
+    types = i.types
+    if '"__cu' in i.attributes and len(types) > 1 and types[-1].dtype in ("s8", "u8"):
+      types = types[:-1]  # workspace of cuBLAS or cuDNN
+    return size(types) + sum(read(o) for o in i.operands)
+  total = 0
+  parameters = {int(p.argument): p for p in fusion.instructions.values() if p.op == "parameter"}
+  for number, operand in enumerate(i.operands):
+    sliced = _slice_reads(fusion, parameters[number].name) if number in parameters else None
+    total += read(operand) if sliced is None else min(sliced, read(operand))
+  results = fusion.root.operands if fusion.root.op == "tuple" else (fusion.root.name,)
+  for result, array in zip(results, i.types, strict=False):
+    update = _written(fusion, result)
+    total += size([array]) if update is None else min(update, size([array]))
+  return total
+
+
+def traffic(module: plan_hlo.Module, *, hbm_only: bool = True, turns: bool = True) -> list[Traffic]:
+  """Bytes moved by each instruction of a step, times of execution included.
+
+  Args:
+    module: the program.
+    hbm_only: leave out arrays that the compiler placed in on-chip memory.
+    turns: count the body of a loop as often as it runs; else once, as XLA does.
+  """
+  found = []
+  for computation, times in module.executed():
+    for i in computation.instructions.values():
+      if i.op in _FREE or (i.op.endswith("-done") and i.op != "fusion"):
+        continue
+      size = _moved(module, computation, i, hbm_only) * (times if turns else 1)
+      if size:
+        found.append(Traffic(i.path, i.op, size))
+  return found
+
+
+def part(path: str) -> str:
+  """The module of the model and the operation of a path of names, for people.
+
+  'jit(train_step)/transpose(jvp(Grain))/Grain.encode_text/text_tower/norm1/mul' becomes
+  'text_tower/norm1/mul (backward)'.
+  """
+  names = [n for n in path.split("/") if n]
+  backward = any(n.startswith("transpose(") for n in names)
+  plain = [
+    n
+    for n in names
+    if not re.match(r"(jit|jvp|transpose|vmap|remat|checkpoint|shard_map|while|body|cond)\b", n)
+    and not re.match(r"(closed_call|Grain\.|rematted_computation|_?blocks?$|.*\._blocks)", n)
+  ]
+  return ("/".join(plain) or "optimizer and rest") + (" (backward)" if backward else "")
+
+
+def causes(found: Sequence[Traffic], largest: int = 3) -> list[tuple[str, int]]:
+  """The parts that move most, and their bytes; unnamed instructions are copies of the compiler."""
+  total: dict[str, int] = {}
+  for item in found:
+    name = part(item.path) if item.path else f"compiler's {item.op.removesuffix('-start')}"
+    total[name] = total.get(name, 0) + item.bytes
+  return sorted(total.items(), key=lambda kv: -kv[1])[:largest]
