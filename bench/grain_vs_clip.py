@@ -57,7 +57,8 @@ def check_protocol(store: Store, recipe: str, *, data: str) -> None:
   """Ties the results to recipe, arms and data: what changes them needs another results folder."""
   config = recipe_config(recipe, {}, data=data)
   free = {"seed", "steps", "epochs", "optimizer.lr", *configs.FREE_KEYS}
-  values = {k: v for k, v in configs.flatten(configs.resolve(config)) if k not in free}
+  flat = configs.flatten(configs.resolve(config))
+  values = {k: v for k, v in flat if k not in free and not k.startswith("mesh.")}
   manifest = dataset.open_dataset(config.data.dir).manifest
   text = json.dumps(manifest["splits"], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()

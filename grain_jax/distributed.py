@@ -99,7 +99,12 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
     _fail(error, _watchdog)
   _watchdog.done()
   if code:
-    sys.exit(code)
+    if count() > 1:
+      jax.distributed.shutdown()  # waits for the others
+    # Threads of the input pipeline may still run; a process that unwinds around them can abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _join(address: addresses.Address) -> None:

@@ -226,6 +226,8 @@ def _loop(
       checkpoints.save(step, state, {**meta, "step": step})
       progress.pause(time.monotonic() - began)
     if stop and step < total_steps:
+      distributed.progress("closing", step)
+      batches.close()
       checkpoints.close()
       writer.close()
       raise distributed.Preempted(step)
