@@ -6,19 +6,17 @@ attention counts whole, as both sides would compute it by dense products.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
 import numpy as np
 import torch
-from jax.extend import core
 from torch.utils import flop_counter
 
 from bench import train_step_sides as sides
 from bench.peers import grain_torch
+from grain_jax import flops as counter
 from grain_jax import mesh as meshes
 from grain_jax import steps
 from grain_jax.models import grain
@@ -26,63 +24,6 @@ from grain_jax.models import grain
 # Part of the step -> modules of it in grain_jax; all else is the last part.
 PARTS = {"image tower": ("image_tower",), "text tower": ("text_tower", "text_projection")}
 REST = "decoder, heads, losses"
-
-
-def _inner(parameters: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-  """Jaxprs among the parameters of an equation."""
-  for value in parameters.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(item, core.ClosedJaxpr):
-        yield item.jaxpr
-      elif isinstance(item, core.Jaxpr):
-        yield item
-
-
-def _product_flops(eqn: Any) -> int:
-  """FLOPs of a dot_general or conv_general_dilated; 0 of anything else."""
-  if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
-    return 0
-  left, right = (v.aval for v in eqn.invars)
-  if eqn.primitive.name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    terms = math.prod(left.shape[d] for d in contracted)
-  else:  # each output sums over the window and its input channels, less the zeros of a dilation
-    terms = math.prod(right.shape) // right.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    terms /= math.prod(eqn.params["lhs_dilation"])
-  return round(2 * terms * math.prod(eqn.outvars[0].aval.shape))
-
-
-def jaxpr_flops(jaxpr: core.Jaxpr, *, path: str = "") -> dict[str, int]:
-  """FLOPs of all matrix products by the name stack ('/jvp(Grain)/.../mlp/fc1') they stand under.
-
-  Bodies of scans count as often as they run, those of shard_map on every shard, of branches the
-  dearest. A while loop with a product in it has no count.
-  """
-  found: dict[str, int] = {}
-
-  def add(more: Mapping[str, int], times: int) -> None:
-    for name, flops in more.items():
-      found[name] = found.get(name, 0) + times * flops
-
-  for eqn in jaxpr.eqns:
-    where = f"{path}/{eqn.source_info.name_stack}"
-    own = _product_flops(eqn)
-    if own:
-      add({where: own}, 1)
-      continue
-    inner = [jaxpr_flops(body, path=where) for body in _inner(eqn.params)]
-    name = eqn.primitive.name
-    if name == "while" and any(inner):
-      raise ValueError(f"{where}: a while loop with a matrix product has no FLOP count. Use scan.")
-    if name == "cond":
-      inner = [max(inner, key=lambda counts: sum(counts.values()))]
-    times = eqn.params["length"] if name == "scan" else 1
-    if name == "shard_map":
-      shape = eqn.params["mesh"].shape
-      times = math.prod(shape[axis] for axis in eqn.params["newly_manual_axes"])
-    for counts in inner:
-      add(counts, times)
-  return found
 
 
 def _by_part(flops: Mapping[str, int], samples: int) -> dict[str, float]:
@@ -109,7 +50,7 @@ def ours(config: ml_collections.ConfigDict) -> dict[str, float]:
   with jax.set_mesh(mesh):
     step = steps.make_train_step(model, config, mesh, optimizer, shardings)
     jaxpr = jax.make_jaxpr(step)(state, steps.dummy_batch(config, config.batch_size))
-  return _by_part(jaxpr_flops(jaxpr.jaxpr), config.batch_size)
+  return _by_part(counter.count(jaxpr.jaxpr), config.batch_size)
 
 
 def _first_queries(cost: torch.Tensor, regions: Sequence[int]) -> torch.Tensor:

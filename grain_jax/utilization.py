@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import ml_collections
-from jax.extend import core
 
-from grain_jax import steps
+from grain_jax import flops, steps
 from grain_jax.models import grain
 
 # Peak of dense bfloat16 matrix products of one device, in FLOP/s, by what `device_kind` begins
@@ -41,37 +37,6 @@ def peak_flops(kind: str) -> float:
   return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), 0.0)
 
 
-def _inner(parameters: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-  """Jaxprs among the parameters of an equation."""
-  for value in parameters.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(item, core.ClosedJaxpr):
-        yield item.jaxpr
-      elif isinstance(item, core.Jaxpr):
-        yield item
-
-
-def product_flops(jaxpr: core.Jaxpr) -> float:
-  """FLOPs of the matrix products and convolutions of a program; a scan's body counts each time."""
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
-    if name == "dot_general":
-      left = eqn.invars[0].aval
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += 2 * math.prod(left.shape[d] for d in contracted) * math.prod(out.shape)
-    elif name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval
-      outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-      total += 2 * math.prod(kernel.shape) / outputs * math.prod(out.shape)
-    else:
-      bodies = [product_flops(body) for body in _inner(eqn.params)]
-      if name == "cond":
-        bodies = [max(bodies)]
-      total += sum(bodies) * (eqn.params["length"] if name == "scan" else 1)
-  return total
-
-
 def model_flops(config: ml_collections.ConfigDict) -> float:
   """FLOPs that the model itself needs for one image in a step of training.
 
@@ -89,7 +54,8 @@ def model_flops(config: ml_collections.ConfigDict) -> float:
     )
   )
   batch = steps.dummy_batch(config, config.batch_size)
-  return 3 * product_flops(forward(params, batch).jaxpr) / config.batch_size
+  counts = flops.count(forward(params, batch).jaxpr)
+  return 3 * sum(counts.values()) / config.batch_size
 
 
 class Utilization:

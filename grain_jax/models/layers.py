@@ -209,7 +209,7 @@ def stack(
     A constructor with the block's own arguments.
   """
   return nn.scan(
-    rematerialize(block, remat),
+    rematerialize(block, remat, scanned=0 < unroll < depth),
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=(nn.broadcast,) * broadcast,

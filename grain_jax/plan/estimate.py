@@ -11,11 +11,12 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
+from grain_jax import flops as counter
 from grain_jax.data import sampler
-from grain_jax.plan import flops as plan_flops
 from grain_jax.plan import hlo as plan_hlo
 from grain_jax.plan import program as plan_program
 from grain_jax.plan import traffic as plan_traffic
+from grain_jax.plan import useful as plan_useful
 from grain_jax.plan.chips import Machine, roofline
 
 STEP = 8  # images per chip between two batches that `largest_batch` tells apart
@@ -119,7 +120,7 @@ class Planner:
     """FLOPs, traffic and collectives of a chip in a step, with notes on how they were counted."""
     program, notes = self.compiled(batch_per_chip), []
     chips = self.machine.num_chips
-    products = plan_flops.count(self.traced(batch_per_chip).jaxpr)
+    products = counter.count(self.traced(batch_per_chip).jaxpr)
     flops = sum(products.values()) / chips
     counted = program
     if self.options.count == "unrolled":
@@ -129,8 +130,8 @@ class Planner:
         notes.append("the unrolled program does not fit: counts are from the one that runs")
         counted = program
       elif counted.xla_flops:
-        once = sum(plan_flops.count(unrolled.jaxpr, turns=False).values()) / chips
-        whole = sum(plan_flops.count(unrolled.jaxpr).values()) / chips
+        once = sum(counter.count(unrolled.jaxpr, turns=False).values()) / chips
+        whole = sum(counter.count(unrolled.jaxpr).values()) / chips
         exact = counted.xla_flops + (whole - once)  # loops that are left, turn by turn
         if exact < 0.99 * flops:
           notes.append(
@@ -158,14 +159,14 @@ class Planner:
     return found
 
   def useful_flops(self, batch_per_chip: int) -> float:
-    """FLOPs per chip that any implementation of the model needs (`plan_flops.useful`)."""
+    """FLOPs per chip that any implementation of the model needs (`plan_useful.useful`)."""
     config, _ = self.config(batch_per_chip)
     keys = dict(configs.flatten(config))
     changes = {"model__remat": "none", "loss__chunk": 0, "accumulate": 1}
     changes = {k: v for k, v in changes.items() if k.replace("__", ".") in keys}
-    counts = plan_flops.count(self._trace(batch_per_chip, **changes).jaxpr)
+    counts = counter.count(self._trace(batch_per_chip, **changes).jaxpr)
     return (
-      plan_flops.useful(
+      plan_useful.useful(
         counts,
         config,
         batch=config.batch_size,

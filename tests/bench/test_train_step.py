@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose
 from bench import train_step as bench
 from bench import train_step_costs as costs
 from bench import train_step_sides as sides
+from grain_jax import flops as counter
 
 # A model of a few thousand parameters beside the token embedding.
 SMALL = (
@@ -34,7 +35,7 @@ def small(arg="", *, batch_size=4, row_length=112):
 def jax_flops(function, *shapes):
   """FLOPs of all of a function, by our counter."""
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return sum(costs.jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr).values())
+  return sum(counter.count(jax.make_jaxpr(function)(*arguments).jaxpr).values())
 
 
 def meta(*shape):

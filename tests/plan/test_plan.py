@@ -14,10 +14,10 @@ import pytest
 from jax.experimental import topologies
 from numpy.testing import assert_allclose
 
+from grain_jax import flops as counter
 from grain_jax.plan import __main__ as plan
 from grain_jax.plan import chips as plan_chips
 from grain_jax.plan import estimate as plan_estimate
-from grain_jax.plan import flops as plan_flops
 from grain_jax.plan import program as plan_program
 
 CONTRACT = (
@@ -117,7 +117,7 @@ def test_rematerialisation_shows_in_executed_alone(small, found):
   planner = plan_estimate.Planner(config, plan_chips.parse("cpu:8"), options)
   assert_allclose(planner.useful_flops(4), found["useful_flops_per_chip"])
   plain = plan_estimate.Planner(small, plan_chips.parse("cpu:8"), options)
-  executed, once = (sum(plan_flops.count(p.traced(4).jaxpr).values()) for p in (planner, plain))
+  executed, once = (sum(counter.count(p.traced(4).jaxpr).values()) for p in (planner, plain))
   assert 1.1 * once < executed < 4 / 3 * once
 
 

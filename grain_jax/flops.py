@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of a train step, counted before any compiler sees it.
+"""FLOPs of the matrix products of a program, counted before any compiler sees it.
 
 A product of [.., M, K] and [.., K, N] is 2 M N K a batch entry, and nothing else counts. The count
 is exact for the program as written: bodies of scans count as often as they run, and what
@@ -11,10 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
 from jax.extend import core
-
-_TEXT = ("text_tower", "text_projection")  # modules that see tokens
 
 
 def _inner(parameters: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
@@ -72,48 +69,3 @@ def count(jaxpr: core.Jaxpr, *, turns: bool = True, path: str = "") -> dict[str,
       for key, flops in counts.items():
         found[key] = found.get(key, 0) + times * flops
   return found
-
-
-def text_tower(config: ml_collections.ConfigDict, *, caption: float, description: float) -> float:
-  """FLOPs a sample of the text tower and its gradient without padding.
-
-  A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
-  last layer only the token at the end of each text is computed, from keys and values of all. The
-  gradient costs as much again twice.
-
-  Args:
-    config: a resolved configuration.
-    caption: mean tokens of a caption.
-    description: mean tokens of a description.
-  """
-  t, regions = config.model.text, config.data.max_regions
-  hidden = round(t.width * t.mlp_ratio)
-  lengths = [caption] + [description] * (regions if config.method == "grain" else 0)
-  per_token = 8 * t.width**2 + 4 * t.width * hidden
-  layer = sum(n * per_token + 4 * n**2 * t.width for n in lengths)
-  last = sum(n * 4 * t.width**2 + (per_token - 4 * t.width**2) + 4 * n * t.width for n in lengths)
-  projection = 2 * t.width * config.model.embed_dim * len(lengths)
-  return 3.0 * ((t.depth - 1) * layer + last + projection)
-
-
-def useful(
-  counts: Mapping[str, int],
-  config: ml_collections.ConfigDict,
-  *,
-  batch: int,
-  caption: float,
-  description: float,
-) -> float:
-  """FLOPs of a step that any implementation needs: nothing computed again, no padded token.
-
-  Args:
-    counts: `count` of the step without rematerialisation.
-    config: its configuration.
-    batch: images of a step.
-    caption: mean tokens of a caption.
-    description: mean tokens of a description.
-  """
-  rest = sum(n for path, n in counts.items() if not any(m in path.split("/") for m in _TEXT))
-  padded = sum(counts.values()) - rest
-  text = batch * text_tower(config, caption=caption, description=description)
-  return rest + min(text, padded)

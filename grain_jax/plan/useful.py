@@ -1,0 +1,54 @@
+"""FLOPs that a train step needs however it is written: no padding, nothing computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_collections
+
+_TEXT = ("text_tower", "text_projection")  # modules that see tokens
+
+
+def text_tower(config: ml_collections.ConfigDict, *, caption: float, description: float) -> float:
+  """FLOPs a sample of the text tower and its gradient without padding.
+
+  A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
+  last layer only the token at the end of each text is computed, from keys and values of all. The
+  gradient costs as much again twice.
+
+  Args:
+    config: a resolved configuration.
+    caption: mean tokens of a caption.
+    description: mean tokens of a description.
+  """
+  t, regions = config.model.text, config.data.max_regions
+  hidden = round(t.width * t.mlp_ratio)
+  lengths = [caption] + [description] * (regions if config.method == "grain" else 0)
+  per_token = 8 * t.width**2 + 4 * t.width * hidden
+  layer = sum(n * per_token + 4 * n**2 * t.width for n in lengths)
+  last = sum(n * 4 * t.width**2 + (per_token - 4 * t.width**2) + 4 * n * t.width for n in lengths)
+  projection = 2 * t.width * config.model.embed_dim * len(lengths)
+  return 3.0 * ((t.depth - 1) * layer + last + projection)
+
+
+def useful(
+  counts: Mapping[str, int],
+  config: ml_collections.ConfigDict,
+  *,
+  batch: int,
+  caption: float,
+  description: float,
+) -> float:
+  """FLOPs of a step that any implementation needs: nothing computed again, no padded token.
+
+  Args:
+    counts: `flops.count` of the step without rematerialisation.
+    config: its configuration.
+    batch: images of a step.
+    caption: mean tokens of a caption.
+    description: mean tokens of a description.
+  """
+  rest = sum(n for path, n in counts.items() if not any(m in path.split("/") for m in _TEXT))
+  padded = sum(counts.values()) - rest
+  text = batch * text_tower(config, caption=caption, description=description)
+  return rest + min(text, padded)
