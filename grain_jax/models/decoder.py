@@ -109,19 +109,26 @@ class QueryDecoder(nn.Module):
     shape = (self.num_queries + 1, self.width)
     queries = self.param("query_embedding", nn.initializers.normal(1.0), shape)
     queries = jnp.broadcast_to(queries.astype(self.dtype), (tokens.shape[0], *shape))
-    decoder_layers = layers.stack(
-      DecoderLayer, self.depth, unroll=self.unroll, remat=self.remat, broadcast=2
+    decoder_layers = layers.Stack(
+      DecoderLayer,
+      {
+        "heads": self.heads,
+        "mlp_dim": self.mlp_dim,
+        "dropout": self.dropout,
+        "norm_eps": self.norm_eps,
+        "deterministic": not train,
+        "fused": self.fused,
+        "dtype": self.dtype,
+      },
+      unroll=self.unroll,
+      remat=self.remat,
     )
-    _, x = decoder_layers(
-      self.heads,
-      self.mlp_dim,
-      self.dropout,
-      self.norm_eps,
-      deterministic=not train,
-      fused=self.fused,
-      dtype=self.dtype,
-      name="layers",
-    )(jnp.zeros_like(queries), queries, layers.shard_batch(memory))
+    inputs = (jnp.zeros_like(queries), queries, layers.shard_batch(memory))
+    if self.is_initializing():
+      _, x = decoder_layers.create(self.depth, 2, name="layers")(*inputs)
+    else:
+      key = self.make_rng("dropout") if train and self.dropout else None
+      _, x = decoder_layers.apply(self.variables["params"]["layers"], *inputs, dropout_key=key)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
 

@@ -5,7 +5,8 @@ Dimensions: B batch, L tokens, D width, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -193,26 +194,63 @@ def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -
   return nn.remat(block, prevent_cse=not scanned, policy=_POLICIES[remat])
 
 
-def stack(
-  block: type[nn.Module], depth: int, *, unroll: int, remat: str, broadcast: int
-) -> Callable[..., nn.Module]:
-  """`depth` equal blocks as one scan; parameters carry a leading layer axis.
+def cut(params: Any, sizes: Sequence[int]) -> list[Any]:
+  """Stacked parameters [layers, ...] in pieces of so many layers.
 
-  Args:
-    block: module class whose call is (carry, *broadcast) -> (carry, output of the layer).
-    depth: number of layers.
-    unroll: layers per iteration; -1 unrolls all.
-    remat: what the backward pass computes again: one of REMAT.
-    broadcast: number of arguments after the carry, equal for all layers.
-
-  Returns:
-    A constructor with the block's own arguments.
+  One split, whose gradient is one concatenation; slices would each pad to the whole stack.
   """
-  return nn.scan(
-    rematerialize(block, remat, scanned=0 < unroll < depth),
-    variable_axes={"params": 0},
-    split_rngs={"params": True, "dropout": True},
-    in_axes=(nn.broadcast,) * broadcast,
-    length=depth,
-    unroll=depth if unroll < 0 else unroll,
-  )
+  leaves, structure = jax.tree.flatten(params)
+  pieces = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+  return [structure.unflatten(piece) for piece in pieces]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Equal blocks one after another; their parameters carry a leading layer axis.
+
+  The block's call is (carry, *broadcast) -> (carry, output of the layer). The stack's is the same,
+  with the outputs of all layers stacked. Layers run as a scan or, with `unroll` = -1, written out:
+  longer to compile, but nothing that the backward pass needs is then stacked over layers.
+  """
+
+  block: type[nn.Module]
+  arguments: Mapping[str, Any]  # of the block
+  unroll: int = 1  # layers per turn of the scan; -1: no scan
+  remat: str = "none"  # what the backward pass computes again: one of REMAT
+
+  def create(self, depth: int, broadcast: int, **kwargs: Any) -> nn.Module:
+    """The module whose parameters are those of all blocks; `kwargs`: its name or parent."""
+    unrolled = not 0 < self.unroll < depth
+    return nn.scan(
+      rematerialize(self.block, self.remat, scanned=not unrolled),
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast,) * broadcast,
+      length=depth,
+      unroll=depth if unrolled else self.unroll,
+    )(**self.arguments, **kwargs)
+
+  def apply(
+    self, params: Any, carry: Array, *broadcast: Any, dropout_key: Array | None = None
+  ) -> tuple[Array, Any]:
+    """Runs the blocks on parameters [layers, ...], as many as there are."""
+    depth = len(jax.tree.leaves(params)[0])
+    if 0 < self.unroll < depth:
+      rngs = None if dropout_key is None else {"dropout": dropout_key}
+      stack = self.create(depth, len(broadcast), parent=None)
+      return stack.apply({"params": params}, carry, *broadcast, rngs=rngs)
+    keys = [None] * depth if dropout_key is None else jax.random.split(dropout_key, depth)
+    outputs = []
+    for layer, key in zip(cut(params, [1] * depth), keys, strict=True):
+      layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
+      carry, output = self.apply_one(layer, carry, *broadcast, dropout_key=key)
+      outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+  def apply_one(
+    self, params: Any, carry: Array, *inputs: Any, dropout_key: Array | None = None
+  ) -> tuple[Array, Any]:
+    """Runs one block on its own parameters."""
+    block = rematerialize(self.block, self.remat, scanned=False)(**self.arguments, parent=None)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return block.apply({"params": params}, carry, *inputs, rngs=rngs)

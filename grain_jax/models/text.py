@@ -65,22 +65,31 @@ class TextTransformer(nn.Module):
   def _blocks(self, x: Array, mask: Array, ends: Array) -> Array:
     """All blocks, [B, L, D] -> [B, T, D]: the last of them for the tokens at `ends` alone."""
     normal, out = nn.initializers.normal, self.width**-0.5 * (2 * self.depth) ** -0.5
-    args = (self.heads, round(self.width * self.mlp_ratio), self.activation, self.norm_eps)
-    inits = (normal(self.width**-0.5), normal(out), normal((2 * self.width) ** -0.5), normal(out))
-
-    def stack(depth: int, **kwargs: Any) -> nn.Module:
-      make = layers.stack(layers.Block, depth, unroll=self.unroll, remat=self.remat, broadcast=1)
-      return make(*args, inits=inits, fused=self.fused, dtype=self.dtype, **kwargs)
-
+    blocks = layers.Stack(
+      layers.Block,
+      {
+        "heads": self.heads,
+        "hidden": round(self.width * self.mlp_ratio),
+        "activation": self.activation,
+        "norm_eps": self.norm_eps,
+        "inits": (
+          normal(self.width**-0.5),
+          normal(out),
+          normal((2 * self.width) ** -0.5),
+          normal(out),
+        ),
+        "fused": self.fused,
+        "dtype": self.dtype,
+      },
+      unroll=self.unroll,
+      remat=self.remat,
+    )
     if self.is_initializing():  # parameters of all blocks are one stack
-      x, _ = stack(self.depth, name="blocks")(x, mask)
+      x, _ = blocks.create(self.depth, 1, name="blocks")(x, mask)
       return jnp.take_along_axis(x, ends[..., None], axis=1)
     params = self.variables["params"]["blocks"]
     if self.depth > 1:
-      before = {"params": jax.tree.map(lambda p: p[:-1], params)}
-      x, _ = stack(self.depth - 1, parent=None).apply(before, x, mask)
-    last = {"params": jax.tree.map(lambda p: p[-1], params)}
-    block = layers.rematerialize(layers.Block, self.remat, scanned=False)
-    block = block(*args, inits=inits, fused=self.fused, dtype=self.dtype, parent=None)
-    x, _ = block.apply(last, x, mask, ends)
+      before, params = layers.cut(params, [self.depth - 1, 1])
+      x, _ = blocks.apply(before, x, mask)
+    x, _ = blocks.apply_one(jax.tree.map(lambda p: jnp.squeeze(p, 0), params), x, mask, ends)
     return x

@@ -129,20 +129,26 @@ class VisionTransformer(nn.Module):
     x = x + positions.astype(self.dtype)
     if self.pre_norm:
       x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")
-    blocks = layers.stack(
-      layers.Block, self.depth, unroll=self.unroll, remat=self.remat, broadcast=1
+    blocks = layers.Stack(
+      layers.Block,
+      {
+        "heads": self.heads,
+        "hidden": round(self.width * self.mlp_ratio),
+        "activation": self.activation,
+        "norm_eps": self.norm_eps,
+        "inits": (init, init, init, init),
+        "qk_norm": self.qk_norm,
+        "fused": self.fused,
+        "dtype": self.dtype,
+      },
+      unroll=self.unroll,
+      remat=self.remat,
     )
-    x, _ = blocks(
-      self.heads,
-      round(self.width * self.mlp_ratio),
-      self.activation,
-      self.norm_eps,
-      inits=(init, init, init, init),
-      qk_norm=self.qk_norm,
-      fused=self.fused,
-      dtype=self.dtype,
-      name="blocks",
-    )(layers.shard_batch(x), None)
+    x = layers.shard_batch(x)
+    if self.is_initializing():
+      x, _ = blocks.create(self.depth, 1, name="blocks")(x, None)
+    else:
+      x, _ = blocks.apply(self.variables["params"]["blocks"], x, None)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
   def _positions(self, key: Array, shape: tuple[int, int]) -> Array:
