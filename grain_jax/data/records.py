@@ -121,7 +121,7 @@ def encode(
   if with_label:
     label = record.get(schema.RECORD_LABEL)
     feature[schema.RECORD_LABEL].int64_list.value.append(-1 if label is None else int(label))
-  return example.SerializeToString()
+  return example.SerializeToString(deterministic=True)  # features in one order in every process
 
 
 def parse(data: bytes) -> Parsed:

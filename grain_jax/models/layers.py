@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from grain_jax.models import attention
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
@@ -21,7 +23,10 @@ Initializer = Callable[..., Array]
 # products with parameters; every block.
 REMAT = ("none", "elementwise", "attention", "block")
 _POLICIES = {
-  "elementwise": jax.checkpoint_policies.dots_saveable,
+  "elementwise": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+  ),
   "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,
 }
@@ -43,11 +48,6 @@ def layer_norm(x: Array, *, epsilon: float, dtype: Any, name: str) -> Array:
   """LayerNorm over the last axis, computed in float32, returned in `dtype`; for compact modules."""
   norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
   return norm(x).astype(dtype)
-
-
-def _has_cudnn(x: Array) -> bool:
-  """Whether cuDNN's fused attention takes such arrays: half precision on a GPU."""
-  return jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def shard_batch(x: Array) -> Array:
@@ -113,10 +113,7 @@ class Attention(nn.Module):
       weights = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
       out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), v)
     else:
-      fused = self.fused == "cudnn" or (self.fused == "auto" and mask is None and _has_cudnn(q))
-      out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, implementation="cudnn" if fused else "xla"
-      )
+      out = attention.attend(q, k, v, mask=mask, fused=self.fused)
     out = out.reshape(*query.shape[:-1], width)
     return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
 
@@ -243,6 +240,8 @@ class Stack:
     outputs = []
     for layer, key in zip(cut(params, [1] * depth), keys, strict=True):
       layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
+      # Without it XLA adds up the residual stream, and its gradient, from the start in each layer.
+      carry = jax.lax.optimization_barrier(carry)
       carry, output = self.apply_one(layer, carry, *broadcast, dropout_key=key)
       outputs.append(output)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)

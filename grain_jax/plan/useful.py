@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from grain_jax.models import attention
+
 _TEXT = ("text_tower", "text_projection")  # modules that see tokens
 
 
@@ -48,7 +50,8 @@ def useful(
     caption: mean tokens of a caption.
     description: mean tokens of a description.
   """
-  rest = sum(n for path, n in counts.items() if not any(m in path.split("/") for m in _TEXT))
-  padded = sum(counts.values()) - rest
+  once = {path: n for path, n in counts.items() if attention.AGAIN not in path}
+  rest = sum(n for path, n in once.items() if not any(m in path.split("/") for m in _TEXT))
+  padded = sum(once.values()) - rest
   text = batch * text_tower(config, caption=caption, description=description)
   return rest + min(text, padded)

@@ -105,7 +105,10 @@ def products(jaxpr):
 
 
 def test_rematerialisation_computes_those_products_again_that_it_says(clip_text, rng):
-  """A block has 4 projections, 2 products in attention, 2 in the MLP; each has 2 backward."""
+  """A block has 4 projections, 2 products in attention, 2 in the MLP; each has 2 backward.
+
+  Attention computes its logits again in any case.
+  """
   _, ours, params = clip_text
   args = packed(texts_of([7, 3, 11], rng), 30)
 
@@ -115,7 +118,7 @@ def test_rematerialisation_computes_those_products_again_that_it_says(clip_text,
     return len(list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)))
 
   none = count("none")
-  assert none == 2 * 3 * 8  # the scanned blocks and the last one
+  assert none == 2 * (3 * 8 + 1)  # the scanned blocks and the last one
   assert count("elementwise") == none
   assert count("attention") == none + 2 * 2
   assert count("block") > count("attention")
