@@ -140,21 +140,32 @@ class Traffic:
   bytes: int
 
 
-def _slice_reads(fusion: plan_hlo.Computation, name: str, depth: int = 0) -> int | None:
-  """Bytes read of a fusion's parameter where only slices of it are; None: all of it."""
+def _parameters(fusion: plan_hlo.Computation) -> dict[int, str]:
+  """Names of a fusion's parameters by the number of the operand they stand for."""
+  return {int(p.argument): p.name for p in fusion.instructions.values() if p.op == "parameter"}
+
+
+def _slice_reads(
+  module: plan_hlo.Module, fusion: plan_hlo.Computation, name: str, depth: int = 0
+) -> int | None:
+  """Bytes read of a value in a fusion where only slices of it are; None: all of it."""
   total = 0
   for user in fusion.users.get(name, []):
+    inner: list[int | None] = []
     if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-      total += sum(a.bytes for a in user.types)
+      inner = [sum(a.bytes for a in user.types)]
     elif user.op == "dynamic-update-slice" and user.operands[0] == name:
       continue  # in place: only the update moves, as part of the result
     elif user.op in ("bitcast", "get-tuple-element") and depth < 8:
-      inner = _slice_reads(fusion, user.name, depth + 1)
-      if inner is None:
-        return None
-      total += inner
-    else:
+      inner = [_slice_reads(module, fusion, user.name, depth + 1)]
+    elif user.op == "fusion" and depth < 8:  # within a fusion there may be others
+      callee = module.computations[user.called("calls") or ""]
+      names = _parameters(callee)
+      numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+      inner = [_slice_reads(module, callee, names[number], depth + 1) for number in numbers]
+    if not inner or None in inner:
       return None
+    total += sum(inner)
   return total
 
 
@@ -202,9 +213,9 @@ def _moved(
       types = types[:-1]  # workspace of cuBLAS or cuDNN
     return size(types) + sum(read(o) for o in i.operands)
   total = 0
-  parameters = {int(p.argument): p for p in fusion.instructions.values() if p.op == "parameter"}
+  names = _parameters(fusion)
   for number, operand in enumerate(i.operands):
-    sliced = _slice_reads(fusion, parameters[number].name) if number in parameters else None
+    sliced = _slice_reads(module, fusion, names[number]) if number in names else None
     total += read(operand) if sliced is None else min(sliced, read(operand))
   results = fusion.root.operands if fusion.root.op == "tuple" else (fusion.root.name,)
   for result, array in zip(results, i.types, strict=False):

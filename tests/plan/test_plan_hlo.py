@@ -105,6 +105,19 @@ def test_traffic_of_slices_in_a_loop_by_hand():
   assert sum(i.bytes for i in once if i.path) * 12 == sum(i.bytes for i in found if i.path)
 
 
+def test_a_fusion_within_a_fusion_reads_no_more_than_its_slice():
+  outer = """%outer (o0: f32[12,256], o1: s32[]) -> f32[256] {
+  %o0 = f32[12,256]{1,0} parameter(0)
+  %o1 = s32[] parameter(1)
+  ROOT %inner = f32[256]{0} fusion(%o0, %o1), kind=kLoop, calls=%fused_slice
+}
+
+%fused_update ("""
+  text = LOOP.replace("calls=%fused_slice", "calls=%outer").replace("%fused_update (", outer, 1)
+  text = text.replace("START", "0").replace("STEP", "1")
+  assert plan_traffic.traffic(plan_hlo.parse(text)) == plan_traffic.traffic(loop())
+
+
 def test_collectives_in_a_loop_count_each_turn():
   (found,) = plan_traffic.collectives(loop())
   assert (found.kind, found.payload, found.times, found.group) == ("all-reduce", ROW, 12, (0, 1))
