@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.epochs = 35.0  # passes over the training split
   c.steps = 0  # if positive: length of the run in steps, instead of epochs
   c.accumulate = 1  # parts in which a step encodes its batch, to save memory; same gradient
+  c.compile_effort = 0.0  # -1..1; below 0 the program compiles sooner and runs slower (TPU)
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
   c.compile_cache = ""  # folder of the persistent compilation cache; empty: none
 

@@ -45,6 +45,7 @@ CHOICES = {
 FREE_KEYS = frozenset(
   {
     "compile_cache",
+    "compile_effort",
     "data.dir",
     "data.threads",
     "data.prefetch",
@@ -70,6 +71,7 @@ _LEAST = {
 # Keys that came later, and what a config.json without them means.
 ADDED = {
   "accumulate": 1,
+  "compile_effort": 0.0,
   "data.reduced_decode": False,
   "loss.chunk": 8192,
   "model.attention": "auto",
@@ -189,6 +191,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key, least in _LEAST.items():
     if flat[key] < least:
       raise ValueError(f"config.{key} = {flat[key]} must be at least {least}.")
+  if not -1 <= config.compile_effort <= 1:
+    raise ValueError(f"config.compile_effort = {config.compile_effort} must be in [-1, 1].")
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(
       f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "

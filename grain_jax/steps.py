@@ -164,11 +164,13 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   whole = meshes.replicated(mesh)
+  effort = config.get("compile_effort", 0.0)  # config.json of older runs lacks it
   return jax.jit(
     train_step,
     in_shardings=(shardings, meshes.batch_sharding(mesh)),
     out_shardings=(shardings, whole),
     donate_argnums=0,
+    compiler_options={"exec_time_optimization_effort": effort} if effort else None,
   )
 
 

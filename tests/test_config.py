@@ -87,6 +87,7 @@ def test_a_key_that_came_later_means_what_runs_before_it_did():
     ("accumulate", 0, ["config.accumulate = 0", "positive"]),
     ("profile.num_steps", 0, ["config.profile.num_steps = 0", "at least 1"]),
     ("watchdog_seconds", -1.0, ["config.watchdog_seconds = -1.0", "at least 0"]),
+    ("compile_effort", -2.0, ["config.compile_effort = -2.0", "[-1, 1]"]),
     ("optimizer.ema_decay", 1.0, ["config.optimizer.ema_decay = 1.0", "[0, 1)"]),
     ("epochs", 0.0, ["config.steps", "config.epochs"]),
   ],

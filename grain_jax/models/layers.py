@@ -215,41 +215,46 @@ class Stack:
   unroll: int = 1  # layers per turn of the scan; -1: no scan
   remat: str = "none"  # what the backward pass computes again: one of REMAT
 
-  def create(self, depth: int, broadcast: int, **kwargs: Any) -> nn.Module:
-    """The module whose parameters are those of all blocks; `kwargs`: its name or parent."""
-    unrolled = not 0 < self.unroll < depth
+  def create(self, depth: int, broadcast: int, *, name: str) -> nn.Module:
+    """The submodule that initialises the parameters of all blocks, within a compact method."""
     return nn.scan(
-      rematerialize(self.block, self.remat, scanned=not unrolled),
+      self.block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(nn.broadcast,) * broadcast,
       length=depth,
-      unroll=depth if unrolled else self.unroll,
-    )(**self.arguments, **kwargs)
+    )(**self.arguments, name=name)
 
   def apply(
     self, params: Any, carry: Array, *broadcast: Any, dropout_key: Array | None = None
   ) -> tuple[Array, Any]:
     """Runs the blocks on parameters [layers, ...], as many as there are."""
     depth = len(jax.tree.leaves(params)[0])
-    if 0 < self.unroll < depth:
-      rngs = None if dropout_key is None else {"dropout": dropout_key}
-      stack = self.create(depth, len(broadcast), parent=None)
-      return stack.apply({"params": params}, carry, *broadcast, rngs=rngs)
-    keys = [None] * depth if dropout_key is None else jax.random.split(dropout_key, depth)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+    scanned = 0 < self.unroll < depth
+
+    def one(carry: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
+      params, key = layer
+      return self.apply_one(params, carry, *broadcast, dropout_key=key, scanned=scanned)
+
+    if scanned:
+      return jax.lax.scan(one, carry, (params, keys), unroll=self.unroll)
     outputs = []
-    for layer, key in zip(cut(params, [1] * depth), keys, strict=True):
+    for i, layer in enumerate(cut(params, [1] * depth)):
       layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
-      # Without it XLA adds up the residual stream, and its gradient, from the start in each layer.
-      carry = jax.lax.optimization_barrier(carry)
-      carry, output = self.apply_one(layer, carry, *broadcast, dropout_key=key)
+      carry, output = one(carry, (layer, None if keys is None else keys[i]))
       outputs.append(output)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
   def apply_one(
-    self, params: Any, carry: Array, *inputs: Any, dropout_key: Array | None = None
+    self,
+    params: Any,
+    carry: Array,
+    *inputs: Any,
+    dropout_key: Array | None = None,
+    scanned: bool = False,
   ) -> tuple[Array, Any]:
-    """Runs one block on its own parameters."""
-    block = rematerialize(self.block, self.remat, scanned=False)(**self.arguments, parent=None)
+    """Runs one block on its own parameters; `scanned`: as the body of a scan."""
+    block = rematerialize(self.block, self.remat, scanned=scanned)(**self.arguments, parent=None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return block.apply({"params": params}, carry, *inputs, rngs=rngs)

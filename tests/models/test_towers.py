@@ -351,3 +351,24 @@ def test_hierarchical_stem_keeps_patches_apart(rng):
   other[0, 9, 12] += 1  # second row of patches, second column
   changed = np.any(stem.apply(variables, image) != stem.apply(variables, other), axis=-1)
   assert changed.tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_scanned_or_written_out_a_stack_is_the_same_with_its_dropout(rng, remat):
+  """Values, gradients and draws of two layers, in one scan and without."""
+  tokens = rng.normal(size=(2, 5, 16)).astype(np.float32)
+  scanned = decoder.QueryDecoder(3, 16, 2, 2, 32, 0.5, 1e-5, remat=remat)
+  written_out = scanned.clone(unroll=-1)
+  shapes = jax.eval_shape(scanned.init, jax.random.key(0), tokens)["params"]
+  params = jax.tree.map(lambda p: 0.3 * rng.normal(size=p.shape).astype(np.float32), shapes)
+
+  def run(model):
+    def loss(params):
+      out = model.apply({"params": params}, tokens, train=True, rngs={"dropout": jax.random.key(1)})
+      return jnp.sum(jnp.sin(out)), out
+
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return [out, *jax.tree.leaves(gradients)]
+
+  for a, b in zip(run(scanned), run(written_out), strict=True):
+    assert_allclose(a, b, rtol=1e-4, atol=1e-4)
