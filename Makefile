@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := runs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Byte code on all cores at once; a process without it takes 12 seconds longer to start. Packages
+# carry a few files that are no Python of today: those stay as they are.
+COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 
 .PHONY: help quickstart test lint scenes clean
 
@@ -18,10 +21,13 @@ help:
 	  { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/it"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -r requirements.txt
+	@$(COMPILE)
 	@touch $@
 
-.venv/installed-tests: .venv/installed requirements-test.txt
+.venv/installed-tests: .venv/installed requirements-test.txt requirements-test-nodeps.txt
 	@$(PIP) -r requirements-test.txt
+	@$(PIP) --no-deps -r requirements-test-nodeps.txt
+	@$(COMPILE)
 	@touch $@
 
 scenes: .venv/installed

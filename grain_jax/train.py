@@ -25,6 +25,7 @@ from grain_jax import (
   trees,
   utilization,
   weights,
+  writers,
 )
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
@@ -100,7 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         )
     step = int(state.step)
     train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
-    writer = metrics.create_writer(folder, start_step=step)
+    writer = writers.create_writer(folder, start_step=step)
     several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
     _say(
       f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
@@ -135,7 +136,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       writer.flush()
       checkpoints.record(total_steps, results)
       if distributed.index() == 0:
-        evaluate.write(folder, outcome, step=total_steps)
+        subject = evaluate.Subject(str(folder), config, state.eval_params, total_steps)
+        evaluate.write(folder, outcome, step=total_steps, facts=evaluate.describe(subject))
     writer.close()
     checkpoints.close()
   return results

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from grain_jax import metrics
+from grain_jax import metrics, writers
 
 
 def pair(value, weight):
@@ -24,7 +24,7 @@ def test_means_are_weighted_and_counts_are_totals():
 def test_lines_past_the_checkpoint_and_a_line_cut_short_are_taken_out(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a"')
-  writer = metrics.JsonlWriter(path, start_step=1)
+  writer = writers.JsonlWriter(path, start_step=1)
   writer.write_scalars(2, {"a": 5.0, "b": float("nan")})
   writer.close()
   lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -34,7 +34,7 @@ def test_lines_past_the_checkpoint_and_a_line_cut_short_are_taken_out(tmp_path):
 def test_an_evaluation_done_again_takes_the_place_of_the_first(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 4, "loss": 1.0}\n{"step": 4, "top1": 0.5}\n')
-  writer = metrics.JsonlWriter(path, start_step=4)
+  writer = writers.JsonlWriter(path, start_step=4)
   writer.write_scalars(4, {"top1": 0.75})
   writer.close()
   assert metrics.read_jsonl(path) == [{"step": 4, "loss": 1.0}, {"step": 4, "top1": 0.75}]
@@ -52,7 +52,7 @@ def test_writer_makes_a_jsonl_and_an_events_file(tmp_path):
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util import tensor_util
 
-  writer = metrics.create_writer(tmp_path, start_step=0)
+  writer = writers.create_writer(tmp_path, start_step=0)
   writer.write_scalars(3, {"loss": 1.5})
   writer.close()
   assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 1.5}]
