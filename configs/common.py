@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.max_regions = 5  # regions an image, those of highest score (R)
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
   c.data.resize = "squash"  # squash (published) | crop (random resized crop)
+  c.data.eval_resize = "squash"  # of files and outside datasets: squash (published) | center_crop
   c.data.crop_min_area = 0.5  # crop: least area kept, as a fraction of the image
   c.data.reduced_decode = True  # training JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough
   c.data.flip = False  # horizontal flip, never where a text says left or right
@@ -154,7 +155,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.profile.start_step = 0  # first step of a trace in WORKDIR/profile; 0: none
   c.profile.num_steps = 5
   c.eval_every = 0  # steps between evaluations while training; 0: at the end alone
-  c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evaluate.EVALS
+  c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evals.built.EVALS
   c.eval_batch_size = 256
 
   c.zero_shot = ml_collections.ConfigDict()
@@ -164,7 +165,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.retrieval = ml_collections.ConfigDict()
   c.retrieval.split = "val"
   c.grounding = ml_collections.ConfigDict()
-  c.grounding.split = "val"
+  c.grounding.split = "val"  # of detection and region_classification too
+  c.composition = ml_collections.ConfigDict()
+  c.composition.split = "val"
+  c.segmentation = ml_collections.ConfigDict()
+  c.segmentation.split = "val"
   return c
 
 

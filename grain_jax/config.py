@@ -25,6 +25,7 @@ VARIANTS = {
 CHOICES = {
   "method": ("grain", "clip"),
   "data.resize": ("squash", "crop"),
+  "data.eval_resize": ("squash", "center_crop"),
   "data.caption": ("half", "original", "generated", "joined"),
   "data.on_bad_record": ("skip", "stop"),
   "model.dtype": ("float32", "bfloat16"),
@@ -49,6 +50,7 @@ FREE_KEYS = frozenset(
     "data.dir",
     "data.threads",
     "data.prefetch",
+    "data.eval_resize",
     "eval_batch_size",
     "eval_every",
     "evals",
@@ -72,6 +74,7 @@ _LEAST = {
 ADDED = {
   "accumulate": 1,
   "compile_effort": 0.0,
+  "data.eval_resize": "squash",
   "data.reduced_decode": False,
   "loss.chunk": 8192,
   "model.attention": "auto",
@@ -88,6 +91,8 @@ _FREE_PREFIXES = (
   "zero_shot.",
   "retrieval.",
   "grounding.",
+  "composition.",
+  "segmentation.",
   "mesh.",
   "checkpoint.",
   "profile.",

@@ -47,14 +47,14 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   Raises:
     ValueError: no such format or checkpoint, or a model that the format has no place for.
   """
-  from grain_jax import evaluate
+  from grain_jax import weights
   from grain_jax.convert import staging
 
   target, known = pathlib.Path(out), writers()
   if format not in known:
     raise ValueError(f"--format={format} is unknown. Choose from {', '.join(known)}.")
   staging.refuse_existing(target)
-  config, params, step = evaluate.load(workdir, step=step)
+  config, params, step = weights.load_run(workdir, step=step)
   config.data.dir = ""  # of this machine
   config.compile_cache = ""
   with staging.staged(target) as path:

@@ -12,11 +12,12 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from grain_jax import evaluate, schema, weights
+from grain_jax import encoders, schema, weights
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.data import records, transforms
 from grain_jax.evals import zero_shot
+from grain_jax.evals.encoders import Encoders
 from grain_jax.models import grain
 
 # A picture: PIL, u8 [H, W, 3], or the path of a file.
@@ -43,7 +44,7 @@ class Model:
     self._mesh = meshes.create(self._of_batch(1), devices=jax.local_devices()[:1])
     self._model = grain.build(config)
     self._params = jax.device_put(params, meshes.replicated(self._mesh))
-    self._encoders: dict[int, evaluate.Encoders] = {}
+    self._encoders: dict[int, Encoders] = {}
 
   def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
     """Token ids with start and end, zero-padded: i32 [N, context] (77 as published).
@@ -68,6 +69,15 @@ class Model:
     with jax.set_mesh(self._mesh):
       return self._encoder(len(pixels)).image(pixels)
 
+  def encode_patches(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+    """N images, squashed -> their patches in the space of the texts, f32 [N, rows, columns, E]."""
+    pixels = self._pixels(images, "squash")  # patches are of the whole image
+    if not len(pixels):
+      side = self.config.model.image.size // self.config.model.image.patch
+      return np.zeros((0, side, side, self.config.model.embed_dim), np.float32)
+    with jax.set_mesh(self._mesh):
+      return self._encoder(len(pixels)).patches(pixels)
+
   def describe_regions(self, image: Picture, descriptions: str | Sequence[str]) -> Regions:
     """For each description the region query that means it most: (boxes [N, 4], scores [N]).
 
@@ -80,7 +90,7 @@ class Model:
       raise ValueError(
         "describe_regions: a model of method 'clip' has no region queries. Load a GRAIN model."
       )
-    pixels = self.preprocess(image)
+    pixels = self._pixels(image, "squash")  # boxes are of the whole image
     if len(pixels) != 1:
       raise ValueError(f"describe_regions takes one image, not {len(pixels)}. Call it for each.")
     descriptions = _texts(descriptions, "descriptions")
@@ -115,17 +125,21 @@ class Model:
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
   def preprocess(self, images: Picture | Sequence[Picture]) -> np.ndarray:
-    """Images as the model was trained on them (squashed): u8 [N, size, size, 3].
+    """Images as the model sees them (`config.data.eval_resize`): u8 [N, size, size, 3].
 
     Raises:
       ValueError: what is no image, or an array that is not u8 [..., H, W, 3].
     """
+    # config.json of older runs lacks the key
+    return self._pixels(images, self.config.data.get("eval_resize", "squash"))
+
+  def _pixels(self, images: Picture | Sequence[Picture], how: str) -> np.ndarray:
     single = isinstance(images, (Image.Image, str, os.PathLike)) or (
       isinstance(images, np.ndarray) and images.ndim == 3
     )
     pictures = [images] if single else list(images)
     size = self.config.model.image.size
-    pixels = [transforms.squash(_picture(p, i), size) for i, p in enumerate(pictures)]
+    pixels = [transforms.resize(_picture(p, i), size, how) for i, p in enumerate(pictures)]
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
   def _of_batch(self, size: int) -> ml_collections.ConfigDict:
@@ -135,11 +149,11 @@ class Model:
     config.mesh.update(data=1, fsdp=1, tensor=1, rules=())
     return config
 
-  def _encoder(self, rows: int) -> evaluate.Encoders:
+  def _encoder(self, rows: int) -> Encoders:
     """Encoders for about so many rows: one compiled program for each power of two up to 64."""
     size = min(1 << (rows - 1).bit_length(), _LARGEST_BATCH)
     if size not in self._encoders:
-      self._encoders[size] = evaluate.make_encoders(
+      self._encoders[size] = encoders.make(
         self._of_batch(size),
         self._model,
         self._params,

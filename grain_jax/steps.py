@@ -180,6 +180,7 @@ def make_encoders(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any
   Returns:
     {'image': (params, u8 [B, H, W, 3]) -> [B, E],
      'regions': (params, u8 [B, H, W, 3]) -> (regions [B, Q, E], boxes of the last layer [B, Q, 4]),
+     'patches': (params, u8 [B, H, W, 3]) -> [B, rows, columns, E],
      'text': (params, tokens, segments, positions [B, L], ends [B, T]) -> [B, T, E]}
   """
   whole = meshes.replicated(mesh)
@@ -194,5 +195,6 @@ def make_encoders(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any
   return {
     "image": jax.jit(functools.partial(apply, "encode_image"), out_shardings=whole),
     "regions": jax.jit(regions, out_shardings=whole),
+    "patches": jax.jit(functools.partial(apply, "encode_patches"), out_shardings=whole),
     "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=whole),
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from grain_jax import checkpoint, steps, trees
 from grain_jax import config as configs
-from grain_jax import evaluate, trees
+from grain_jax import mesh as meshes
+from grain_jax.models import grain
 
 # Parameters that `config.init.PART` carries over, by the start of their names.
 PARTS = {
@@ -21,9 +24,16 @@ _INITIAL = ("model.image.init_std", "model.image.position_init")  # past, once t
 
 
 def load(
-  path: str | pathlib.Path, *, step: int | None = None
+  path: str | os.PathLike, *, step: int | None = None
 ) -> tuple[ml_collections.ConfigDict, Any]:
-  """(configuration, parameters) of a folder.
+  """(configuration, parameters) of a folder; see `open_checkpoint`."""
+  return open_checkpoint(path, step=step)[:2]
+
+
+def open_checkpoint(
+  path: str | os.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Any, int | None]:
+  """(configuration, parameters, step) of a folder; the step of an export is None.
 
   Args:
     path: workdir of a run, or what `grain_jax.convert` wrote (config.json and checkpoints/), or a
@@ -40,12 +50,37 @@ def load(
       "checkpoint first (python -m grain_jax.convert --help)."
     )
   if not (folder / "model.safetensors").is_file():
-    return evaluate.load(str(folder), step=step)[:2]
+    return load_run(folder, step=step)
   if step is not None:
     raise ValueError(f"{folder} is an export of one checkpoint: it has no step {step}.")
   from grain_jax.convert import convert
 
-  return convert.read("safetensors", folder)
+  return *convert.read("safetensors", folder), None
+
+
+def load_run(
+  workdir: str | os.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Any, int]:
+  """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
+
+  Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean. The mesh
+  of the configuration is set to whatever devices there are now.
+  """
+  folder = pathlib.Path(workdir)
+  path = folder / "config.json"
+  if not path.is_file():
+    raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
+  config = configs.from_json(path.read_text())
+  model = grain.build(config)
+  params = jax.eval_shape(lambda: steps.init_params(model, config))
+  config.mesh.update(data=-1, fsdp=1, tensor=1)
+  whole = meshes.replicated(meshes.create(config))
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
+  kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
+  state, meta = checkpoints.restore({kept: abstract}, step=step)
+  checkpoints.close()
+  return config, state[kept], meta["step"]
 
 
 def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:

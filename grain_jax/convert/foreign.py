@@ -12,10 +12,11 @@ import ml_collections
 from grain_jax import tokenizer
 from grain_jax.convert import layout
 
-# Pixels of OpenAI's CLIP (Radford et al., 2021), in [0, 1].
+# Pixels of OpenAI's CLIP (Radford et al., 2021), in [0, 1], and how it sees a picture.
 CLIP_PIXELS = {
   "model.image.mean": (0.48145466, 0.4578275, 0.40821073),
   "model.image.std": (0.26862954, 0.26130258, 0.27577711),
+  "data.eval_resize": "center_crop",
 }
 
 

@@ -133,7 +133,7 @@ def _facts(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _pixels(folder: pathlib.Path) -> dict[str, Any]:
-  """Mean and deviation, from preprocessor_config.json or what took its place."""
+  """Mean, deviation and crop, from preprocessor_config.json or what took its place."""
   values: Any = {}
   if (folder / "preprocessor_config.json").is_file():
     values = state_dicts.read_json(folder / "preprocessor_config.json")
@@ -147,6 +147,8 @@ def _pixels(folder: pathlib.Path) -> dict[str, Any]:
       if not isinstance(value, list) or len(value) != 3:
         raise ValueError(f"{folder}: {theirs} of the image processor is {value!r}, not 3 numbers.")
       pixels[key] = tuple(float(v) for v in value)
+  if isinstance(values, dict) and "do_center_crop" in values:
+    pixels["data.eval_resize"] = "center_crop" if values["do_center_crop"] else "squash"
   return pixels
 
 
@@ -229,13 +231,16 @@ def _save_config(
     architectures=["CLIPModel"],
     dtype="float32",
   ).save_pretrained(path)
+  crops = config.data.get("eval_resize", "squash") == "center_crop"
+  sides = {"height": m.image.size, "width": m.image.size}
   processor = {
     "image_processor_type": "CLIPImageProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
-    "size": {"height": m.image.size, "width": m.image.size},  # squashed, as in training
+    "size": {"shortest_edge": m.image.size} if crops else sides,
     "resample": 3,  # bicubic
-    "do_center_crop": False,
+    "do_center_crop": crops,
+    "crop_size": sides,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,

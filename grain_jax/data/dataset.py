@@ -54,6 +54,11 @@ class Dataset:
     """Phrases that describe a class, for zero-shot classification: {class name: [phrase]}."""
     return self.manifest.get("descriptors", {})
 
+  @property
+  def mask_names(self) -> list[str]:
+    """What a value v > 0 of a segmentation mask is: name v - 1; empty where there are no masks."""
+    return self.manifest.get("mask_names", [])
+
   def num_records(self, split: str) -> int:
     return self._split(split).starts[-1]
 

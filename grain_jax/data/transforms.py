@@ -46,6 +46,27 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
   return np.asarray(image)
 
 
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+  """The middle of the image, its shorter side at `size`, as CLIP sees it: u8 [size, size, 3]."""
+  width, height = image.size
+  shorter = min(width, height)
+  scaled = (max(int(size * width / shorter), size), max(int(size * height / shorter), size))
+  if image.size != scaled:
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+  left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+RESIZES = {"squash": squash, "center_crop": center_crop}
+
+
+def resize(image: Image.Image, size: int, how: str) -> np.ndarray:
+  """The image of an evaluation, by one of `RESIZES`: u8 [size, size, 3]."""
+  if how not in RESIZES:
+    raise ValueError(f"resize = {how!r} is unknown. Choose from {', '.join(RESIZES)}.")
+  return RESIZES[how](image, size)
+
+
 def random_window(
   width: int, height: int, draws: np.ndarray, *, min_area: float
 ) -> tuple[int, int, int, int]:

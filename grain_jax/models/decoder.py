@@ -88,16 +88,17 @@ class QueryDecoder(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: Array, *, train: bool = False) -> Array:
+  def __call__(self, tokens: Array, *, train: bool = False, alone: bool = False) -> Array:
     """Decodes.
 
     Args:
       tokens: [B, L, any width], the image tower's output.
       train: with dropout (needs an rng named 'dropout').
+      alone: the queries see one token at a time, as if an image had no other.
 
     Returns:
       [depth, B, Q + 1, D]: features after each layer and the final LayerNorm; the image query is
-      the last of each row.
+      the last of each row. With `alone` [depth, B * L, Q + 1, D].
     """
     memory = nn.Dense(
       self.width, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name="input"
@@ -106,9 +107,11 @@ class QueryDecoder(nn.Module):
     if self.memory_positions:
       positions = self.param("memory_positions", _positions, (tokens.shape[1], self.width))
       memory = memory + positions.astype(self.dtype)
+    if alone:
+      memory = memory.reshape(-1, 1, self.width)
     shape = (self.num_queries + 1, self.width)
     queries = self.param("query_embedding", nn.initializers.normal(1.0), shape)
-    queries = jnp.broadcast_to(queries.astype(self.dtype), (tokens.shape[0], *shape))
+    queries = jnp.broadcast_to(queries.astype(self.dtype), (len(memory), *shape))
     decoder_layers = layers.Stack(
       DecoderLayer,
       {

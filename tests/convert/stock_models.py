@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from grain_jax import config as configs
-from grain_jax import evaluate, steps, trees
+from grain_jax import steps, trees, weights
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import run_folder
 from grain_jax.models import grain
@@ -226,7 +226,7 @@ def pixels(config, image):
 
 def run_of(folder):
   """(config, parameters, step) as evaluations find them; parameters as NumPy arrays."""
-  config, params, step = evaluate.load(str(folder))
+  config, params, step = weights.load_run(str(folder))
   return config, trees.map_with_name(lambda name, x: np.asarray(x), params), step
 
 

@@ -46,6 +46,16 @@ def run(checkpoint, tmp_path_factory):
   return out
 
 
+def test_a_patch_is_what_the_queries_see_of_it_alone(run, towers, decoder, rng):
+  config, params, _ = stock.run_of(run)
+  image = stock.images(rng, 24)
+  tokens = towers.visual(stock.pixels(config, image))[:, 1:]  # 3 x 3 patches
+  alone = decoder(tokens.reshape(27, 1, 128))[1]
+  want = stock.unit(torch.tensor(stock.unit(alone)).mean(dim=1))
+  got = stock.ours(config, params, "encode_patches", image)
+  stock.assert_close(got, np.asarray(want).reshape(3, 3, 3, 24))
+
+
 def test_embeddings_and_boxes_are_those_of_torch(run, towers, decoder, rng):
   config, params, step = stock.run_of(run)
   assert (config.method, config.model.num_queries, config.data.max_regions) == ("grain", 3, 3)

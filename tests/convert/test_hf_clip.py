@@ -78,6 +78,30 @@ def test_embeddings_are_those_of_transformers(run, model, rng):
   config, _, step = stock.run_of(run)
   assert (config.model.image.mean, config.model.image.std) == (tuple(MEAN), tuple(STD))
   assert step == 0 and config.data.dir == "" and config.method == "clip"
+  assert config.data.eval_resize == "center_crop"
+
+
+def test_patches_are_those_of_transformers(run, model, rng):
+  """The last hidden state, normalised and projected as CLIP does it to the class token."""
+  config, params, _ = stock.run_of(run)
+  image = stock.images(rng, 24)
+  hidden = model.eval().vision_model(stock.pixels(config, image)).last_hidden_state
+  want = model.visual_projection(model.vision_model.post_layernorm(hidden[:, 1:]))
+  got = stock.ours(config, params, "encode_patches", image)
+  stock.assert_close(got, stock.unit(want).reshape(3, 3, 3, 20))
+
+
+def test_how_a_picture_is_seen_goes_in_and_out(folder, run, tmp_path):
+  """CLIP crops unless its processor says that it does not; an export says what the model does."""
+  out = tmp_path / "out"
+  export.export(str(run), format="hf_clip", out=str(out))
+  processor = json.loads((out / "preprocessor_config.json").read_text())
+  assert processor["do_center_crop"] and processor["size"] == {"shortest_edge": 24}
+  processor |= {"do_center_crop": False, "size": {"height": 24, "width": 24}}
+  (out / "preprocessor_config.json").write_text(json.dumps(processor))
+  convert.convert("hf_clip", str(out), out=str(tmp_path / "squashing"))
+  config, _, _ = stock.run_of(tmp_path / "squashing")
+  assert config.data.eval_resize == "squash"
 
 
 def test_gelu_and_the_pixels_of_openai_where_nothing_says_otherwise(tmp_path, rng):

@@ -1,0 +1,96 @@
+"""A model's encoders for evaluations: jitted over the mesh, NumPy in and out, any row count."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from grain_jax import mesh as meshes
+from grain_jax import steps, trees
+from grain_jax import tokenizer as tokenizers
+from grain_jax.evals.encoders import Encoders
+from grain_jax.models import grain
+
+# Parameters that a text's embedding depends on, by the start of their names.
+_OF_TEXT = ("text_tower/", "text_projection/")
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  model: grain.Grain,
+  params: Any,
+  *,
+  mesh: Mesh,
+  tokenizer: tokenizers.Tokenizer,
+  on_batch: Callable[[], None] = lambda: None,
+) -> Encoders:
+  """Encoders that cut their input into batches of `config.eval_batch_size`, padded at the end.
+
+  They call `on_batch` after each.
+  """
+  jitted = steps.make_encoders(model, mesh)
+  size = config.eval_batch_size
+  sharding = meshes.batch_sharding(mesh)
+
+  def call(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """Applies a jitted encoder to rows of any number, in batches of one shape."""
+    rows = len(arrays[0])
+    parts = []
+    for start in range(0, rows, size):
+      chunk = [a[start : start + size] for a in arrays]
+      pad = size - len(chunk[0])
+      chunk = [np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)) for c in chunk]
+      # Every process has all rows and puts its own part on its devices.
+      placed = [
+        jax.make_array_from_callback(c.shape, sharding, lambda index, c=c: c[index]) for c in chunk
+      ]
+      parts.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *placed)))  # noqa: B023
+      on_batch()
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+  def text(texts: Sequence[str]) -> np.ndarray:
+    length = config.data.row_length
+    rows = tokenizer.pack_texts(texts, row_length=length, texts_per_row=max(length // 8, 1))
+    out = call(jitted["text"], rows.tokens, rows.segments, rows.positions, rows.ends)
+    return out[rows.row, rows.slot]
+
+  return Encoders(
+    image=lambda images: call(jitted["image"], images),
+    text=text,
+    regions=lambda images: call(jitted["regions"], images),
+    patches=lambda images: call(jitted["patches"], images),
+    size=config.model.image.size,
+    resize=config.data.get("eval_resize", "squash"),  # config.json of older runs lacks it
+    batch_size=size,
+    context=config.model.text.context,
+    has_regions=config.method != "clip",
+    templates=tuple(config.zero_shot.templates),
+    fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),
+  )
+
+
+def _fingerprint(
+  config: ml_collections.ConfigDict, params: Any, tokenizer: tokenizers.Tokenizer
+) -> str:
+  """Of all that a text's embedding depends on.
+
+  '' in a run of several processes: all of them encode together, so none may find on its own disk
+  what another does not.
+  """
+  if jax.process_count() > 1:
+    return ""
+  digest = hashlib.blake2b(digest_size=16)
+  digest.update(tokenizer.hash.encode())
+  digest.update(repr((config.model.text.to_dict(), config.model.dtype)).encode())
+  for name, leaf in trees.named_leaves(params):
+    if name.startswith(_OF_TEXT):
+      digest.update(name.encode())
+      digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+  return digest.hexdigest()

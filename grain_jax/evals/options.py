@@ -1,0 +1,54 @@
+"""What the user says about evaluations on outside datasets, and the errors about their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+PROTOCOLS = ("name", "templates", "descriptors", "regions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Where the datasets lie and how they are to be evaluated."""
+
+  root: pathlib.Path | None = None  # --datasets: a folder with one sub-folder for each dataset
+  tfds_dir: str | None = None  # --tfds_dir: where TFDS keeps its datasets; None: its default
+  download: bool = False  # whether TFDS may download what it can
+  limit: int = 0  # evaluate the first so many images of each set, for a trial; 0: all
+  protocols: tuple[str, ...] = ("templates",)  # of zero-shot classification, from `PROTOCOLS`
+  descriptors: pathlib.Path | None = None  # folder of files SET.json: {class: [descriptor, ...]}
+  alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))  # protocol 'regions': weights tried
+  cache: pathlib.Path | None = None  # folder where embeddings of prompts are kept
+  warn: Callable[[str], None] = print  # gets one line where something was left out
+
+  def __post_init__(self):
+    for protocol in self.protocols:
+      if protocol not in PROTOCOLS:
+        raise ValueError(f"protocols: {protocol!r} is unknown. Choose from {', '.join(PROTOCOLS)}.")
+    if self.root is not None and not self.root.is_dir():
+      raise ValueError(f"--datasets={self.root}: there is no such folder.")
+    if self.limit < 0:
+      raise ValueError(f"limit = {self.limit} must be 0 (all) or a number of images.")
+
+
+DEFAULTS = Options()
+
+
+def find(options: Options, *names: str, what: str, how: str) -> pathlib.Path:
+  """The file or folder ROOT/names[0]/names[1]/...; a one-line ValueError where it is missing.
+
+  Args:
+    options: with the root.
+    *names: parts of the path below the root.
+    what: the evaluation that needs it, as the user named it.
+    how: how to get it: "Get ... from ... ".
+  """
+  below = pathlib.PurePath(*names)
+  if options.root is None:
+    raise ValueError(f"{what} needs DIR/{below}: give --datasets=DIR. {how}")
+  path = options.root / below
+  if not path.exists():
+    raise ValueError(f"{what}: there is no {path}. {how}")
+  return path
