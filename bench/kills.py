@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,13 @@ def start(
     return subprocess.Popen(
       command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
     )
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
 
 
 def finish(process: subprocess.Popen, workdir: pathlib.Path) -> None:

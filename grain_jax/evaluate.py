@@ -1,223 +1,211 @@
-"""`python -m grain_jax.evaluate --workdir=DIR`: evaluations on a checkpoint."""
+"""`python -m grain_jax.evaluate --workdir=DIR`: evaluations on a checkpoint.
+
+    --workdir=runs/mine                        a run: its own evaluations, on its own data
+    --workdir=runs/mine --evals=zero_shot:food101,composition:sugarcrepe --datasets=DIR
+    --checkpoint=weights/clip-b16 --evals=zero_shot:paper,retrieval:coco --datasets=DIR
+
+A name without a colon is an evaluation on data that `grain_jax.data.build` wrote; FAMILY:SET is one
+on an outside dataset. Results go to results.json, figures/ and report.html.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from grain_jax import addresses, checkpoint, cli, distributed, metrics, steps
-from grain_jax import config as configs
+from grain_jax import addresses, cli, distributed, metrics, trees, weights
+from grain_jax import encoders as encoders_lib
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.data import pipeline
-from grain_jax.evals import grounding, report, retrieval, zero_shot
+from grain_jax.evals import built, page, report, suite
+from grain_jax.evals.built import EVALS, Outcome
+from grain_jax.evals.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.models import grain
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoders:
-  """What the evaluations know of a model: NumPy in, NumPy out, any number of rows."""
+class Subject:
+  """A checkpoint to be evaluated."""
 
-  image: Callable[[np.ndarray], np.ndarray]  # u8 [n, H, W, 3] -> f32 [n, E], L2-normalised
-  text: Callable[[Sequence[str]], np.ndarray]  # n texts -> f32 [n, E], L2-normalised
-  # u8 [n, H, W, 3] -> f32 [n, Q, E], L2-normalised, and boxes (cx, cy, w, h) f32 [n, Q, 4]
-  regions: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """Results of all evaluations, and pictures for the report."""
-
-  results: dict[str, float]
-  examples: Sequence[grounding.Example] = ()
+  path: str
+  config: ml_collections.ConfigDict
+  params: Any
+  step: int | None  # None: an export, which has no steps
 
 
-def make_encoders(
-  config: ml_collections.ConfigDict,
-  model: grain.Grain,
-  params: Any,
-  *,
-  mesh: Mesh,
-  tokenizer: tokenizers.Tokenizer,
-  on_batch: Callable[[], None] = lambda: None,
-) -> Encoders:
-  """Encoders that cut their input into batches of `config.eval_batch_size`, padded at the end.
-
-  They call `on_batch` after each.
-  """
-  jitted = steps.make_encoders(model, mesh)
-  size = config.eval_batch_size
-  sharding = meshes.batch_sharding(mesh)
-
-  def call(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
-    """Applies a jitted encoder to rows of any number, in batches of one shape."""
-    rows = len(arrays[0])
-    parts = []
-    for start in range(0, rows, size):
-      chunk = [a[start : start + size] for a in arrays]
-      pad = size - len(chunk[0])
-      chunk = [np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)) for c in chunk]
-      # Every process has all rows and puts its own part on its devices.
-      placed = [
-        jax.make_array_from_callback(c.shape, sharding, lambda index, c=c: c[index]) for c in chunk
-      ]
-      parts.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *placed)))  # noqa: B023
-      on_batch()
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-
-  def text(texts: Sequence[str]) -> np.ndarray:
-    length = config.data.row_length
-    rows = tokenizer.pack_texts(texts, row_length=length, texts_per_row=max(length // 8, 1))
-    out = call(jitted["text"], rows.tokens, rows.segments, rows.positions, rows.ends)
-    return out[rows.row, rows.slot]
-
-  return Encoders(
-    image=lambda images: call(jitted["image"], images),
-    text=text,
-    regions=lambda images: call(jitted["regions"], images),
-  )
-
-
-def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
-  """Top-1 and top-5 on a labelled split; seen and unseen classes apart where the data has them."""
-  classes = dataset.class_names
-  unseen = set(dataset.unseen_pairs)
-  groups = None
-  if unseen:
-    groups = {
-      "seen": [i for i in range(len(classes)) if i not in unseen],
-      "unseen": sorted(unseen),
-    }
-  descriptors = dataset.descriptors
-  if config.zero_shot.descriptors:
-    descriptors = zero_shot.load_descriptors(config.zero_shot.descriptors, classes)
-  return Outcome(
-    zero_shot.evaluate(
-      encoders.image,
-      encoders.text,
-      _batches(config, dataset, config.zero_shot.split),
-      classes=classes,
-      templates=config.zero_shot.templates,
-      descriptors=descriptors,
-      groups=groups,
-    )
-  )
-
-
-def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
-  """R@1/5/10 both ways, one caption an image."""
-  batches = _batches(config, dataset, config.retrieval.split)
-  return Outcome(retrieval.evaluate(encoders.image, encoders.text, batches))
-
-
-def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
-  """Boxes and descriptions of the matched region queries."""
-  batches = _batches(config, dataset, config.grounding.split)
-  result = grounding.evaluate(encoders.regions, encoders.text, batches, keep=12)
-  return Outcome(result.metrics, result.examples)
-
-
-# Name -> evaluation, and the config key of the split that it reads.
-EVALS: dict[str, Callable[[Any, Encoders, pipeline.Dataset], Outcome]] = {
-  "zero_shot": _zero_shot,
-  "retrieval": _retrieval,
-  "grounding": _grounding,
-}
-
-
-def _batches(
-  config: ml_collections.ConfigDict, dataset: pipeline.Dataset, split: str
-) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """(batch, extras by name) of a split, descriptions filled up with '' to one a region."""
-  regions = config.data.max_regions
-  for batch, extras in pipeline.eval_batches(dataset, split, config):
-    described = [texts + [""] * (regions - len(texts)) for texts in extras.descriptions]
-    yield batch, {**extras._asdict(), "descriptions": described}
-
-
-def check(config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
+def check(
+  config: ml_collections.ConfigDict, dataset: pipeline.Dataset | None, options: Options = DEFAULTS
+) -> None:
   """Raises a one-line ValueError where `config.evals` asks for what cannot be had."""
-  for name in config.evals:
-    if name not in EVALS:
-      raise ValueError(f"config.evals: {name!r} is unknown. Choose from {', '.join(EVALS)}.")
-    if name == "grounding" and config.method == "clip":
-      continue
-    split = config[name].split
-    if split not in dataset.splits:
-      raise ValueError(
-        f"config.{name}.split = {split!r} is not in {config.data.dir}, which has "
-        f"{', '.join(dataset.splits)}. Set it, or leave {name!r} out of config.evals."
-      )
+  ours, outside = _sort(config.evals)
+  if ours and dataset is None:
+    raise ValueError(
+      f"--evals={','.join(ours)} read a dataset that grain_jax.data.build wrote: give --data_dir."
+    )
+  for name in ours:
+    built.check(name, config, dataset)
+  suite.check(suite.parse(outside), options, has_regions=config.method != "clip")
 
 
 def run(
   config: ml_collections.ConfigDict,
   model: grain.Grain,
   params: Any,
-  dataset: pipeline.Dataset,
+  dataset: pipeline.Dataset | None,
   *,
   mesh: Mesh,
   tokenizer: tokenizers.Tokenizer,
   on_batch: Callable[[], None] = lambda: None,
+  options: Options = DEFAULTS,
+  say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
   """All of `config.evals`; a model without region queries is not asked to ground.
 
   `on_batch` is called after each encoded batch.
   """
-  encoders = make_encoders(config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch)
-  results: dict[str, float] = {}
-  examples: Sequence[grounding.Example] = ()
-  for name in config.evals:
-    if name == "grounding" and (config.method == "clip" or not config.data.max_regions):
-      continue
-    outcome = EVALS[name](config, encoders, dataset)
-    results |= outcome.results
-    examples = outcome.examples or examples
-  return Outcome(results, examples)
+  encoders = encoders_lib.make(
+    config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
+  )
+  ours, outside = _sort(config.evals)
+  outcome = built.run(ours, config, encoders, dataset)
+  found = suite.run(suite.parse(outside), encoders, options, say=say)
+  return dataclasses.replace(outcome, results=outcome.results | found)
 
 
-def write(folder: pathlib.Path, outcome: Outcome, *, step: int) -> None:
-  """results.json and figures/ into a workdir, and the table on the terminal."""
-  text = json.dumps({"step": step, **outcome.results}, indent=2) + "\n"
+def write(
+  folder: pathlib.Path,
+  outcome: Outcome,
+  *,
+  step: int | None,
+  facts: dict[str, str] | None = None,
+  warnings: Sequence[str] = (),
+) -> None:
+  """results.json, figures/ and report.html into a folder, and the table on the terminal.
+
+  Results that the folder has of other evaluations of the same step stay.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / "results.json"
+  older = json.loads(path.read_text()) if path.is_file() else {}
+  results = dict(outcome.results)
+  if step is not None and older.get("step") == step:
+    results = {name: v for name, v in older.items() if name not in ("step", *results)} | results
+  text = json.dumps({"step": step, **results}, indent=2) + "\n"
   temporary = folder / "results.json.tmp"
   temporary.write_text(text)
-  temporary.replace(folder / "results.json")
+  os.replace(temporary, path)
   print(report.format_table(outcome.results))
+  history = folder / "metrics.jsonl"
   written = report.write(
-    folder / "figures", metrics.read_jsonl(folder / "metrics.jsonl"), examples=outcome.examples
+    folder / "figures",
+    metrics.read_jsonl(history) if history.is_file() else [],
+    examples=outcome.examples,
+    segmented=outcome.segmented,
+    results=results,
   )
-  print("wrote " + ", ".join(map(str, [folder / "results.json", *written])), flush=True)
+  page.write(
+    folder / "report.html",
+    results,
+    title=f"{folder.resolve().name}: evaluation",
+    facts=facts or {"step": str(step)},
+    figures=sorted((folder / "figures").glob("*.png")),
+    warnings=warnings,
+  )
+  print("wrote " + ", ".join(map(str, [path, *written, folder / "report.html"])), flush=True)
 
 
-def load(workdir: str, *, step: int | None = None) -> tuple[Any, Any, int]:
-  """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
+def describe(subject: Subject) -> dict[str, str]:
+  """What a reader of the report wants to know of the model."""
+  config = subject.config
+  image = config.model.image
+  return {
+    "model": f"{config.method}, image tower {image.width} wide and {image.depth} deep, patches of "
+    f"{image.patch} at {image.size} pixels",
+    "parameters": f"{trees.count(subject.params) / 1e6:.1f} M",
+    "checkpoint": subject.path if subject.step is None else f"{subject.path}, step {subject.step}",
+    "data": config.data.dir or "outside datasets alone",
+  }
 
-  Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean.
+
+def evaluate(
+  path: str | os.PathLike,
+  evals: Sequence[str] = (),
+  *,
+  data_dir: str = "",
+  step: int | None = None,
+  batch_size: int = 0,
+  options: Options = DEFAULTS,
+  say: Callable[[str], None] = lambda line: None,
+) -> tuple[Outcome, Subject]:
+  """Evaluates a checkpoint and writes nothing.
+
+  Args:
+    path: workdir of a run, or a folder of `grain_jax.convert`, or an export.
+    evals: names as in --evals; empty: those of the run's own configuration.
+    data_dir: another place of the run's data.
+    step: which checkpoint of a run; the newest by default.
+    batch_size: images or rows of text at a time, over all devices; 0: the run's own.
+    options: of the evaluations on outside datasets.
+    say: gets a line before each of those.
+
+  Returns:
+    Results with pictures for the report, and the checkpoint as it was read.
+
+  Raises:
+    ValueError: one line, before anything is encoded where that can be.
   """
-  folder = pathlib.Path(workdir)
-  path = folder / "config.json"
-  if not path.is_file():
-    raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
-  config = configs.from_json(path.read_text())
-  model = grain.build(config)
-  params = jax.eval_shape(lambda: steps.init_params(model, config))
-  config.mesh.update(data=-1, fsdp=1, tensor=1)  # whatever devices there are now
-  whole = meshes.replicated(meshes.create(config))
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
-  kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
-  state, meta = checkpoints.restore({kept: abstract}, step=step)
-  checkpoints.close()
-  return config, state[kept], meta["step"]
+  subject = Subject(str(path), *weights.open_checkpoint(path, step=step))
+  config = subject.config
+  if evals:
+    config.evals = tuple(evals)
+  if data_dir:
+    config.data.dir = data_dir
+  if batch_size:
+    config.eval_batch_size = batch_size
+  if not config.evals:
+    raise ValueError(
+      f"{path} has no evaluations of its own (config.evals is empty): name some with --evals, "
+      f"{', '.join(EVALS)} or FAMILY:SET."
+    )
+  ours, _ = _sort(config.evals)
+  dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
+  check(config, dataset, options)
+  distributed.agree("command", {"path": str(path), "step": subject.step, "evals": config.evals})
+  mesh = meshes.create(config)
+  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  with jax.set_mesh(mesh):
+    outcome = run(
+      config,
+      grain.build(config),
+      subject.params,
+      dataset,
+      mesh=mesh,
+      tokenizer=tokenizer,
+      options=options,
+      say=say,
+    )
+  return outcome, subject
+
+
+def _sort(evals: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Names of evaluations on built data, and on outside datasets; unknown ones raise."""
+  for name in evals:
+    if ":" not in name and name not in EVALS:
+      raise ValueError(
+        f"config.evals: {name!r} is unknown. Choose from {', '.join(EVALS)}; or FAMILY:SET with "
+        f"FAMILY one of {', '.join(suite.FAMILIES)}."
+      )
+  return [n for n in evals if ":" not in n], [n for n in evals if ":" in n]
 
 
 def main() -> None:
@@ -226,26 +214,64 @@ def main() -> None:
 
 
 def _main(flag: flags.FlagValues) -> None:
-  config, params, step = load(flag.workdir, step=flag.step)
-  if flag.evals:
-    config.evals = tuple(flag.evals)
-  if flag.data_dir:
-    config.data.dir = flag.data_dir
-  dataset = pipeline.open_dataset(config.data.dir)
-  check(config, dataset)
-  asked = {"--workdir": flag.workdir, "step": step, "evals": config.evals}
-  distributed.agree("command", asked)
-  mesh = meshes.create(config)
-  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  with jax.set_mesh(mesh):
-    outcome = run(config, grain.build(config), params, dataset, mesh=mesh, tokenizer=tokenizer)
-  if distributed.index() == 0:
-    write(pathlib.Path(flag.workdir), outcome, step=step)
+  if bool(flag.workdir) == bool(flag.checkpoint):
+    raise ValueError(
+      "give either --workdir (a run) or --checkpoint (an imported model). See --help."
+    )
+  path = flag.workdir or flag.checkpoint
+  out = pathlib.Path(flag.out or path)
+  first = distributed.index() == 0
+  warnings: list[str] = []
+
+  def warn(line: str) -> None:
+    warnings.append(line)
+    if first:
+      print(f"warning: {line}", flush=True)
+
+  options = Options(
+    root=pathlib.Path(flag.datasets) if flag.datasets else None,
+    tfds_dir=flag.tfds_dir,
+    download=flag.download,
+    limit=flag.limit,
+    protocols=tuple(flag.protocols),
+    descriptors=pathlib.Path(flag.descriptors) if flag.descriptors else None,
+    cache=out / "prompts",
+    warn=warn,
+  )
+  outcome, subject = evaluate(
+    path,
+    flag.evals,
+    data_dir=flag.data_dir,
+    step=flag.step,
+    batch_size=flag.batch_size,
+    options=options,
+    say=lambda line: print(line, flush=True) if first else None,
+  )
+  if first:
+    facts = describe(subject)
+    if options.limit:
+      facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
+    write(out, outcome, step=subject.step, facts=facts, warnings=warnings)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+  flags.DEFINE_string("workdir", None, "Folder of a run.")
+  flags.DEFINE_string("checkpoint", None, "Folder of grain_jax.convert or of an export instead.")
+  flags.DEFINE_string("out", None, "Folder of the results; by default that of the checkpoint.")
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
-  flags.DEFINE_list("evals", None, f"Which of {', '.join(EVALS)}; the run's own by default.")
-  flags.DEFINE_string("data_dir", None, "Another place of the run's data.")
+  flags.DEFINE_integer("batch_size", 0, "Images or rows of text at a time; 0: the run's own.")
+  flags.DEFINE_list(
+    "evals",
+    [],
+    f"Which of {', '.join(EVALS)} on built data, or FAMILY:SET on outside datasets, such as "
+    "zero_shot:food101, zero_shot:paper (the eleven sets), retrieval:coco, composition:sugarcrepe; "
+    "the run's own by default.",
+  )
+  flags.DEFINE_string("data_dir", "", "Another place of the built data.")
+  flags.DEFINE_string("datasets", None, "Folder of outside datasets, a sub-folder each.")
+  flags.DEFINE_string("tfds_dir", None, "Where TFDS keeps prepared datasets; its default if unset.")
+  flags.DEFINE_boolean("download", False, "Let TFDS download and prepare what it can.")
+  flags.DEFINE_integer("limit", 0, "The first so many pictures of each outside set; 0: all.")
+  flags.DEFINE_list("protocols", ["templates"], f"Zero-shot protocols: {', '.join(PROTOCOLS)}.")
+  flags.DEFINE_string("descriptors", None, "Folder of SET.json, {class: [descriptor, ...]}.")
   cli.run(main)

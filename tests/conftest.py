@@ -28,6 +28,18 @@ def rng():
 @pytest.fixture
 def tiny():
   """A whole configuration of a model of a few thousand parameters."""
+  return _tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip():
+  """The same for method 'clip', without data; not to be written to."""
+  c = _tiny()
+  c.method, c.evals, c.data.max_regions = "clip", (), 0
+  return c
+
+
+def _tiny():
   from configs import common
   from grain_jax import config as configs
 

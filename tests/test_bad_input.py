@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bench import kills
-from grain_jax import evaluate, train
+from grain_jax import train, weights
 
 
 def command(module, *flags):
@@ -116,7 +116,7 @@ def test_half_built_data_and_a_truncated_shard(tiny, scenes_dir, tmp_path):
 @pytest.mark.slow
 def test_a_workdir_of_another_run_is_left_as_it_is(finished_run, tmp_path):
   workdir = shutil.copytree(finished_run, tmp_path / "run")
-  config = evaluate.load(str(workdir))[0]
+  config = weights.load_run(str(workdir))[0]
   config.batch_size, before = 16, (workdir / "config.json").read_text()
   with pytest.raises(ValueError, match=r"another config: config\.batch_size was 8 and is 16"):
     train.train(config, str(workdir))
@@ -129,7 +129,7 @@ def test_a_workdir_of_another_run_is_left_as_it_is(finished_run, tmp_path):
 @pytest.mark.slow
 def test_evaluate_names_what_is_not_there(finished_run, tmp_path):
   with pytest.raises(ValueError, match=r"no checkpoint of step 5; it has \[21, 24\]"):
-    evaluate.load(str(finished_run), step=5)
+    weights.load_run(str(finished_run), step=5)
   shutil.copy(finished_run / "config.json", tmp_path)
   with pytest.raises(ValueError, match="holds no checkpoint"):
-    evaluate.load(str(tmp_path))
+    weights.load_run(str(tmp_path))

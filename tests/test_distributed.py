@@ -1,6 +1,5 @@
 """Addresses, agreement, the watchdog's verdicts, and real processes that disagree."""
 
-import socket
 import subprocess
 import sys
 import threading
@@ -230,15 +229,9 @@ def test_agreement_names_the_first_difference(monkeypatch):
   assert one == two and "lr is 0.1 on process 0 and 0.2 on process 1" in one
 
 
-def free_port():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_processes_with_different_configs_end_with_one_line_each(scenes_dir, tmp_path):
-  address = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2")
+  address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
   pair = [
     kills.start(
       scenes_dir, tmp_path, *address, f"--process_id={i}", f"--config.optimizer.lr=0.{i + 1}",

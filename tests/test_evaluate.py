@@ -1,6 +1,8 @@
 """Evaluations of a finished run, and encoders over any number of rows."""
 
+import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bench import kills
-from grain_jax import evaluate, steps, trees
+from grain_jax import encoders as encoders_lib
+from grain_jax import evaluate, steps, trees, weights
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
+from grain_jax.convert import run_folder
+from grain_jax.data import dataset
+from grain_jax.evals.options import Options
 from grain_jax.models import grain
 
 
@@ -33,15 +39,133 @@ def test_the_command_gives_the_results_of_the_run(finished_run, tmp_path):
   assert "unseen/top1" in done.stdout
 
 
+EVERYTHING = (
+  "zero_shot,retrieval,grounding,composition,segmentation,detection,region_classification"
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes_dir, tmp_path_factory):
+  """The single objects as an image folder, one of them broken: DIR/mine/CLASS/N.jpg."""
+  root = tmp_path_factory.mktemp("datasets")
+  data = dataset.open_dataset(scenes_dir)
+  for i in range(data.num_records("objects")):
+    record = data.parse("objects", i)
+    folder = root / "mine" / data.class_names[record.label].split()[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{i}.jpg").write_bytes(record.image if i != 7 else record.image[:99])
+  return root
+
+
+@pytest.fixture(scope="module")
+def clip_run(tiny_clip, tmp_path_factory):
+  """A CLIP of random weights as an imported folder, which has no data of its own."""
+  folder = tmp_path_factory.mktemp("clip") / "run"
+  model = grain.build(tiny_clip)
+  params = trees.map_with_name(
+    lambda name, leaf: np.full(leaf.shape, 0.1, np.float32),
+    jax.eval_shape(lambda: steps.init_params(model, tiny_clip)),
+  )
+  run_folder.write(folder, config=tiny_clip, params=params, source={})
+  return folder
+
+
+@pytest.mark.slow
+def test_one_device_eight_and_two_processes_count_every_example_once(
+  finished_run, pictures, tmp_path
+):
+  """Batches of 40, so that the last one is partial in every split.
+
+  All results are equal; the mean IoU, a mean of numbers that are no counts, to 1e-6: a matrix
+  product of other shape adds up in another order.
+  """
+
+  def start(name, devices, *flags):
+    environment = {
+      **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": kills.XLA_FLAGS
+      + f" --xla_force_host_platform_device_count={devices}",
+    }  # fmt: skip
+    command = [
+      sys.executable, "-m", "grain_jax.evaluate", f"--workdir={finished_run}",
+      f"--out={tmp_path / name}", "--batch_size=40", f"--evals={EVERYTHING},zero_shot:mine",
+      f"--datasets={pictures}", "--protocols=templates,name", *flags,
+    ]  # fmt: skip
+    return subprocess.Popen(
+      command, cwd=kills.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True,
+    )  # fmt: skip
+
+  address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
+  started = [
+    start("one", 1),
+    start("eight", 8),
+    *(start("two", 4, *address, f"--process_id={i}") for i in range(2)),
+  ]
+  said = [process.communicate(timeout=300)[0] for process in started]
+  assert [process.returncode for process in started] == [0] * 4, said
+  one, eight, two = (
+    json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "eight", "two")
+  )
+  assert one["zero_shot/examples"] == 64 and one["zero_shot/rows"] == 80
+  assert one["retrieval/examples"] == 24 and one["retrieval/rows"] == 40
+  assert one["zero_shot/mine/examples"] == 63 and one["zero_shot/mine/rows"] == 64
+  ious = [results.pop("grounding/mean_iou") for results in (one, eight, two)]
+  assert_allclose(ious, ious[0], rtol=0, atol=1e-6)
+  assert one == eight == two
+  assert "1 of 64 pictures cannot be read" in said[0]
+  assert "wrote" in said[2] and "wrote" not in said[3]  # the first process alone
+
+
+@pytest.mark.slow
+def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_path):
+  workdir = shutil.copytree(finished_run, tmp_path / "run")
+  before = json.loads((workdir / "results.json").read_text())
+  done = run(f"--workdir={workdir}", "--evals=composition")
+  assert done.returncode == 0, done.stderr
+  after = json.loads((workdir / "results.json").read_text())
+  assert before.items() < after.items()
+  assert after["composition/examples"] == 24
+  page = (workdir / "report.html").read_text()
+  assert "Composition" in page and "Retrieval" in page and "loss curves" in page
+
+
+@pytest.mark.parametrize(
+  ("evals", "options", "words"),
+  [
+    (["food101"], {}, "'food101' is unknown. Choose from zero_shot, retrieval"),
+    (["composition:valse"], {}, "valse/existence.json. Get the eleven files of data/"),
+    (["grounding:coco"], {}, "grounding:coco needs region queries: this model has no decoder"),
+    (["zero_shot"], {}, "--evals=zero_shot read a dataset that grain_jax.data.build wrote"),
+    (["zero_shot"], {"protocols": ("best",)}, "protocols: 'best' is unknown. Choose from name"),
+    ([], {"root": pathlib.Path("nowhere")}, "--datasets=nowhere: there is no such folder"),
+    (
+      ["zero_shot:mine"],
+      {"protocols": ("regions",)},
+      "mine by protocol regions needs region queries",
+    ),
+  ],
+)
+def test_what_cannot_be_evaluated_is_one_line(clip_run, pictures, evals, options, words):
+  with pytest.raises(ValueError) as caught:
+    evaluate.evaluate(clip_run, evals, options=Options(**{"root": pictures, **options}))
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_flags_answer_at_once():
+  done = run()
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert "give either --workdir (a run) or --checkpoint" in done.stderr
+
+
 @pytest.mark.slow
 def test_load_gives_the_parameters_of_a_step_on_eight_devices(finished_run):
   state = kills.final_state(finished_run)
-  config, params, step = evaluate.load(str(finished_run))
+  config, params, step = weights.load_run(str(finished_run))
   assert step == kills.STEPS and config.model.image.width == 32
   for name, value in trees.named_leaves(params):
     assert len(value.sharding.device_set) == 8
     assert_array_equal(value, state[f"params/{name}"])
-  _, older, step = evaluate.load(str(finished_run), step=kills.STEPS - 3)
+  _, older, step = weights.load_run(str(finished_run), step=kills.STEPS - 3)
   assert step == kills.STEPS - 3
   assert np.any(
     older["query_decoder"]["query_embedding"] != params["query_decoder"]["query_embedding"]
@@ -61,7 +185,7 @@ def test_encoders_take_any_number_of_rows(tiny, rng):
   texts = [f"a photo of {n} red apples" + ", and more" * (n % 5) for n in range(43)]
   mesh = meshes.create(tiny)
   with jax.set_mesh(mesh):
-    encoders = evaluate.make_encoders(tiny, model, params, mesh=mesh, tokenizer=tokenizer)
+    encoders = encoders_lib.make(tiny, model, params, mesh=mesh, tokenizer=tokenizer)
     image, text, (regions, boxes) = (
       encoders.image(images), encoders.text(texts), encoders.regions(images)
     )  # fmt: skip

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import grain_jax
-from grain_jax import evaluate
+from grain_jax import weights
 from grain_jax.models import grain
 
 pytestmark = pytest.mark.slow  # they share one finished run
@@ -32,7 +32,7 @@ def test_texts_are_the_tokenizers_ids_and_the_models_embeddings(model, finished_
   assert [row[row > 0][[0, -1]].tolist() for row in ids] == [[49406, 49407]] * 3
   lengths = (ids > 0).sum(1)
 
-  config, params, _ = evaluate.load(str(finished_run))
+  config, params, _ = weights.load_run(str(finished_run))
   tower = grain.build(config)
   positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (3, 1))
   segments = (positions < lengths[:, None]).astype(np.int32)
@@ -77,7 +77,7 @@ def test_descriptions_find_the_query_that_is_nearest(model, finished_run, images
   descriptions = ["a red apple", "a small green dog", "a blue car"]
   boxes, scores = model.describe_regions(images[0], descriptions)
   assert boxes.shape == (3, 4) and scores.shape == (3,)
-  config, params, _ = evaluate.load(str(finished_run))
+  config, params, _ = weights.load_run(str(finished_run))
   _, regions, all_boxes = grain.build(config).apply(
     {"params": params}, jnp.asarray(images[:1]), method="encode_regions"
   )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -34,6 +34,13 @@ class Result:
 
   metrics: dict[str, float | int]
   examples: list[Example]
+
+
+class Given(NamedTuple):
+  """What is to be found in one image: N descriptions, each with every box that it names."""
+
+  descriptions: Sequence[str]  # N
+  boxes: Sequence[np.ndarray]  # N of (cx, cy, w, h) as fractions of the image, [B, 4], B >= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,7 @@ def evaluate(
     with_regions = [i for i in counted if region_mask[i].any()]
     if not with_regions:
       continue
-    regions, boxes = _checked(*encode_regions(batch["image"]), batch, with_regions)
+    regions, boxes = check_regions(*encode_regions(batch["image"]), batch, with_regions)
     for i, own_regions, own_boxes in zip(with_regions, regions, boxes, strict=True):
       descriptions = extras["descriptions"][i]
       if len(descriptions) != len(region_mask[i]):
@@ -141,6 +148,70 @@ def evaluate(
     if m.image is not None
   ]
   return Result(metrics, kept)
+
+
+def evaluate_given(
+  encode_regions: EncodeRegions,
+  encode_text: retrieval.EncodeText,
+  batches: Iterable[tuple[np.ndarray, Sequence[Given]]],
+  *,
+  iou_threshold: float = 0.5,
+  texts_per_call: int = 8192,
+) -> dict[str, float | int]:
+  """Boxes for given descriptions: the box of the query that is most similar to each of them.
+
+  Args:
+    encode_regions: images -> (region embeddings, boxes) of Q queries.
+    encode_text: texts -> embeddings.
+    batches: (images u8 [b, H, W, 3], what is to be found in each of them).
+    iou_threshold: IoU from which a box counts as found.
+    texts_per_call: most texts handed to `encode_text` at once.
+
+  Returns:
+    Fractions in [0, 1], over descriptions:
+    `mean_iou`, `recall@{iou_threshold}`: of the box found with the nearest of the boxes that the
+      description names (of Flickr30k Entities: the protocol 'any box');
+    `any_query_recall@{...}`: some query has such a box: what a better choice could reach.
+    Where a description has several boxes also
+    `merged_recall@{...}`: with the smallest box around all of its boxes ('merged boxes');
+    `box_recall@{...}`: over boxes, those that the query of their description finds.
+    Counts: `descriptions`, `boxes`.
+
+  Raises:
+    ValueError: no descriptions, boxes or embeddings that are not finite.
+  """
+  nearest, merged, reachable, every = [], [], [], []
+  for images, given in batches:
+    regions, boxes = check_regions(*encode_regions(images), {"image": images}, range(len(given)))
+    texts = [text for own in given for text in own.descriptions]
+    if not texts:
+      continue
+    embeddings = retrieval.encode_texts(encode_text, texts, texts_per_call=texts_per_call)
+    parts = np.split(embeddings, np.cumsum([len(own.descriptions) for own in given])[:-1])
+    for own, part, own_regions, own_boxes in zip(given, parts, regions, boxes, strict=True):
+      queries = (part @ own_regions.T).argmax(axis=1)
+      for query, true in zip(queries, own.boxes, strict=True):
+        overlap = iou(own_boxes[:, None], true[None])  # [Q, B]
+        nearest.append(overlap[query].max())
+        reachable.append(overlap.max())
+        every.append(overlap[query])
+        merged.append(iou(own_boxes[query], _around(true)))
+  if not nearest:
+    raise ValueError("grounding: there are no descriptions with boxes. Check the annotations.")
+
+  def recall(values: Any) -> float:
+    return float(np.mean(np.asarray(values) >= iou_threshold))
+
+  results: dict[str, float | int] = {
+    "mean_iou": float(np.mean(nearest)),
+    f"recall@{iou_threshold:g}": recall(nearest),
+    f"any_query_recall@{iou_threshold:g}": recall(reachable),
+  }
+  flat = np.concatenate(every)
+  if len(flat) > len(nearest):
+    results[f"merged_recall@{iou_threshold:g}"] = recall(merged)
+    results[f"box_recall@{iou_threshold:g}"] = recall(flat)
+  return results | {"descriptions": len(nearest), "boxes": len(flat)}
 
 
 def match(
@@ -188,6 +259,13 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return inter / np.maximum(union, tiny) - (1 - union / np.maximum(hull, tiny))
 
 
+def _around(boxes: np.ndarray) -> np.ndarray:
+  """The smallest box (cx, cy, w, h) around boxes [B, 4]: [4]."""
+  low = (boxes[:, :2] - boxes[:, 2:] / 2).min(axis=0)
+  high = (boxes[:, :2] + boxes[:, 2:] / 2).max(axis=0)
+  return np.concatenate([(low + high) / 2, high - low])
+
+
 def _areas(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Areas of the intersection, the union and the smallest box around both, [...] each."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -203,10 +281,11 @@ def _areas(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
   return inter, union, np.maximum(hull, union)
 
 
-def _checked(
-  regions: Any, boxes: Any, batch: Any, rows: list[int]
+def check_regions(
+  regions: Any, boxes: Any, batch: Any, rows: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """The encoder's output for the rows that count; a one-line ValueError where it is no use."""
+  rows = list(rows)
   regions, boxes = np.asarray(regions), np.asarray(boxes, np.float32)
   images = len(batch["image"])
   if regions.ndim != 3 or boxes.shape != (*regions.shape[:2], 4) or len(boxes) != images:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import axes, figure, patches, ticker
 from matplotlib.backends import backend_agg
 
-from grain_jax.evals import grounding
+from grain_jax.evals import figures, grounding, segmentation
 
 _DPI = 100  # so that one point of layout below is one pixel
 # One colour a region, told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
@@ -27,6 +27,8 @@ def write(
   history: Sequence[Mapping[str, Any]],
   *,
   examples: Sequence[grounding.Example] = (),
+  segmented: Sequence[segmentation.Example] = (),
+  results: Mapping[str, float | int] | None = None,
 ) -> list[pathlib.Path]:
   """Draws what there is to draw into `figures_dir`, which is made if it does not exist.
 
@@ -34,10 +36,13 @@ def write(
     figures_dir: folder of the figures.
     history: objects with `step` and metrics by flat name (`metrics.read_jsonl`).
     examples: images of `grounding.evaluate(..., keep=12)`.
+    segmented: images of `segmentation.evaluate_built(..., keep=8)`.
+    results: by flat name.
 
   Returns:
-    Paths written: `loss_curves.png` if the history has a loss, `contact_sheet.png` if there are
-    examples. Each appears whole or not at all.
+    Paths written: `loss_curves.png` if the history has a loss, `contact_sheet.png` and `masks.png`
+    if there are examples, `region_weights.png` if weights of regions were tried. Each appears whole
+    or not at all.
   """
   figures_dir = pathlib.Path(figures_dir)
   figures_dir.mkdir(parents=True, exist_ok=True)
@@ -46,6 +51,11 @@ def write(
     drawn["loss_curves.png"] = loss_curves(history)
   if examples:
     drawn["contact_sheet.png"] = contact_sheet(examples)
+  if segmented:
+    drawn["masks.png"] = figures.mask_sheet(segmented)
+  weights = figures.alpha_curves(results or {})
+  if weights is not None:
+    drawn["region_weights.png"] = weights
   for name, picture in drawn.items():
     partial = figures_dir / f".{name}.{os.getpid()}"
     picture.savefig(partial, format="png", facecolor="white", dpi=_DPI)

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from grain_jax.evals import pictures
+from grain_jax.evals.encoders import Encoders
+
 EncodeImage = Callable[[np.ndarray], Any]  # u8 [b, H, W, 3] -> f32 [b, E], L2-normalised
 EncodeText = Callable[[list[str]], Any]  # N texts -> f32 [N, E], L2-normalised
 Batches = Iterable[tuple[Mapping[str, Any], Mapping[str, Sequence[Any]]]]
@@ -84,25 +87,41 @@ def evaluate(
       f"retrieval: 0 of {rows} rows have a picture and a caption. Check the split and its records."
     )
   texts = encode_texts(encode_text, captions, texts_per_call=texts_per_call)
-  pictures = np.concatenate(images)
-  own_image, index = np.asarray(owners), np.arange(count)
-  ranks = {
-    "image_to_text": first_hit_ranks(
-      pictures, texts, index, own_image, block_elements=block_elements
-    ),
-    "text_to_image": first_hit_ranks(
-      texts, pictures, own_image, index, block_elements=block_elements
-    ),
-  }
-  results: dict[str, float | int] = {
-    f"retrieval/{way}/r{k}": recall_at_k(found, k) for way, found in ranks.items() for k in ks
-  }
+  recalls = recall_both_ways(
+    np.concatenate(images), texts, np.asarray(owners), ks=ks, block_elements=block_elements
+  )
+  results: dict[str, float | int] = {f"retrieval/{name}": r for name, r in recalls.items()}
   results["retrieval/pairs"] = len(captions)
   results["retrieval/distinct_captions"] = len(set(captions))
   results["retrieval/images"] = count
   results["retrieval/examples"] = examples
   results["retrieval/rows"] = rows
   return results
+
+
+def recall_both_ways(
+  images: np.ndarray,
+  texts: np.ndarray,
+  owners: np.ndarray,
+  *,
+  ks: Sequence[int] = (1, 5, 10),
+  block_elements: int = 1 << 22,
+) -> dict[str, float]:
+  """`image_to_text/r{k}` and `text_to_image/r{k}`; see `evaluate`.
+
+  Args:
+    images: embeddings, [N, E].
+    texts: embeddings of the captions, [M, E].
+    owners: image of each caption, i64 [M]; each image has one or more.
+    ks: the K of recall at K.
+    block_elements: most similarities held at once (see `first_hit_ranks`).
+  """
+  index = np.arange(len(images))
+  ranks = {
+    "image_to_text": first_hit_ranks(images, texts, index, owners, block_elements=block_elements),
+    "text_to_image": first_hit_ranks(texts, images, owners, index, block_elements=block_elements),
+  }
+  return {f"{way}/r{k}": recall_at_k(found, k) for way, found in ranks.items() for k in ks}
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> float:
@@ -191,6 +210,23 @@ def encode_texts(
     check_length(encoded, len(chunk), name="encode_text")
     parts.append(check_embeddings(encoded, name="encode_text"))
   return np.concatenate(parts)[[distinct[text] for text in texts]]
+
+
+def encode_pictures(
+  encoders: Encoders,
+  sources: Iterable[pictures.Source],
+  *,
+  what: str,
+  warn: Callable[[str], None] = print,
+) -> pictures.Encoded:
+  """`pictures.encode` by `encoders.image`, with its embeddings checked: values f32 [n, E]."""
+
+  def encode_image(images: np.ndarray) -> np.ndarray:
+    encoded = np.asarray(encoders.image(images))
+    check_length(encoded, len(images), name="encode_image")
+    return check_embeddings(encoded, name="encode_image")
+
+  return pictures.encode(encode_image, sources, encoders, what=what, warn=warn)
 
 
 def counted_rows(

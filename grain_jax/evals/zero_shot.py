@@ -6,9 +6,12 @@ Vondrick (ICLR 2023): "a photo of a hen, which has two legs".
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +52,7 @@ def evaluate(
 
   Returns:
     `zero_shot/top{k}` and `zero_shot/{group}/top{k}`: fractions in [0, 1];
+    `zero_shot/mean_per_class`: mean of the classes' own top-1, over classes that have an image;
     `zero_shot/classes`, `zero_shot/{group}/examples`, and `zero_shot/examples` of
     `zero_shot/rows` rows counted. A group without an image has the count 0 and no top-K.
 
@@ -103,6 +107,7 @@ def evaluate(
       prefix = f"zero_shot/{head}{group}/" if group else f"zero_shot/{head}"
       if len(of_group):
         results |= {f"{prefix}top{k}": retrieval.recall_at_k(of_group, k) for k in ks}
+    results[f"zero_shot/{head}mean_per_class"] = mean_per_class(found, labels)
   for group, members in groups.items():
     results[f"zero_shot/{group}/examples"] = int(np.isin(labels, members).sum())
   results["zero_shot/classes"] = len(classes)
@@ -119,27 +124,117 @@ def class_embeddings(
 ) -> np.ndarray:
   """One embedding a class: the mean of its prompts' normalised embeddings, normalised again.
 
+  A text that several classes share is encoded once; classes of equal prompts are exactly equal.
+
   Args:
     encode_text: texts -> embeddings, L2-normalised.
     prompts: the prompts of each of C classes, at least one each (`class_prompts`).
-    texts_per_call: classes are encoded together until they have so many prompts.
+    texts_per_call: most texts handed to `encode_text` at once.
 
   Returns:
     f32 [C, E], L2-normalised.
   """
-  means: list[np.ndarray] = []
-  waiting: list[Sequence[str]] = []
+  owners: dict[str, list[int]] = {}  # text -> classes that have it, once for each time
   for i, own in enumerate(prompts):
-    waiting.append(own)
-    if i + 1 < len(prompts) and sum(map(len, waiting)) < texts_per_call:
-      continue
-    texts = [text for group in waiting for text in group]
-    encoded = retrieval.encode_texts(encode_text, texts, texts_per_call=texts_per_call)
-    ends = np.cumsum([len(group) for group in waiting])
-    means += [part.mean(axis=0) for part in np.split(encoded, ends[:-1])]
-    waiting = []
-  stacked = np.stack(means)
-  return stacked / np.maximum(np.linalg.norm(stacked, axis=-1, keepdims=True), 1e-12)
+    for text in own:
+      owners.setdefault(text, []).append(i)
+  texts = list(owners)
+  sums: np.ndarray | None = None
+  for start in range(0, len(texts), texts_per_call):
+    chunk = texts[start : start + texts_per_call]
+    encoded = retrieval.encode_texts(encode_text, chunk, texts_per_call=texts_per_call)
+    if sums is None:
+      sums = np.zeros((len(prompts), encoded.shape[-1]))
+    times = [len(owners[text]) for text in chunk]
+    np.add.at(sums, [i for text in chunk for i in owners[text]], np.repeat(encoded, times, axis=0))
+  if sums is None:
+    raise ValueError("prompts = []: there is no class to embed. Name the classes.")
+  means = sums / np.asarray([len(own) for own in prompts])[:, None]
+  lengths = np.linalg.norm(means, axis=-1, keepdims=True)
+  return (means / np.maximum(lengths, 1e-12)).astype(np.float32)
+
+
+def cached_class_embeddings(
+  encode_text: retrieval.EncodeText,
+  prompts: Sequence[Sequence[str]],
+  *,
+  fingerprint: str,
+  folder: pathlib.Path | None,
+  warn: Callable[[str], None] = print,
+  texts_per_call: int = 8192,
+) -> np.ndarray:
+  """`class_embeddings`, kept in a file named by its content: the encoder and all prompts.
+
+  Args:
+    encode_text: texts -> embeddings, L2-normalised.
+    prompts: the prompts of each of C classes.
+    fingerprint: of the encoder (`Encoders.fingerprint`); nothing is kept if it is ''.
+    folder: where the file lies; nothing is kept if it is None.
+    warn: gets one line where a file was there and could not be used.
+    texts_per_call: most texts handed to `encode_text` at once.
+
+  Returns:
+    f32 [C, E], L2-normalised.
+  """
+
+  def compute() -> np.ndarray:
+    return class_embeddings(encode_text, prompts, texts_per_call=texts_per_call)
+
+  if folder is None or not fingerprint:
+    return compute()
+  content = json.dumps([fingerprint, *map(list, prompts)]).encode()
+  path = folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.npy"
+  if path.exists():
+    try:
+      with path.open("rb") as file:
+        kept = np.lib.format.read_array(file, allow_pickle=False)
+      if kept.ndim == 2 and len(kept) == len(prompts):
+        return retrieval.check_embeddings(kept, name=str(path))
+      reason = f"it holds {list(kept.shape)} for {len(prompts)} classes"
+    except (ValueError, EOFError) as error:
+      reason = str(error).splitlines()[0]
+    warn(f"{path} is no use and is made anew: {reason}")
+  embeddings = compute()
+  folder.mkdir(parents=True, exist_ok=True)
+  # Renamed when complete: one who reads it, or stops half-way, never meets half a file.
+  handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      np.lib.format.write_array(file, embeddings, allow_pickle=False)
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise
+  return embeddings
+
+
+def label_ranks(scores: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+  """Rank of each image's own class among all, from 0: i64 [N].
+
+  Ties go to the class of lower index: rank = #{greater} + #{equal, of lower index}.
+
+  Args:
+    scores: of every class, [N, C], finite.
+    labels: index of the own class, [N].
+  """
+  own = np.asarray(labels)[:, None]
+  score = np.take_along_axis(scores, own, axis=1)
+  lower = np.arange(scores.shape[1]) < own
+  return np.sum((scores > score) | ((scores == score) & lower), axis=1)
+
+
+def mean_per_class(ranks: np.ndarray, labels: Sequence[int] | np.ndarray) -> float:
+  """Top-1 of each class, averaged over the classes that have an image: in [0, 1].
+
+  It is scikit-learn's balanced accuracy.
+
+  Args:
+    ranks: rank of each image's own class, from 0, [N], N >= 1.
+    labels: index of the own class, [N].
+  """
+  _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+  hits = np.bincount(index, weights=np.asarray(ranks) == 0)
+  return float(np.mean(hits / counts))
 
 
 def class_prompts(
@@ -193,6 +288,13 @@ def descriptor_clause(descriptor: str) -> str:
 
 def load_descriptors(path: str | pathlib.Path, classes: Sequence[str]) -> dict[str, list[str]]:
   """Reads a JSON file {class: [descriptor, ...]} and holds it against the class names."""
+  descriptors = read_descriptors(path)
+  check_descriptors(descriptors, classes)
+  return {name: list(descriptors[name]) for name in classes}
+
+
+def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
+  """A JSON file {class: [descriptor, ...]}, whatever its classes; a one-line ValueError if none."""
   path = pathlib.Path(path)
   try:
     descriptors = json.loads(path.read_text(encoding="utf-8"))
@@ -209,8 +311,7 @@ def load_descriptors(path: str | pathlib.Path, classes: Sequence[str]) -> dict[s
       f"descriptors = {str(path)!r} holds a {type(descriptors).__name__}, not an object. "
       "Give {class: [descriptor]}."
     )
-  check_descriptors(descriptors, classes)
-  return {name: list(descriptors[name]) for name in classes}
+  return descriptors
 
 
 def check_descriptors(descriptors: Mapping[str, Sequence[str]], classes: Sequence[str]) -> None:

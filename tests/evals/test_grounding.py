@@ -196,3 +196,70 @@ def test_wrong_input_is_one_clear_line():
     run(regions=regions[:, 0])
   with pytest.raises(ValueError, match="not 'descriptions'"):
     run(extras={"key": list("abcd")})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_given_descriptions_as_detr_measures_boxes(seed):
+  rng = np.random.default_rng(seed)
+  images, queries = 6, 5
+  regions = unit(rng.normal(size=(images, queries, 4)))
+  boxes = np.stack([random_boxes(rng, queries) for _ in range(images)])
+  given = [
+    grounding.Given(
+      [str(rng.choice(list(TEXTS))) for _ in range(1 + i % 3)],
+      [random_boxes(rng, 1 + (i + j) % 3) for j in range(1 + i % 3)],
+    )
+    for i in range(images)
+  ]
+  found = grounding.evaluate_given(
+    lambda pixels: (regions[pixels[:, 0, 0, 0]], boxes[pixels[:, 0, 0, 0]]),
+    encode_text,
+    [
+      (
+        np.arange(a, b, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8),
+        given[a:b],
+      )
+      for a, b in ((0, 4), (4, 6))
+    ],
+    iou_threshold=0.2,
+  )
+  nearest, merged, every, best = [], [], [], []
+  for i, own in enumerate(given):
+    for text, true in zip(own.descriptions, own.boxes, strict=True):
+      query = np.argmax(regions[i] @ TEXTS[text])
+      overlap = detr.box_iou(corners(boxes[i]), corners(true))[0]
+      around = torch.cat([corners(true)[:, :2].min(0)[0], corners(true)[:, 2:].max(0)[0]])
+      nearest.append(overlap[query].max().item())
+      best.append(overlap.max().item())
+      every += overlap[query].tolist()
+      merged.append(detr.box_iou(corners(boxes[i, query][None]), around[None])[0].item())
+  assert found == {
+    "mean_iou": pytest.approx(np.mean(nearest), abs=1e-6),
+    "recall@0.2": pytest.approx(np.mean(np.array(nearest) >= 0.2)),
+    "any_query_recall@0.2": pytest.approx(np.mean(np.array(best) >= 0.2)),
+    "merged_recall@0.2": pytest.approx(np.mean(np.array(merged) >= 0.2)),
+    "box_recall@0.2": pytest.approx(np.mean(np.array(every) >= 0.2)),
+    "descriptions": len(nearest),
+    "boxes": len(every),
+  }
+  assert 0 < found["box_recall@0.2"] < found["any_query_recall@0.2"]
+
+
+def test_given_descriptions_hand_worked():
+  regions, boxes = np.stack([[TEXTS["cat"], TEXTS["dog"]]]), np.array([[HALF, RIGHT]], np.float32)
+  image = np.zeros((1, 2, 2, 3), np.uint8)
+
+  def run(texts, true):
+    given = [grounding.Given(texts, [np.array(t, np.float32) for t in true])]
+    return grounding.evaluate_given(lambda _: (regions, boxes), encode_text, [(image, given)])
+
+  # The cat's query has half of the left box; the hen's (a tie: the first) has nothing of the right.
+  found = run(["cat", "hen"], [[LEFT], [RIGHT]])
+  assert found["mean_iou"] == pytest.approx(0.25)
+  assert (found["recall@0.5"], found["any_query_recall@0.5"]) == (0.5, 1)
+  assert "merged_recall@0.5" not in found and (found["descriptions"], found["boxes"]) == (2, 2)
+  # Two dogs: one is found; neither the two boxes together nor the other one.
+  found = run(["dog"], [[LEFT, RIGHT]])
+  assert (found["recall@0.5"], found["box_recall@0.5"], found["merged_recall@0.5"]) == (1, 0.5, 0)
+  with pytest.raises(ValueError, match="no descriptions with boxes"):
+    run([], [])

@@ -1,10 +1,12 @@
 """Zero-shot classification against scikit-learn and hand-worked prompts."""
 
+import io
 import json
+import pathlib
 
 import numpy as np
 import pytest
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from grain_jax.evals import zero_shot
 
@@ -85,6 +87,10 @@ def test_top_k_is_sklearns_for_all_and_for_each_group():
           group,
           k,
         )
+    predicted = (images[mask] @ weights.T).argmax(axis=1)
+    assert results[f"zero_shot/{head}mean_per_class"] == pytest.approx(
+      balanced_accuracy_score(labels[mask], predicted)
+    )
   assert results["zero_shot/classes"] == 12
   assert results["zero_shot/examples"] == mask.sum() and results["zero_shot/rows"] == 90
   assert results["zero_shot/seen/examples"] + results["zero_shot/unseen/examples"] == mask.sum()
@@ -96,6 +102,140 @@ def test_class_embedding_is_the_mean_renormalised_however_texts_are_cut(texts_pe
   got = zero_shot.class_embeddings(encode_text, prompts, texts_per_call=texts_per_call)
   expected = unit([encode_text(own).mean(0) for own in prompts])
   np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_text_of_several_classes_is_encoded_once():
+  asked = []
+
+  def encode(texts):
+    asked.extend(texts)
+    return encode_text(texts)
+
+  prompts = [["a", "b"], ["b", "c"], ["c", "a", "a"], ["a", "b"]]
+  got = zero_shot.class_embeddings(encode, prompts, texts_per_call=2)
+  assert sorted(asked) == ["a", "b", "c"]
+  np.testing.assert_allclose(got, unit([encode_text(own).mean(0) for own in prompts]), atol=1e-6)
+  np.testing.assert_array_equal(got[0], got[3])
+
+
+def random_scores(ties, seed=0, n=200, classes=9):
+  rng = np.random.default_rng(seed)
+  scores = rng.normal(size=(n, classes)).astype(np.float32)
+  return (np.round(scores) if ties else scores), rng.integers(0, classes - 2, n)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_label_ranks_are_a_stable_sorts(ties):
+  scores, labels = random_scores(ties)
+  order = np.argsort(-scores, axis=1, kind="stable")
+  expected = [list(row).index(label) for row, label in zip(order, labels, strict=True)]
+  np.testing.assert_array_equal(zero_shot.label_ranks(scores, labels), expected)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_figures_of_ranks_are_sklearns():
+  scores, labels = random_scores(ties=False)  # of the last two classes there is no image
+  ranks = zero_shot.label_ranks(scores, labels)
+  for k in (1, 5):
+    expected = top_k_accuracy_score(labels, scores, k=k, labels=np.arange(9))
+    assert np.mean(ranks < k) == pytest.approx(expected)
+  assert zero_shot.mean_per_class(ranks, labels) == pytest.approx(
+    balanced_accuracy_score(labels, scores.argmax(axis=1)), abs=1e-9
+  )
+
+
+class Cache:
+  """A cache of classifiers in a folder, and what it had to encode and to warn of."""
+
+  def __init__(self, folder):
+    self.folder, self.asked, self.warned = folder, [], []
+
+  def get(self, prompts, fingerprint="one"):
+    def encode(texts):
+      self.asked.extend(texts)
+      return encode_text(texts)
+
+    self.asked.clear()
+    return zero_shot.cached_class_embeddings(
+      encode, prompts, fingerprint=fingerprint, folder=self.folder, warn=self.warned.append
+    )
+
+
+def test_cache_is_by_content(tmp_path):
+  cache = Cache(tmp_path / "new" / "cache")
+  first = cache.get([["a"], ["b", "c"]])
+  assert cache.asked == ["a", "b", "c"] and len(list(cache.folder.iterdir())) == 1
+  np.testing.assert_array_equal(cache.get([["a"], ["b", "c"]]), first)
+  assert not cache.asked and not cache.warned
+  # another encoder, another order, the same texts shared out otherwise
+  for prompts, fingerprint in (
+    ([["a"], ["b", "c"]], "two"),
+    ([["b", "c"], ["a"]], "one"),
+    ([["a", "b"], ["c"]], "one"),
+    ([["a"], ["b", "d"]], "one"),
+  ):
+    cache.get(prompts, fingerprint)
+    assert cache.asked, (prompts, fingerprint)
+  assert len(list(cache.folder.iterdir())) == 5
+  cache.get([["a"]], "")
+  assert cache.asked and len(list(cache.folder.iterdir())) == 5
+
+
+def saved(array):
+  file = io.BytesIO()
+  np.save(file, array, allow_pickle=True)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"",
+    b"no array",
+    saved(np.ones((2, 6), np.float32))[:-7],
+    saved(np.ones((2, 6), np.float32))[:20],
+    saved(unit(np.ones((3, 6)))),
+    saved(np.full((2, 6), np.nan, np.float32)),
+    saved(np.asarray([[1], {}], object)),
+  ],
+  ids=["empty", "text", "cut", "header", "classes", "nan", "pickle"],
+)
+def test_a_cache_file_that_is_no_use_is_made_anew_with_a_warning(content, tmp_path):
+  cache = Cache(tmp_path)
+  first = cache.get([["a"], ["b"]])
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(content)
+  np.testing.assert_array_equal(cache.get([["a"], ["b"]]), first)
+  assert cache.asked == ["a", "b"]
+  assert len(cache.warned) == 1 and str(path) in cache.warned[0] and "\n" not in cache.warned[0]
+  np.testing.assert_array_equal(cache.get([["a"], ["b"]]), first)
+  assert not cache.asked and list(tmp_path.iterdir()) == [path]
+
+
+class Touches:
+  """What a pickle can do: it makes a file when it is read."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self.path,)
+
+
+def test_a_cache_file_runs_no_code(tmp_path):
+  cache, mark = Cache(tmp_path / "cache"), tmp_path / "mark"
+  first = cache.get([["a"]])
+  (path,) = cache.folder.iterdir()
+  path.write_bytes(saved(np.asarray([[Touches(mark)]], object)))
+  np.testing.assert_array_equal(cache.get([["a"]]), first)
+  assert not mark.exists() and len(cache.warned) == 1
+
+
+def test_a_cache_that_cannot_be_written_leaves_no_half_file(tmp_path, monkeypatch):
+  monkeypatch.setattr(zero_shot.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+  with pytest.raises(OSError, match="full"):
+    Cache(tmp_path).get([["a"]])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

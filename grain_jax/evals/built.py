@@ -1,0 +1,171 @@
+"""Evaluations on the splits of a dataset that `data.build` wrote, the embedded scenes above all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from grain_jax.data import pipeline
+from grain_jax.evals import (
+  composition,
+  detection,
+  grounding,
+  region_classification,
+  retrieval,
+  segmentation,
+  zero_shot,
+)
+from grain_jax.evals.encoders import Encoders
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Results of evaluations by flat name, and pictures for the report."""
+
+  results: dict[str, float | int]
+  examples: Sequence[grounding.Example] = ()
+  segmented: Sequence[segmentation.Example] = ()
+
+
+def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """Top-1 and top-5 on a labelled split; seen and unseen classes apart where the data has them."""
+  classes = dataset.class_names
+  unseen = set(dataset.unseen_pairs)
+  groups = None
+  if unseen:
+    groups = {
+      "seen": [i for i in range(len(classes)) if i not in unseen],
+      "unseen": sorted(unseen),
+    }
+  descriptors = dataset.descriptors
+  if config.zero_shot.descriptors:
+    descriptors = zero_shot.load_descriptors(config.zero_shot.descriptors, classes)
+  return Outcome(
+    zero_shot.evaluate(
+      encoders.image,
+      encoders.text,
+      _batches(config, dataset, split_of(config, "zero_shot")),
+      classes=classes,
+      templates=config.zero_shot.templates,
+      descriptors=descriptors,
+      groups=groups,
+    )
+  )
+
+
+def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """R@1/5/10 both ways, one caption an image."""
+  batches = _batches(config, dataset, split_of(config, "retrieval"))
+  return Outcome(retrieval.evaluate(encoders.image, encoders.text, batches))
+
+
+def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """Boxes and descriptions of the matched region queries."""
+  batches = _batches(config, dataset, split_of(config, "grounding"))
+  result = grounding.evaluate(encoders.regions, encoders.text, batches, keep=12)
+  return Outcome(result.metrics, result.examples)
+
+
+def _composition(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """Captions against captions with one thing changed."""
+  batches = _batches(config, dataset, split_of(config, "composition"))
+  return Outcome(composition.evaluate_built(encoders.image, encoders.text, batches))
+
+
+def _segmentation(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """Patches by prompts, and patches grouped without any."""
+  found = segmentation.evaluate_built(
+    encoders.patches,
+    encoders.text,
+    _batches(config, dataset, split_of(config, "segmentation")),
+    classes=dataset.mask_names,
+    keep=8,
+  )
+  return Outcome(found.metrics, segmented=found.examples)
+
+
+def _detection(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """COCO's average precision, a category for each distinct description."""
+  batches = _batches(config, dataset, split_of(config, "grounding"))
+  return Outcome(detection.evaluate_built(encoders.regions, encoders.text, batches))
+
+
+def _region_classification(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+  """The description of a given box among those with another colour."""
+  batches = _batches(config, dataset, split_of(config, "grounding"))
+  return Outcome(region_classification.evaluate_built(encoders, batches))
+
+
+class Eval(NamedTuple):
+  """An evaluation by name: what runs it, the config section of its split, what it needs."""
+
+  run: Callable[[Any, Encoders, pipeline.Dataset], Outcome]
+  section: str
+  regions: bool = False  # it needs region queries
+
+
+EVALS: dict[str, Eval] = {
+  "zero_shot": Eval(_zero_shot, "zero_shot"),
+  "retrieval": Eval(_retrieval, "retrieval"),
+  "grounding": Eval(_grounding, "grounding", regions=True),
+  "composition": Eval(_composition, "composition"),
+  "segmentation": Eval(_segmentation, "segmentation"),
+  "detection": Eval(_detection, "grounding", regions=True),
+  "region_classification": Eval(_region_classification, "grounding"),
+}
+
+
+def split_of(config: ml_collections.ConfigDict, section: str) -> str:
+  """The split that a section of the configuration names."""
+  return config[section].split if section in config else "val"  # older runs lack the section
+
+
+def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
+  """Raises a one-line ValueError where the evaluation has no split to read."""
+  evaluation = EVALS[name]
+  if evaluation.regions and config.method == "clip":
+    return
+  section = evaluation.section
+  split = split_of(config, section)
+  if name == "segmentation" and not dataset.mask_names:
+    raise ValueError(f"{config.data.dir} has no masks: leave 'segmentation' out of config.evals.")
+  if split not in dataset.splits:
+    raise ValueError(
+      f"config.{section}.split = {split!r} is not in {config.data.dir}, which has "
+      f"{', '.join(dataset.splits)}. Set it, or leave {name!r} out of config.evals."
+    )
+
+
+def run(
+  names: Sequence[str],
+  config: ml_collections.ConfigDict,
+  encoders: Encoders,
+  dataset: pipeline.Dataset | None,
+) -> Outcome:
+  """All evaluations named; a model without region queries is not asked for regions."""
+  whole = Outcome({})
+  for name in names:
+    evaluation = EVALS[name]
+    if evaluation.regions and (config.method == "clip" or not config.data.max_regions):
+      continue
+    found = evaluation.run(config, encoders, dataset)
+    whole = Outcome(
+      whole.results | found.results,
+      found.examples or whole.examples,
+      found.segmented or whole.segmented,
+    )
+  return whole
+
+
+def _batches(
+  config: ml_collections.ConfigDict, dataset: pipeline.Dataset, split: str
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+  """(batch, extras by name) of a split, descriptions filled up with '' to one a region."""
+  regions = config.data.max_regions
+  for batch, extras in pipeline.eval_batches(dataset, split, config):
+    described = [texts + [""] * (regions - len(texts)) for texts in extras.descriptions]
+    yield batch, {**extras._asdict(), "descriptions": described}

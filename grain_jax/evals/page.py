@@ -1,0 +1,224 @@
+"""report.html: all results of a checkpoint on one page, the published figures beside them.
+
+The page is one file: its pictures are in it, and it needs no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+_PUBLISHED = pathlib.Path(__file__).parent / "published.json"
+
+# Families in the order of the page: title, and what the figures are.
+_FAMILIES = {
+  "zero_shot": (
+    "Zero-shot classification",
+    "The class whose prompts are nearest to the image. top-K: its own class is among the K "
+    "nearest of all; mean per class: the mean of the classes' top-1.",
+  ),
+  "composition": (
+    "Composition",
+    "Share of pictures that are nearer to their caption than to a caption changed in one detail; "
+    "chance is 50 % with one false caption. A tie counts as wrong.",
+  ),
+  "retrieval": (
+    "Retrieval",
+    "Recall at K: a right caption is among the K nearest of all (image to text), the right image "
+    "among the K nearest (text to image).",
+  ),
+  "grounding": (
+    "Grounding",
+    "Boxes of the region queries against annotated ones: mean intersection over union (IoU), "
+    "share of boxes found at an IoU of 0.5, descriptions retrieved by regions.",
+  ),
+  "detection": ("Detection", "Average precision (AP) of COCO, through pycocotools."),
+  "region_classification": (
+    "Region classification",
+    "The class of a given box among all, by crop, by region query or by patches.",
+  ),
+  "fine_grained": (
+    "Fine-grained descriptions",
+    "The true description of a given box among false ones changed in one attribute.",
+  ),
+  "segmentation": (
+    "Segmentation",
+    "Each patch takes the class whose prompt is nearest; IoU of the classes' pixels over the set.",
+  ),
+  "grouping": (
+    "Grouping",
+    "Patches grouped without any text; Jaccard: the best IoU of a group with each object.",
+  ),
+  "waterbirds": (
+    "Waterbirds",
+    "Land birds and water birds on both backgrounds; the drop is what a foreign background costs.",
+  ),
+}
+_TERMS = {
+  **{f"top{k}": f"top-{k}" for k in (1, 5)},
+  **{f"r{k}": f"R@{k}" for k in (1, 5, 10)},
+  **{f"ap{x}": f"AP{x}" for x in ("", "50", "75")},
+  **{f"ar{x}": f"AR{x}" for x in ("1", "10", "100", "300")},
+  "iou": "IoU",
+  "miou": "mean IoU",
+  "att": "attribute",
+  "obj": "object",
+  "rel": "relation",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .2rem; }
+p { margin: .3rem 0 .8rem; } .quiet { color: #6b6b6b; font-size: .92em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: .6rem; }
+th { text-align: right; font-weight: 600; color: #6b6b6b; padding: .25rem .7rem;
+  border-bottom: 2px solid #e3e3e3; vertical-align: bottom; }
+td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e3e3e3;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.published { text-align: left; color: #6b6b6b; white-space: normal; min-width: 16rem; }
+th.published { text-align: left; }
+img { max-width: 100%; border: 1px solid #e3e3e3; margin: .4rem 0; }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; margin: .6rem 0; }
+dt { color: #6b6b6b; } dd { margin: 0; }
+"""
+
+
+class Figure(NamedTuple):
+  """A published figure: the result that it is to be compared with."""
+
+  key: str  # flat name of the result
+  system: str
+  value: float  # a fraction, as results are
+  source: str
+
+
+def published() -> list[Figure]:
+  """Figures of the papers and of their released notebooks."""
+  return [Figure(**entry) for entry in json.loads(_PUBLISHED.read_text())["figures"]]
+
+
+def write(
+  path: pathlib.Path,
+  results: Mapping[str, float | int],
+  *,
+  title: str,
+  facts: Mapping[str, str],
+  figures: Sequence[pathlib.Path] = (),
+  warnings: Sequence[str] = (),
+) -> None:
+  """Writes the page, whole or not at all.
+
+  Args:
+    path: of the page.
+    results: by flat name, FAMILY/.../METRIC; floats are fractions, ints counts.
+    title: its heading.
+    facts: what is to be known about the model and the run: name -> value.
+    figures: PNG files that it shows; they are copied into it.
+    warnings: lines about what was left out.
+  """
+  parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts)]
+  if warnings:
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in warnings)
+    parts.append(f"<h2>Left out</h2><ul>{lines}</ul>")
+  known = published()
+  families = dict.fromkeys(name.partition("/")[0] for name in results)
+  order = [name for name in _FAMILIES if name in families]
+  for family in order + [name for name in families if name not in _FAMILIES]:
+    parts.append(_section(family, results, known))
+  if figures:
+    parts.append("<h2>Figures</h2>")
+    parts += [_picture(figure) for figure in figures]
+  parts.append(
+    '<p class="quiet">Shares are per cent. "Examples" were counted, of "rows" given; built data '
+    "fills its last batch up with empty rows. Published figures are of models trained on far more "
+    "data or on other data than a small run: they say where the systems stand, not what this "
+    "checkpoint should have.</p>"
+  )
+  text = (
+    f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+  )
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial.write_text(text, encoding="utf-8")
+  os.replace(partial, path)
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+  rows = "".join(
+    f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
+    for name, value in facts.items()
+  )
+  return f"<dl>{rows}</dl>"
+
+
+def _section(family: str, results: Mapping[str, float | int], known: Sequence[Figure]) -> str:
+  """A table of a family: a row for each set, shares and counts as columns."""
+  title, about = _FAMILIES.get(family, (family.replace("_", " ").capitalize(), ""))
+  rows: dict[str, dict[str, float | int]] = {}
+  of_row: dict[str, list[Figure]] = {}
+  own = {name.partition("/")[2]: v for name, v in results.items() if name.startswith(f"{family}/")}
+  parents = {rest.rpartition("/")[0] for rest in own}
+  for rest, value in own.items():
+    row, _, metric = rest.rpartition("/")
+    if rest in parents:  # a share with counts below its own name: `swap_att`, `swap_att/examples`
+      row, metric = rest, "accuracy"
+    rows.setdefault(row, {})[metric] = value
+  for figure in known:
+    head, _, rest = figure.key.partition("/")
+    row = rest.rpartition("/")[0]
+    if head == family and row in rows:
+      of_row.setdefault(row, []).append(figure)
+  columns = dict.fromkeys(metric for row in rows.values() for metric in row)
+  shares = [c for c in columns if any(isinstance(r.get(c), float) for r in rows.values())]
+  counts = [c for c in columns if c not in shares]
+  head = "".join(f"<th>{html.escape(_words(c))}{', %' if c in shares else ''}</th>" for c in shares)
+  head += "".join(f"<th>{html.escape(_words(c))}</th>" for c in counts)
+  head += '<th class="published">published, %</th>' if of_row else ""
+  body = ""
+  for row, values in rows.items():
+    cells = "".join(f"<td>{_share(values.get(c))}</td>" for c in shares)
+    cells += "".join(f"<td>{_count(values.get(c))}</td>" for c in counts)
+    if of_row:
+      cells += f'<td class="published">{_figures(of_row.get(row, []))}</td>'
+    body += f"<tr><td>{html.escape(_words(row) or 'the built data')}</td>{cells}</tr>"
+  return (
+    f'<h2>{html.escape(title)}</h2><p class="quiet">{html.escape(about)}</p>'
+    f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
+  )
+
+
+def _words(name: str) -> str:
+  """A part of a flat name as it is read: "mean_iou" -> "mean IoU", "image_to_text/r1" -> ..."""
+  words = name.replace("_", " ").replace("/", " · ").split()
+  return " ".join(_TERMS.get(word, word) for word in words)
+
+
+def _share(value: float | int | None) -> str:
+  return "" if value is None else f"{100 * value:.1f}"
+
+
+def _count(value: float | int | None) -> str:
+  return "" if value is None else f"{value:,}"
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+  shown = [
+    f"{html.escape(f.system)} {100 * f.value:.1f} ({html.escape(_words(f.key.rpartition('/')[2]))}"
+    f", {html.escape(f.source)})"
+    for f in figures
+  ]
+  return "; ".join(shown)
+
+
+def _picture(path: pathlib.Path) -> str:
+  data = base64.b64encode(path.read_bytes()).decode("ascii")
+  name = html.escape(_words(path.stem))
+  return f'<p class="quiet">{name}</p><img alt="{name}" src="data:image/png;base64,{data}">'
