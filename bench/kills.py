@@ -52,9 +52,9 @@ def build_scenes(out: pathlib.Path) -> None:
 
 
 def start(
-  data: pathlib.Path, workdir: pathlib.Path, *flags: str, name: str = "std"
+  data: pathlib.Path, workdir: pathlib.Path, *flags: str, name: str = "std", devices: int = 1
 ) -> subprocess.Popen:
-  """`grain_jax.main` on the tiny model, in a process group of its own.
+  """`grain_jax.main` on the tiny model and virtual devices, in a process group of its own.
 
   What it says is appended to NAMEout.txt and NAMEerr.txt in `workdir`.
   """
@@ -63,7 +63,8 @@ def start(
     sys.executable, "-m", "grain_jax.main", f"--config=configs/quickstart.py:{TINY}",
     f"--config.data.dir={data}", f"--workdir={workdir}", *flags,
   ]  # fmt: skip
-  environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+  xla = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
+  environment = {**os.environ, "XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}
   out_path, err_path = workdir / f"{name}out.txt", workdir / f"{name}err.txt"
   with out_path.open("a") as out, err_path.open("a") as err:
     return subprocess.Popen(

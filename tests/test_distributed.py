@@ -5,9 +5,10 @@ import sys
 import threading
 
 import pytest
+from numpy.testing import assert_allclose
 
 from bench import kills
-from grain_jax import addresses, distributed, watchdog
+from grain_jax import addresses, distributed, metrics, watchdog
 
 SRUN = {
   "SLURM_JOB_ID": "4097",
@@ -245,6 +246,31 @@ def test_processes_with_different_configs_end_with_one_line_each(scenes_dir, tmp
     assert [line for line in said if "config.optimizer.lr is 0.1 on process 0 and 0.2 on" in line]
     assert not [line for line in said if "Traceback" in line]
   assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_as_one_device_does(finished_run, scenes_dir, tmp_path):
+  """Losses and gradient norms of three steps, with the host matcher and dropout on."""
+  flags = ["--config.evals=()", "--config.mesh.data=4", "--config.mesh.fsdp=2"]
+  address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
+  pair = [
+    kills.start(
+      scenes_dir, tmp_path, *address, f"--process_id={i}", *flags, "--config.steps=3",
+      name=f"p{i}-", devices=4,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  codes = [process.wait(240) for process in pair]
+  assert codes == [0, 0], (tmp_path / "p0-err.txt").read_text()[-2000:]
+
+  def curves(workdir):
+    lines = metrics.read_jsonl(workdir / "metrics.jsonl")
+    names = ("train/loss", "train/loss_box", "train/loss_region", "train/gradient_norm")
+    return [[line[name] for name in names] for line in lines if "train/loss" in line][:3]
+
+  together, alone = curves(tmp_path), curves(finished_run)
+  assert len(together) == 3
+  assert_allclose(together, alone, rtol=1e-5)
 
 
 def test_wrong_flags_answer_at_once():

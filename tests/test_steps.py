@@ -19,10 +19,14 @@ BATCH = 16
 # Compiles in a quarter of the time.
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
-# An 'optimiser' that keeps the gradients as its state and leaves the parameters alone.
+# Plain descent that keeps the gradients as its state. (Adam's would not do for a comparison: it
+# divides a gradient by its own size, so that one which is 0 but for rounding becomes a whole step.)
 KEEP_GRADIENTS = optax.GradientTransformation(
   init=lambda params: jax.tree.map(jnp.zeros_like, params),
-  update=lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+  update=lambda gradients, state, params=None: (
+    jax.tree.map(lambda g: -0.02 * g, gradients),
+    gradients,
+  ),
 )
 
 
@@ -50,18 +54,27 @@ def make_params(config):
 
 def gradients_of_step(config, batch, *, devices, updates_done=0):
   """(metrics as pairs of floats, gradients by name) of the real train step on so many devices."""
+  return gradients_of_steps(config, [batch], devices=devices, updates_done=updates_done)[0]
+
+
+def gradients_of_steps(config, batches, *, devices, updates_done=0):
+  """The same of one step after the other, each on its own batch, the parameters moving."""
   mesh = meshes.create(config, jax.devices()[:devices])
   params = make_params(config)
   state = steps.TrainState(jnp.int32(updates_done), params, KEEP_GRADIENTS.init(params))
   shardings = meshes.state_shardings(state, mesh, config.mesh.rules)
   with jax.set_mesh(mesh):
-    state, batch = jax.device_put(state, shardings), meshes.to_global(batch, mesh)
+    state = jax.device_put(state, shardings)
+    batches = [meshes.to_global(batch, mesh) for batch in batches]
     train_step = steps.make_train_step(grain.build(config), config, mesh, KEEP_GRADIENTS, shardings)
-    train_step = train_step.lower(state, batch).compile(compiler_options=FAST)
-    state, metrics = train_step(state, batch)
-    assert int(state.step) == updates_done + 1
-    metrics = {k: (float(s), float(w)) for k, (s, w) in metrics.items()}
-    return metrics, {k: np.asarray(v) for k, v in trees.named_leaves(state.opt_state)}
+    train_step = train_step.lower(state, batches[0]).compile(compiler_options=FAST)
+    found = []
+    for batch in batches:
+      state, metrics = train_step(state, batch)
+      metrics = {k: (float(s), float(w)) for k, (s, w) in metrics.items()}
+      found.append((metrics, {k: np.asarray(v) for k, v in trees.named_leaves(state.opt_state)}))
+    assert int(state.step) == updates_done + len(batches)
+    return found
 
 
 def assert_same(ours, theirs):
@@ -99,10 +112,16 @@ _KEPT = {}
 
 
 @pytest.fixture
-def one_device(config, batch):
+def batches(batch, config, make_batch):
+  """Of three steps."""
+  return [batch, *(make_batch(config, rng=np.random.default_rng(i)) for i in (1, 2))]
+
+
+@pytest.fixture
+def one_device(config, batches):
   """Of the device matcher; made once, as every test of this file begins with the same inputs."""
   if not _KEPT:
-    _KEPT["one"] = gradients_of_step(config, batch, devices=1)
+    _KEPT["one"] = gradients_of_steps(config, batches, devices=1)
   return _KEPT["one"]
 
 
@@ -117,8 +136,8 @@ def one_device(config, batch):
     (8, "fsdp=2,tensor=2", "host"),
   ],
 )
-def test_any_devices_and_either_matcher_give_one_loss_and_gradient(
-  config, batch, one_device, devices, cut, solver
+def test_any_devices_and_either_matcher_give_the_losses_and_gradients_of_three_steps(
+  config, batches, one_device, devices, cut, solver
 ):
   """With dropout on."""
   config.mesh.update(CUTS[cut])
@@ -129,8 +148,11 @@ def test_any_devices_and_either_matcher_give_one_loss_and_gradient(
       meshes.create(config), config.mesh.rules,
     )  # fmt: skip
     assert not all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
-  assert one_device[0]["gradient_norm"][0] > 0.1
-  assert_same(gradients_of_step(config, batch, devices=devices), one_device)
+  losses = [metrics["loss"][0] for metrics, _ in one_device]
+  assert min(np.abs(np.diff(losses))) > 0.01 and one_device[0][0]["gradient_norm"][0] > 0.1
+  found = gradients_of_steps(config, batches, devices=devices)
+  for ours, theirs in zip(found, one_device, strict=True):
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +172,14 @@ def test_a_batch_encoded_in_parts_gives_the_gradient_of_the_whole(
 
 def test_logits_in_chunks_over_eight_devices_are_those_of_one(config, batch, one_device):
   config.loss.chunk = 5  # of 16 captions and 48 descriptions
-  assert_same(gradients_of_step(config, batch, devices=8), one_device)
+  assert_same(gradients_of_step(config, batch, devices=8), one_device[0])
 
 
 def test_dropout_differs_from_step_to_step(config, batch, one_device):
   """Else the comparison above would hold without any."""
   metrics, _ = gradients_of_step(config, batch, devices=1, updates_done=1)
-  change = metrics["loss"][0] - one_device[0]["loss"][0]
-  assert abs(change) > 1e-3 * one_device[0]["loss"][0]
+  first = one_device[0][0]["loss"][0]
+  assert abs(metrics["loss"][0] - first) > 1e-3 * first
 
 
 @pytest.mark.parametrize("negatives", ["local", "global"])
