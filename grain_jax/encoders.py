@@ -69,7 +69,7 @@ def make(
     size=config.model.image.size,
     resize=config.data.get("eval_resize", "squash"),  # config.json of older runs lacks it
     batch_size=size,
-    context=config.model.text.context,
+    context=min(config.model.text.context, config.data.row_length),
     has_regions=config.method != "clip",
     templates=tuple(config.zero_shot.templates),
     fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),

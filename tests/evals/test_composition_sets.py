@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
+from grain_jax.data import transforms
 from grain_jax.evals import aro
 from grain_jax.evals import composition_sets as sets
 from grain_jax.evals.encoders import Encoders
@@ -273,23 +274,24 @@ def test_aro_relation_is_averaged_over_relations_that_are_not_left_out(tmp_path)
   assert len(aro.LEFT_OUT) == 157 and {"next to", "around", "adjusting"} < aro.LEFT_OUT
 
 
-def test_aro_shows_the_box_and_nothing_around_it(tmp_path):
-  pixels = np.zeros((12, 12, 3), np.uint8)
-  pixels[3:8, 2:8] = 90
+def test_aro_shows_the_box_and_nothing_around_it(tmp_path, rng):
+  whole = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
   path = tmp_path / "aro" / "images" / "0.jpg"
   path.parent.mkdir(parents=True)
-  Image.fromarray(pixels).save(path, format="png")
+  whole.save(path, format="png")
   entry = vg_entry(0, relation_name="on")
   write(tmp_path / "aro" / "visual_genome_relation.json", [entry])
   seen = []
 
   def image(images):
-    seen.extend(images.reshape(len(images), -1).tolist())
+    seen.extend(images)
     return MODEL.image(images)
 
   model = Encoders(image, MODEL.text, regions=None, size=8)
   sets.run(model, "aro_relation", Options(root=tmp_path))
-  assert len(seen) == 1 and set(seen[0]) == {90}
+  part = Image.fromarray(np.asarray(whole)[3 : 3 + 5, 2 : 2 + 6])
+  assert len(seen) == 1
+  np.testing.assert_array_equal(seen[0], transforms.resize(part, 8, "squash"))
   write(tmp_path / "aro" / "visual_genome_relation.json", [entry | {"bbox_w": 0}])
   with pytest.raises(ValueError, match="entry 0: a box of 0 x 5 pixels"):
     sets.check("aro_relation", Options(root=tmp_path))
