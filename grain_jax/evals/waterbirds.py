@@ -64,8 +64,8 @@ def check(name: str, options: Options) -> None:
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:
   """Zero-shot classification of the birds: "a photo of a landbird" or "a photo of a waterbird".
 
-  CLIPpy (arXiv 2210.09996, sec. 4.4) asks for three classes at 448 pixels, with prompts that are
-  not published: its drops (32.1 points for CLIP, 2.0 for CLIPpy, water birds) are near to
+  CLIPpy (arXiv 2210.09996, sec. 4.4) asks for three classes at 448 pixels, with prompts that this
+  project does not know: its drops (32.1 points for CLIP, 2.0 for CLIPpy, water birds) are near to
   `drop_waterbird`, not equal.
 
   Returns:
