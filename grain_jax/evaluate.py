@@ -92,23 +92,23 @@ def write(
 ) -> None:
   """results.json, figures/ and report.html into a folder, and the table on the terminal.
 
-  Results that the folder has of other evaluations of the same step stay.
+  Results and figures that the folder has of other evaluations of the same step stay.
   """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "results.json"
   older = json.loads(path.read_text()) if path.is_file() else {}
   results = dict(outcome.results)
-  if step is not None and older.get("step") == step:
+  same = step is not None and older.get("step") == step
+  if same:
     results = {name: v for name, v in older.items() if name not in ("step", *results)} | results
   text = json.dumps({"step": step, **results}, indent=2) + "\n"
   temporary = folder / "results.json.tmp"
   temporary.write_text(text)
   os.replace(temporary, path)
   print(report.format_table(outcome.results))
-  history = folder / "metrics.jsonl"
   written = report.write(
     folder / "figures",
-    metrics.read_jsonl(history) if history.is_file() else [],
+    metrics.read_jsonl(folder / "metrics.jsonl"),
     examples=outcome.examples,
     segmented=outcome.segmented,
     results=results,
@@ -118,7 +118,7 @@ def write(
     results,
     title=f"{folder.resolve().name}: evaluation",
     facts=facts or {"step": str(step)},
-    figures=sorted((folder / "figures").glob("*.png")),
+    figures=sorted((folder / "figures").glob("*.png")) if same else written,
     warnings=warnings,
   )
   print("wrote " + ", ".join(map(str, [path, *written, folder / "report.html"])), flush=True)

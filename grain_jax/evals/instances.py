@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax.evals import pictures
+from grain_jax.evals import annotations, pictures
 from grain_jax.evals.encoders import Encoders
 from grain_jax.evals.options import Options, find
 
@@ -214,10 +213,7 @@ def warn(
 
 
 def _content(file: pathlib.Path) -> dict[str, list[Any]]:
-  try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file} is not JSON: {error}. Download it again.") from error
+  content = annotations.read_json(file)
   for key in ("images", "annotations", "categories"):
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
       raise ValueError(

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax.evals import pictures
+from grain_jax.evals import annotations, pictures
 from grain_jax.evals.options import Options, find
 
 VOCABULARIES = pathlib.Path(__file__).parent / "vocabularies"
@@ -198,7 +198,7 @@ def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -
     index = _known_folders(folder, subs, labels, classes, what=what)
   own = folder / "templates.json"
   if own.exists():
-    templates = tuple(_strings(own, read_json(own), what=what))
+    templates = tuple(_strings(own, annotations.read_json(own), what=what))
 
   files = [
     (turn, index[sub], path)
@@ -251,7 +251,7 @@ def _class_names(folder: pathlib.Path, subs: Sequence[str], *, what: str) -> lis
   path = folder / "classes.json"
   if not path.exists():
     return [" ".join(sub.replace("_", " ").split()) for sub in subs]
-  held = read_json(path)
+  held = annotations.read_json(path)
   if isinstance(held, list):
     names = _strings(path, held, what=what)
     if len(names) != len(subs):
@@ -271,16 +271,6 @@ def _class_names(folder: pathlib.Path, subs: Sequence[str], *, what: str) -> lis
         "sub-folders). Each sub-folder needs one name."
       )
   return [held[sub] for sub in subs]
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """The value of a JSON file; a one-line ValueError where it cannot be read."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise ValueError(f"{path}: {error.strerror}.") from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _strings(path: pathlib.Path, held: Any, *, what: str) -> list[str]:

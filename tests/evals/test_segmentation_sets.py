@@ -69,16 +69,6 @@ def index_of(name, prompt):
   return segmentation_sets.load_vocabulary(name).prompts.index(prompt)
 
 
-@pytest.fixture
-def warnings():
-  return []
-
-
-@pytest.fixture
-def options(tmp_path, warnings):
-  return Options(root=tmp_path, warn=warnings.append)
-
-
 def make_voc(root, pairs, *, inside="VOCdevkit/VOC2012"):
   """pairs: (picture, mask, instances), each u8 [H, W]."""
   base = root / "voc2012" / inside

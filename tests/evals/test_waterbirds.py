@@ -29,16 +29,6 @@ def encoders(batch_size=2):
   )
 
 
-@pytest.fixture
-def warnings():
-  return []
-
-
-@pytest.fixture
-def options(tmp_path, warnings):
-  return Options(root=tmp_path, warn=warnings.append)
-
-
 def make_waterbirds(root, rows, inside="waterbird_complete95_forest2water2"):
   """rows: (seen, y, place, split) with `seen` the class that the picture shows."""
   base = root / "waterbirds" / inside
