@@ -94,11 +94,12 @@ class QueryDecoder(nn.Module):
     Args:
       tokens: [B, L, any width], the image tower's output.
       train: with dropout (needs an rng named 'dropout').
-      alone: the queries see one token at a time, as if an image had no other.
+      alone: one query sees one token at a time, as if an image had no other. Which query does not
+        matter: attention to one token gives its value, whatever is asked, and so layer by layer.
 
     Returns:
       [depth, B, Q + 1, D]: features after each layer and the final LayerNorm; the image query is
-      the last of each row. With `alone` [depth, B * L, Q + 1, D].
+      the last of each row. With `alone` [depth, B * L, 1, D].
     """
     memory = nn.Dense(
       self.width, use_bias=False, kernel_init=LINEAR, dtype=self.dtype, name="input"
@@ -111,7 +112,9 @@ class QueryDecoder(nn.Module):
       memory = memory.reshape(-1, 1, self.width)
     shape = (self.num_queries + 1, self.width)
     queries = self.param("query_embedding", nn.initializers.normal(1.0), shape)
-    queries = jnp.broadcast_to(queries.astype(self.dtype), (len(memory), *shape))
+    if alone:
+      queries = queries[:1]
+    queries = jnp.broadcast_to(queries.astype(self.dtype), (len(memory), *queries.shape))
     decoder_layers = layers.Stack(
       DecoderLayer,
       {

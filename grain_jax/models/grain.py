@@ -116,17 +116,16 @@ class Grain(nn.Module):
     """u8 [B, H, W, 3] -> patches in the space of the texts [B, H / patch, W / patch, E].
 
     Without a decoder a patch's token takes the class token's projection (as CLIPpy, arXiv
-    2210.09996, reads patches). With one it is the mean of what the region queries make of an image
-    of which they see that token alone.
+    2210.09996, reads patches). With one it is what a region query makes of an image of which it
+    sees that token alone.
     """
     side = self.image_tower.size // self.image_tower.patch
     tokens = self.encode_tokens(image)
     if self.query_decoder is None:
       patches = self.image_projection(tokens[:, 1:])
     else:
-      x = self.query_decoder(tokens, alone=True)[-1, :, :-1]
-      patches = normalize(self.region_projection(x)).mean(axis=1)
-      patches = patches.reshape(*tokens.shape[:2], -1)[:, 1:]
+      x = self.query_decoder(tokens, alone=True)[-1, :, 0]
+      patches = self.region_projection(x).reshape(*tokens.shape[:2], -1)[:, 1:]
     return normalize(patches).reshape(len(image), side, side, -1)
 
   def encode_text(self, tokens: Array, segments: Array, positions: Array, ends: Array) -> Array:

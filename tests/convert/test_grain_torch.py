@@ -46,7 +46,7 @@ def run(checkpoint, tmp_path_factory):
   return out
 
 
-def test_a_patch_is_what_the_queries_see_of_it_alone(run, towers, decoder, rng):
+def test_a_patch_is_what_any_query_sees_of_it_alone(run, towers, decoder, rng):
   config, params, _ = stock.run_of(run)
   image = stock.images(rng, 24)
   tokens = towers.visual(stock.pixels(config, image))[:, 1:]  # 3 x 3 patches

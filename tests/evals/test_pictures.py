@@ -80,7 +80,7 @@ def test_nothing_to_read_is_one_line(given, words):
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (24, 24), (100, 25), (24, 25)])
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (24, 24), (100, 25), (24, 25), (25, 24)])
 def test_center_crop_is_clips(shape, rng):
   """CLIP's processor in transformers: shorter side to 24 pixels, bicubic, the middle."""
   image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
