@@ -15,11 +15,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_caches():
+  """Compiled functions of a test file go with it: all of them together take gigabytes."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture
