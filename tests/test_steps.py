@@ -1,5 +1,7 @@
 """The train step on one device, on eight, and cut in other ways: the same loss and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,15 +283,16 @@ def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, 
   found = {}
   for tiny.model.dtype in ("float32", "bfloat16"):
     model = grain.build(tiny)
-    params = steps.init_params(model, tiny)
+    params = jax.jit(lambda model=model: steps.init_params(model, tiny))()
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    output = model.apply({"params": params}, batch, num_regions=tiny.data.max_regions)
+    apply = jax.jit(functools.partial(model.apply, num_regions=tiny.data.max_regions))
+    output = apply({"params": params}, batch)
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     loss = lambda p, model=model: steps.loss_function(  # noqa: E731
       p, batch, jax.random.key(0), model=model, config=tiny
     )[0]
     program = str(jax.make_jaxpr(jax.grad(loss))(params))
-    found[tiny.model.dtype] = jax.value_and_grad(loss)(params)
+    found[tiny.model.dtype] = jax.jit(jax.value_and_grad(loss))(params)
     assert ("bf16" in program) == (tiny.model.dtype == "bfloat16")
   (want, full), (got, half) = found["float32"], found["bfloat16"]
   assert got.dtype == jnp.float32 and want != got
@@ -312,7 +315,6 @@ def test_texts_cut_to_the_context_are_counted(tiny):
   batch["example_mask"][:] = True
   assert batch["text_mask"].all() and batch["positions"].max() == 127
   model = grain.build(tiny)
-  _, parts = steps.loss_function(
-    steps.init_params(model, tiny), batch, jax.random.key(0), model=model, config=tiny
-  )
+  loss = functools.partial(steps.loss_function, model=model, config=tiny)
+  _, parts = jax.jit(loss)(make_params(tiny), batch, jax.random.key(0))
   assert float(parts["truncated_texts"][0]) == 1  # 402 tokens; 122 and 127 fit
