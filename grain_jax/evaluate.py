@@ -32,6 +32,8 @@ from grain_jax.evals.built import EVALS, Outcome
 from grain_jax.evals.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.models import grain
 
+DIGITS = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -71,7 +73,8 @@ def run(
 ) -> Outcome:
   """All of `config.evals`; a model without region queries is not asked to ground.
 
-  `on_batch` is called after each encoded batch.
+  `on_batch` is called after each encoded batch. Results have `DIGITS` digits after the point: what
+  follows depends on the number of devices, whose batches sum in another order.
   """
   encoders = encoders_lib.make(
     config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
@@ -79,7 +82,11 @@ def run(
   ours, outside = _sort(config.evals)
   outcome = built.run(ours, config, encoders, dataset)
   found = suite.run(suite.parse(outside), encoders, options, say=say)
-  return dataclasses.replace(outcome, results=outcome.results | found)
+  results = {
+    name: round(value, DIGITS) if isinstance(value, float) else value
+    for name, value in (outcome.results | found).items()
+  }
+  return dataclasses.replace(outcome, results=results)
 
 
 def write(
@@ -181,7 +188,7 @@ def evaluate(
   dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
   check(config, dataset, options)
   distributed.agree("command", {"path": str(path), "step": subject.step, "evals": config.evals})
-  mesh = meshes.create(config)
+  mesh = meshes.create(config, batches=("eval_batch_size",))
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   with jax.set_mesh(mesh):
     outcome = run(

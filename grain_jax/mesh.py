@@ -16,11 +16,22 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the batch is cut over both
 
 
-def create(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def create(
+  config: ml_collections.ConfigDict,
+  devices: list[jax.Device] | None = None,
+  *,
+  batches: tuple[str, ...] = ("batch_size", "eval_batch_size"),
+) -> Mesh:
   """The mesh of `config.mesh` over all devices of all processes.
 
+  Args:
+    config: whole configuration.
+    devices: others than all.
+    batches: keys of the batches that will be cut over it; whoever only evaluates has no use for
+      `batch_size`.
+
   Raises:
-    ValueError: the axes do not multiply to the number of devices, or the batch does not divide.
+    ValueError: the axes do not multiply to the number of devices, or a batch does not divide.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [config.mesh[axis] for axis in AXES]
@@ -34,14 +45,14 @@ def create(config: ml_collections.ConfigDict, devices: list[jax.Device] | None =
       "Set one axis to -1 to let it take what is left."
     )
   parts = sizes[0] * sizes[1]
-  for key in ("batch_size", "eval_batch_size"):
+  for key in batches:
     if config[key] % parts:
       below = max(config[key] // parts, 1) * parts
       raise ValueError(
         f"config.{key} = {config[key]} does not divide by the {parts} devices along the data and "
         f"fsdp axes. Try {below} or {below + parts}."
       )
-  if config.batch_size % (parts * config.accumulate):
+  if "batch_size" in batches and config.batch_size % (parts * config.accumulate):
     raise ValueError(
       f"config.accumulate = {config.accumulate} does not divide the {config.batch_size // parts} "
       f"examples a device of config.batch_size = {config.batch_size}."

@@ -74,7 +74,7 @@ def load_run(
   model = grain.build(config)
   params = jax.eval_shape(lambda: steps.init_params(model, config))
   config.mesh.update(data=-1, fsdp=1, tensor=1)
-  whole = meshes.replicated(meshes.create(config))
+  whole = meshes.replicated(meshes.create(config, batches=()))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
   kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"

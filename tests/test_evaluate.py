@@ -74,11 +74,7 @@ def clip_run(tiny_clip, tmp_path_factory):
 def test_one_device_eight_and_two_processes_count_every_example_once(
   finished_run, pictures, tmp_path
 ):
-  """Batches of 40, so that the last one is partial in every split.
-
-  All results are equal; the mean IoU, a mean of numbers that are no counts, to 1e-6: a matrix
-  product of other shape adds up in another order.
-  """
+  """Batches of 40, so that the last one is partial in every split."""
 
   def start(name, devices, *flags):
     environment = {
@@ -109,9 +105,8 @@ def test_one_device_eight_and_two_processes_count_every_example_once(
   assert one["zero_shot/examples"] == 64 and one["zero_shot/rows"] == 80
   assert one["retrieval/examples"] == 24 and one["retrieval/rows"] == 40
   assert one["zero_shot/mine/examples"] == 63 and one["zero_shot/mine/rows"] == 64
-  ious = [results.pop("grounding/mean_iou") for results in (one, eight, two)]
-  assert_allclose(ious, ious[0], rtol=0, atol=1e-6)
   assert one == eight == two
+  assert one["grounding/mean_iou"] == round(one["grounding/mean_iou"], 6)
   assert "1 of 64 pictures cannot be read" in said[0]
   assert "wrote" in said[2] and "wrote" not in said[3]  # the first process alone
 
@@ -170,6 +165,17 @@ def test_load_gives_the_parameters_of_a_step_on_eight_devices(finished_run):
   assert np.any(
     older["query_decoder"]["query_embedding"] != params["query_decoder"]["query_embedding"]
   )
+
+
+@pytest.mark.slow
+def test_a_run_loads_where_its_training_batch_does_not_divide(finished_run, monkeypatch):
+  six = jax.devices()[:6]
+  monkeypatch.setattr(jax, "devices", lambda: six)
+  config, params, _ = weights.load_run(str(finished_run))
+  assert config.batch_size == 8
+  assert len(params["query_decoder"]["query_embedding"].sharding.device_set) == 6
+  with pytest.raises(ValueError, match="config.eval_batch_size = 32 does not divide by the 6"):
+    evaluate.evaluate(str(finished_run))
 
 
 def test_encoders_take_any_number_of_rows(tiny, rng):

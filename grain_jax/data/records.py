@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from grain_jax import schema
 
@@ -182,7 +182,7 @@ def decode_image(
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
   except Exception as error:  # PIL raises a dozen kinds, SyntaxError and struct.error among them
-    raise ValueError(f"corrupt image: {error}") from None
+    raise ValueError(f"corrupt image: {_why(error)}") from None
 
 
 def as_jpeg(data: bytes) -> bytes:
@@ -200,7 +200,13 @@ def as_jpeg(data: bytes) -> bytes:
       image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
       return encoded.getvalue()
   except Exception as error:
-    raise ValueError(f"corrupt image: {error}") from None
+    raise ValueError(f"corrupt image: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+  if isinstance(error, UnidentifiedImageError):  # its message is of a buffer in memory
+    return "no format that PIL knows"
+  return str(error)
 
 
 def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:

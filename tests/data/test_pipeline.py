@@ -335,6 +335,13 @@ def test_dataset_finds_records_across_shards(data):
     opened.read("train", [11])
 
 
+@pytest.mark.parametrize("read", [records.decode_image, records.as_jpeg])
+def test_what_is_no_image_says_so_in_words(read):
+  with pytest.raises(ValueError) as error:
+    read(b"<html>")
+  assert str(error.value) == "corrupt image: no format that PIL knows"
+
+
 def test_an_image_is_decoded_no_larger_than_it_has_to_be():
   smooth = np.asarray(Image.new("RGB", (4, 3), "teal").resize((640, 480)))
   data = toy_data.jpeg(smooth)
