@@ -7,6 +7,7 @@ import pytest
 
 from grain_jax import flops as counter
 from grain_jax import metrics, utilization
+from grain_jax.plan import chips
 
 
 def test_products_of_a_program():
@@ -59,6 +60,12 @@ def test_mfu(tiny):
 def test_peak_flops(kind, peak):
   """The makers' data sheets, bfloat16 without sparsity."""
   assert utilization.peak_flops(kind) == peak
+
+
+def test_runs_and_plans_know_the_same_peaks():
+  kinds = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "h100": "NVIDIA H100 80GB"}
+  planned = {name: chip.peak_flops for name, chip in chips.CHIPS.items() if chip.platform != "cpu"}
+  assert planned == {name: utilization.peak_flops(kind) for name, kind in kinds.items()}
 
 
 def test_memory_is_this_process_where_devices_do_not_tell():
