@@ -9,8 +9,10 @@ scenes, in one process and in two, and does to it what machines do:
   slow_process  one of two processes stands still for half of the time
   full_disk     no file can grow while a checkpoint is written (RLIMIT_FSIZE)
   bad_shard     a shard of the data is overwritten between epochs, and mended
+  elastic       SIGTERM to one of four processes; one, two and eight go on
 
-Each is started again as a launcher would, and must end with the arrays of the undisturbed run.
+Each is started again as a launcher would, and must end with the arrays of the undisturbed run; on
+another number of processes, whose sums have another order, with its losses to 1e-4.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -63,16 +64,20 @@ def said(workdir: pathlib.Path, name: str = "*") -> str:
   return "".join(path.read_text() for path in sorted(workdir.glob(f"{name}err.txt")))
 
 
-def start_pair(data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
-  """Two processes of one run; their names are 'p0-' and 'p1-'."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
+def start_several(
+  data: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str
+) -> list[subprocess.Popen]:
+  """`count` processes of one run; their names are 'p0-', 'p1-', ..."""
+  address = (f"--coordinator_address=127.0.0.1:{runs.free_port()}", f"--num_processes={count}")
   return [
     runs.start(data, workdir, *_PAIR, *flags, *address, f"--process_id={i}", name=f"p{i}-")
-    for i in range(2)
+    for i in range(count)
   ]
+
+
+def start_pair(data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
+  """Two processes of one run."""
+  return start_several(data, workdir, 2, *flags)
 
 
 def end(processes: Sequence[subprocess.Popen]) -> list[int]:
@@ -88,11 +93,22 @@ def end(processes: Sequence[subprocess.Popen]) -> list[int]:
   return codes
 
 
-def finish_pair(data: pathlib.Path, workdir: pathlib.Path) -> None:
-  """Starts both processes again, to the end."""
-  codes = end(start_pair(data, workdir))
-  if codes != [0, 0]:
+def finish_several(data: pathlib.Path, workdir: pathlib.Path, count: int) -> None:
+  """Starts `count` processes of a run, to its end."""
+  codes = end(start_several(data, workdir, count))
+  if any(codes):
     raise RuntimeError(f"{workdir} ended with codes {codes}: {said(workdir)[-2000:]}")
+
+
+def finish_pair(data: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Starts both processes of a run again, to its end."""
+  finish_several(data, workdir, 2)
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+  """Loss of every step of a run."""
+  entries = metrics.read_jsonl(workdir / "metrics.jsonl")
+  return {e["step"]: e["train/loss"] for e in entries if "train/loss" in e}
 
 
 def _line(text: str, word: str) -> str:
@@ -269,6 +285,27 @@ class Faults:
     good = not different and code == 1 and skipped == 0 and bad > 0
     return {"equal": good, "code": code, "line": line, "skipped": {"code": skipped, "bad": bad}}
 
+  def elastic(self) -> dict[str, Any]:
+    """A run of four processes goes on as one of one, two and eight, with the losses of one."""
+    whole, began = self.folder / "undisturbed-clip", self.folder / "elastic-4"
+    runs.finish(runs.start(self.data, whole, *_PAIR), whole)
+    want = losses(whole)
+    four = start_several(self.data, began, 4)
+    wait_for_step(4, began, *four)
+    four[3].terminate()
+    codes, saved = end(four), runs.saved_steps(began)[-1]
+    self.say(f"elastic: four processes ended with {codes}, checkpoint {saved}")
+    result: dict[str, Any] = {"codes": codes, "saved": saved}
+    for count in (1, 2, 8):
+      workdir = shutil.copytree(began, self.folder / f"elastic-{count}")
+      finish_several(self.data, workdir, count)
+      got = losses(workdir)
+      far = max(abs(got.get(step, float("inf")) - loss) / loss for step, loss in want.items())
+      result[f"{count}_processes"] = far
+      self.say(f"elastic: {count} process(es) went on from {saved}; losses within {far:.1e}")
+    near = all(result[f"{count}_processes"] < 1e-4 for count in (1, 2, 8))
+    return result | {"equal": near and saved < max(want) and codes == [RESTART] * 4}
+
 
 SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
   "kills": Faults.random_kills,
@@ -277,6 +314,7 @@ SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
   "slow_process": Faults.slow_process,
   "full_disk": Faults.full_disk,
   "bad_shard": Faults.bad_shard,
+  "elastic": Faults.elastic,
 }
 
 

@@ -6,7 +6,6 @@ import time
 import pytest
 
 from bench import faults, kills
-from grain_jax import metrics
 from grain_jax.watchdog import RESTART
 
 
@@ -14,11 +13,6 @@ from grain_jax.watchdog import RESTART
 def scenarios(scenes_dir, tmp_path):
   (tmp_path / "scenes").symlink_to(scenes_dir)
   return faults.Faults(tmp_path, kills=0, seed=0)
-
-
-def losses(workdir):
-  lines = metrics.read_jsonl(workdir / "metrics.jsonl")
-  return {line["step"]: line["train/loss"] for line in lines}
 
 
 @pytest.mark.slow
@@ -32,7 +26,7 @@ def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
   assert faults.end(pair) == [RESTART, RESTART], faults.said(run)
   (stopped,) = kills.saved_steps(run)[-1:]
   assert f"checkpoint {stopped} is saved" in faults.said(run, "p0-")
-  assert max(losses(run)) == stopped < 12  # saved at the very step at which both stopped
+  assert max(faults.losses(run)) == stopped < 12  # saved at the very step at which both stopped
 
   pair = faults.start_pair(scenarios.data, run)
   faults.wait_for_step(stopped + 1, run, *pair)
@@ -44,8 +38,8 @@ def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
 
   kills.finish(kills.start(scenarios.data, run, *faults._PAIR), run)
   kills.finish(alone, whole)
-  assert list(losses(run)) == list(range(1, 13))
-  assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+  assert list(faults.losses(run)) == list(range(1, 13))
+  assert faults.losses(run) == pytest.approx(faults.losses(whole), rel=1e-4)
 
 
 def test_what_the_scenarios_look_at(tmp_path):
