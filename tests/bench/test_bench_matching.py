@@ -32,7 +32,7 @@ def test_the_command_prints_one_object():
     [
       sys.executable, "-m", "bench.matching", "--json", "--rounds=1", "--problems=8",
       "--recipe=configs/quickstart.py:batch_size=2,model.image.depth=1,model.text.depth=1,"
-      "model.unroll=1",
+      "model.unroll=1,optimizer.name=adamw",
     ],
     capture_output=True, text=True, check=False,
   )  # fmt: skip
