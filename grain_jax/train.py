@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import json
 import os
@@ -119,9 +120,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
 
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash}
     if step < total_steps:
-      with distributed.Preemption() as preemption:
+      host, num_hosts = meshes.batch_share(mesh.devices, jax.process_index())
+      batches = pipeline.train_batches(
+        dataset, config, start_step=step, host=host, num_hosts=num_hosts
+      )
+      with distributed.Preemption() as preemption, contextlib.closing(batches):
         state = _loop(
-          config, state, train_step, dataset,
+          config, state, train_step, batches,
           mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
           run_evals=run_evals, meta=meta, preemption=preemption,
           folder=folder,
@@ -147,7 +152,7 @@ def _loop(
   config: ml_collections.ConfigDict,
   state: steps.TrainState,
   train_step: Any,
-  dataset: pipeline.Dataset,
+  batches: pipeline.TrainBatches,
   *,
   mesh: jax.sharding.Mesh,
   checkpoints: checkpoint.Checkpoints,
@@ -160,10 +165,6 @@ def _loop(
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
-  host, num_hosts = meshes.batch_share(mesh.devices, jax.process_index())
-  batches = pipeline.train_batches(
-    dataset, config, start_step=first, host=host, num_hosts=num_hosts
-  )
   progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
   profiler = metrics.Profiler(config.profile, folder / "profile")
   used = utilization.Utilization(config, mesh.size)

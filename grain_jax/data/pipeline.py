@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent import futures
@@ -53,7 +54,7 @@ class TrainBatches:
     self._batches = [batches.as_numpy_iterator()]
     # While Python shuts down, a pipeline that still runs would wait for its lock for ever, and the
     # process with it. Without the iterator the pipeline ends, so nothing else may hold on to it.
-    self._finalizer = weakref.finalize(self, self._batches.clear)
+    self._finalizer = weakref.finalize(self, _end, self._batches)
 
   def __iter__(self) -> TrainBatches:
     return self
@@ -71,6 +72,18 @@ class TrainBatches:
   def close(self) -> None:
     """Ends the pipeline and its threads."""
     self._finalizer()
+
+
+def _end(batches: list[Any]) -> None:
+  """Lets go of a pipeline's iterator, which waits for the pipeline's threads.
+
+  Python may collect garbage in any thread, so in one of these too: it would wait for itself, and
+  with it whatever shares tf.data's threads.
+  """
+  if threading.current_thread() is threading.main_thread():
+    batches.clear()
+  else:
+    threading.Thread(target=batches.clear).start()  # Python waits for it when it ends
 
 
 def train_batches(

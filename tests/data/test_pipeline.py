@@ -326,6 +326,41 @@ def test_a_program_that_ends_while_the_pipeline_runs(data, end, code):
   assert done.returncode == code
 
 
+DROPPED = """
+import sys, threading, time
+sys.path[:0] = {paths!r}
+import toy_data
+from grain_jax.data import examples, pipeline
+kept, dropped, chunk = [], threading.Event(), examples.Examples.chunk
+
+def drop(*arguments):
+  time.sleep(0.3)
+  if kept:
+    kept.clear()  # as a collection of garbage in this thread might
+    dropped.set()
+  return chunk(*arguments)
+
+examples.Examples.chunk = drop
+batches = pipeline.train_batches({data!r}, toy_data.config({data!r}))
+next(batches)
+kept.append(batches)
+del batches
+assert dropped.wait(20)
+other = pipeline.train_batches({data!r}, toy_data.config({data!r}))
+next(other)
+other.close()
+time.sleep(3)  # the first pipeline's threads end
+"""
+
+
+@pytest.mark.slow
+def test_a_pipeline_dropped_by_its_own_thread_does_not_wait_for_itself(data):
+  paths = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parent)]
+  program = DROPPED.format(paths=paths, data=str(data))
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=100)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_dataset_finds_records_across_shards(data):
   opened = dataset.open_dataset(data)
   assert opened.locate("train", 9)[-len("00002-of-00003, record 1") :] == "00002-of-00003, record 1"
