@@ -10,7 +10,7 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 .PHONY: help quickstart test lint scenes clean
 
 help:
-	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (15 minutes on 2 CPU cores)"
+	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (12 minutes on 2 CPU cores)"
 	@echo "make test        all tests"
 	@echo "make lint        ruff"
 	@echo "make scenes      the embedded data alone, into data/scenes"

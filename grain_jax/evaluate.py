@@ -32,7 +32,7 @@ from grain_jax.evals.built import EVALS, Outcome
 from grain_jax.evals.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.models import grain
 
-DIGITS = 6
+DIGITS = 6  # of results, after the point
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class TrainBatches:
     raise raised
 
   def close(self) -> None:
-    """Ends the pipeline and its threads."""
+    """Ends the pipeline and its threads; outside the main thread without waiting for them."""
     self._finalizer()
 
 
