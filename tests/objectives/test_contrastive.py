@@ -95,3 +95,25 @@ def test_logits_of_all_columns_never_exist(rng):
 
   assert largest(0) == 200 * 200  # so the count finds what it is to find
   assert largest(16) == 208 * 16  # the padded columns' own embeddings, [13, 16, 16]
+
+
+def test_gradients_of_gathered_features_are_scattered_as_they_are_added_up(rng):
+  """Each device receives the sum for its own examples alone: half the bytes of an all-reduce."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jnp.asarray(rng.normal(size=(16, 3, 4)).astype(np.float32))
+
+  def both(x):
+    options = {"logit_scale": jnp.float32(1.0), "axes": ("data",)}
+    mask = jnp.ones(x.shape[:2], bool)
+    caption, _ = captions.caption_loss(x[:, 0], x[:, 1], mask=mask[:, 0], **options)
+    total = caption + regions.region_loss(x, x, mask=mask, **options)[0]
+    return jax.lax.psum(total, "data")
+
+  cut = jax.sharding.PartitionSpec("data")
+  over = jax.shard_map(both, mesh=mesh, in_specs=cut, out_specs=jax.sharding.PartitionSpec())
+  program = str(jax.make_jaxpr(jax.grad(over))(x))
+  sums = [line for line in program.splitlines() if "psum" in line or "reduce_scatter" in line]
+  scattered = [line for line in sums if "reduce_scatter" in line]
+  assert len(scattered) == 3  # images, captions, descriptions
+  assert all("f32[2,4]" in line or "f32[6,4]" in line for line in scattered)
+  assert all(":f32[] " in line for line in sums if line not in scattered), sums
