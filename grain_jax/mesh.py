@@ -68,10 +68,12 @@ def num_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_share(devices: np.ndarray, process: int) -> tuple[int, int]:
-  """Which part of the batch a process reads: (its number, parts).
+def batch_share(devices: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
+  """Which parts of the batch a process reads: (their numbers, ascending; how many parts there are).
 
-  Processes that only hold other parts of the parameters (the tensor axis) read the same part.
+  A part is what one place along data and fsdp holds. The parts of a process need not lie together:
+  on a TPU the mesh follows the links between chips. Processes that only hold other parts of the
+  parameters (the tensor axis) read the same parts.
 
   Args:
     devices: of the mesh, [data, fsdp, tensor].
@@ -85,14 +87,14 @@ def batch_share(devices: np.ndarray, process: int) -> tuple[int, int]:
   for row, row_devices in enumerate(rows):
     for owner in {device.process_index for device in row_devices}:
       of.setdefault(owner, []).append(row)
-  parts = sorted({tuple(part) for part in of.values()})
+  parts = {tuple(part) for part in of.values()}
   if sum(map(len, parts)) != len(rows):
     raise ValueError(
       f"config.mesh.tensor = {devices.shape[-1]} cuts the {len(of)} processes unevenly: some share "
       "a part of the batch only partly. Make tensor a multiple or a divisor of the devices of a "
       "process."
     )
-  return parts.index(tuple(of[process])), len(parts)
+  return tuple(of[process]), len(rows)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -108,21 +110,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
   """A sharding for each leaf of a train state, by `config.mesh.rules`.
 
-  The rules' regexes are matched against the names of parameters. Optimiser moments carry the
-  parameter's name at the end of theirs and so are sharded with it; whatever has no dimensions is
-  replicated.
+  The rules' regexes are matched against the names of parameters. What carries a parameter's name at
+  the end of its own (optimiser moments, the running mean) is sharded with it; all else is replicated.
 
   Args:
     state: TrainState of arrays or ShapeDtypeStructs.
     mesh: the mesh.
     rules: (regex, partition) pairs; a partition names a mesh axis or None for each dimension.
   """
-  rules = [(pattern, tuple(partition)) for pattern, partition in rules]
-  trees.match(state.params, rules, (), what="config.mesh.rules")  # every rule matches something
-  specs = trees.match(state, rules, (), what="config.mesh.rules")
+  partitions = [tuple(partition) for _, partition in rules]
+  numbered = [(pattern, number) for number, (pattern, _) in enumerate(rules)]
+  chosen = trees.match(state.params, numbered, -1, what="config.mesh.rules")
+  by_name = {name: partitions[n] if n >= 0 else () for name, n in trees.named_leaves(chosen)}
 
-  def place(name: str, leaf: Any, spec: tuple[Any, ...]) -> NamedSharding:
-    spec = () if leaf.ndim == 0 else spec
+  def spec_of(name: str) -> tuple[Any, ...]:
+    parts = name.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))  # the longest first
+    return next((by_name[end] for end in ends if end in by_name), ())
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    spec = () if leaf.ndim == 0 else spec_of(name)
     where = f"config.mesh.rules: partition {spec}"
     if len(spec) > leaf.ndim:
       raise ValueError(
@@ -142,12 +149,11 @@ def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
         )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  names = trees.map_with_name(lambda name, _: name, state)
-  return jax.tree.map(place, names, state, specs)
+  return trees.map_with_name(place, state)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's part of a batch -> global arrays sharded over the mesh."""
+  """This process's parts of a batch, in their order -> global arrays sharded over the mesh."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()

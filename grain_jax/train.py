@@ -120,9 +120,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
 
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash}
     if step < total_steps:
-      host, num_hosts = meshes.batch_share(mesh.devices, jax.process_index())
+      parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
       batches = pipeline.train_batches(
-        dataset, config, start_step=step, host=host, num_hosts=num_hosts
+        dataset, config, start_step=step, host=parts, num_hosts=num_parts
       )
       with distributed.Preemption() as preemption, contextlib.closing(batches):
         state = _loop(

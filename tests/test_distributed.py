@@ -1,5 +1,6 @@
 """Addresses, agreement, the watchdog's verdicts, and real processes that disagree."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -271,6 +272,38 @@ def test_two_processes_of_four_devices_train_as_one_device_does(finished_run, sc
   together, alone = curves(tmp_path), curves(finished_run)
   assert len(together) == 3
   assert_allclose(together, alone, rtol=1e-5)
+
+
+INTERLEAVED = """
+import sys
+import jax
+import numpy as np
+from grain_jax import mesh as meshes
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+a, b, c, d = jax.devices()  # two of each process
+mesh = jax.sharding.Mesh(np.array([a, c, d, b]).reshape(4, 1, 1), meshes.AXES)
+parts, number = meshes.batch_share(mesh.devices, jax.process_index())
+assert number == 4 and parts == ((0, 3), (1, 2))[jax.process_index()]
+local = np.concatenate([np.arange(2 * part, 2 * part + 2) for part in parts])
+for shard in meshes.to_global({"x": local}, mesh)["x"].addressable_shards:
+  assert shard.data.tolist() == list(range(8))[shard.index[0]], (shard.index, shard.data)
+"""
+
+
+def test_the_global_order_holds_where_the_parts_of_processes_interleave():
+  """As on TPUs, where the mesh follows the links between the chips."""
+  address = f"127.0.0.1:{kills.free_port()}"
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PYTHONPATH": str(kills.ROOT),
+  }
+  pair = [
+    subprocess.Popen([sys.executable, "-c", INTERLEAVED, address, str(i)], env=env)
+    for i in range(2)
+  ]
+  assert [process.wait(120) for process in pair] == [0, 0]
 
 
 def test_wrong_flags_answer_at_once():

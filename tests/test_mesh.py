@@ -53,17 +53,20 @@ def devices_of(owners):
 @pytest.mark.parametrize(
   ("owners", "shares"),
   [
-    ([[[0]], [[0]], [[1]], [[1]]], [(0, 2), (1, 2)]),
-    ([[[0], [0]], [[1], [1]]], [(0, 2), (1, 2)]),
-    ([[[0, 0]], [[1, 1]]], [(0, 2), (1, 2)]),
-    ([[[0, 0, 1, 1]]], [(0, 1), (0, 1)]),  # the tensor axis spans both: the same examples
-    ([[[0, 1]], [[2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-    ([[[1]], [[0]]], [(1, 2), (0, 2)]),  # in the order of the mesh, not of the processes
+    ([[[0]], [[0]], [[1]], [[1]]], [(0, 1), (2, 3)]),
+    ([[[0], [0]], [[1], [1]]], [(0, 1), (2, 3)]),
+    ([[[0, 0]], [[1, 1]]], [(0,), (1,)]),
+    ([[[0, 0, 1, 1]]], [(0,), (0,)]),  # the tensor axis spans both: the same examples
+    ([[[0, 1]], [[2, 3]]], [(0,), (0,), (1,), (1,)]),
+    ([[[1]], [[0]]], [(1,), (0,)]),  # in the order of the mesh, not of the processes
+    ([[[0]], [[1]], [[1]], [[0]]], [(0, 3), (1, 2)]),  # as on TPUs, where it follows the links
   ],
 )
-def test_every_process_reads_the_part_of_the_batch_that_its_devices_hold(owners, shares):
+def test_every_process_reads_the_parts_of_the_batch_that_its_devices_hold(owners, shares):
   devices = devices_of(owners)
-  assert [meshes.batch_share(devices, p) for p in range(len(shares))] == shares
+  rows = devices.shape[0] * devices.shape[1]
+  found = [meshes.batch_share(devices, p) for p in range(len(shares))]
+  assert found == [(share, rows) for share in shares]
 
 
 def test_parts_of_the_batch_that_overlap_are_an_error():
@@ -84,14 +87,14 @@ def test_batch_lies_in_order_over_the_devices(tiny):
 def test_rules_place_parameters_and_their_moments_alike(tiny):
   mesh = meshes.create(tiny)
   params = {"fc1": {"kernel": jnp.zeros((2, 8, 4)), "bias": jnp.zeros((2, 4))}}
-  moments = {"count": jnp.zeros((), jnp.int32), "mu": params, "nu": params}
+  moments = {"count": jnp.zeros((), jnp.int32), "mu": params, "nu": params, "other": jnp.zeros(8)}
   state = steps.TrainState(jnp.zeros((), jnp.int32), params, moments)
-  rules = [["kernel$", [None, "fsdp", "tensor"]]]  # lists, as JSON gives them back
+  rules = [["^fc1/kernel$", [None, "fsdp", "tensor"]]]  # lists, as JSON gives them back
   placed = meshes.state_shardings(state, mesh, rules)
   for tree in (placed.params, placed.opt_state["mu"], placed.opt_state["nu"]):
     assert tree["fc1"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert tree["fc1"]["bias"].spec == P()
-  assert placed.step.spec == placed.opt_state["count"].spec == P()
+  assert placed.step.spec == placed.opt_state["count"].spec == placed.opt_state["other"].spec == P()
 
 
 @pytest.mark.parametrize(

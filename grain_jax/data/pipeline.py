@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def train_batches(
   config: ml_collections.ConfigDict,
   *,
   start_step: int = 0,
-  host: int = 0,
+  host: int | Sequence[int] = 0,
   num_hosts: int = 1,
   negatives: int = 0,
 ) -> TrainBatches:
@@ -101,7 +101,7 @@ def train_batches(
     data_dir: directory written by `data.build`, or such a dataset opened.
     config: whole configuration.
     start_step: steps done before; the batches are those of a run that never stopped.
-    host: this host.
+    host: this host, or several of them for which one process reads (`mesh.batch_share`).
     num_hosts: hosts; config.batch_size counts images over all of them.
     negatives: slots for hard negatives (K).
   """
@@ -110,14 +110,18 @@ def train_batches(
   dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
   num_records = dataset.num_records(config.data.split)
   steps = sampler.steps_per_epoch(num_records, config.batch_size)
-  choose = functools.partial(
+  hosts = (host,) if isinstance(host, int) else tuple(host)
+  own = functools.partial(
     sampler.indices,
     seed=config.seed,
     batch_size=config.batch_size,
     num_records=num_records,
-    host=host,
     num_hosts=num_hosts,
   )
+
+  def choose(epoch: int, step: int) -> np.ndarray:
+    return np.concatenate([own(epoch=epoch, step=step, host=h) for h in hosts])
+
   batch = len(choose(epoch=0, step=0))  # says what is wrong with hosts and sizes
   chunk = max(d for d in range(1, min(batch, _CHUNK) + 1) if batch % d == 0)
   examples = examples_lib.Examples(

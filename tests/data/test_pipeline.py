@@ -100,6 +100,15 @@ def test_hosts_share_the_batch(data):
   assert_equal(joined, whole)
 
 
+def test_a_process_may_read_for_several_hosts_that_do_not_lie_together(data):
+  c = toy_data.config(data, resize="crop", flip=True)
+  c.batch_size = 8
+  whole = take(pipeline.train_batches(data, c), 3)
+  for hosts, rows in (((0, 3), [0, 1, 6, 7]), ((1, 2), [2, 3, 4, 5])):
+    parts = take(pipeline.train_batches(data, c, host=hosts, num_hosts=4), 3)
+    assert_equal(parts, [{k: v[rows] for k, v in batch.items()} for batch in whole])
+
+
 def test_large_batches_are_made_of_chunks(data, monkeypatch):
   c = toy_data.config(data)
   c.batch_size = 10
