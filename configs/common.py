@@ -57,44 +57,40 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image = ml_collections.ConfigDict()
   c.model.image.variant = "B/16"  # one of VARIANTS; the keys below override it where positive
   c.model.image.size = 224  # side of the image in pixels
-  c.model.image.width = 0
-  c.model.image.depth = 0
-  c.model.image.heads = 0
-  c.model.image.patch = 0  # pixels
-  c.model.image.mlp_ratio = 4.0
+  c.model.image.width = 0  # of a token; 0: the variant's
+  c.model.image.depth = 0  # blocks; 0: the variant's
+  c.model.image.heads = 0  # of attention; 0: the variant's
+  c.model.image.patch = 0  # side of a patch in pixels; 0: the variant's
+  c.model.image.mlp_ratio = 4.0  # hidden units of the MLP, in widths
   c.model.image.activation = "gelu"  # gelu (exact) | quick_gelu
   c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
-  c.model.image.norm_eps = 1e-6
+  c.model.image.norm_eps = 1e-6  # of its LayerNorms
   c.model.image.pre_norm = False  # LayerNorm after the embeddings, as CLIP has it
   c.model.image.stem = "linear"  # patch embedding: linear (published) | hmlp (a small network)
   c.model.image.patch_bias = True  # bias of the patch embedding; CLIP has none
   c.model.image.init_std = 0.02  # of the weights (timm's, for a width of 768)
-  c.model.image.position_init = (
-    "normal"  # normal (0.02) | sincos (2-D sine-cosine); learned in both
-  )
+  c.model.image.position_init = "normal"  # normal (0.02) | sincos (2-D sine-cosine); both learned
   c.model.image.mean = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1]
-  c.model.image.std = (0.229, 0.224, 0.225)
+  c.model.image.std = (0.229, 0.224, 0.225)  # the same
 
   c.model.text = ml_collections.ConfigDict()
-  c.model.text.width = 512
-  c.model.text.depth = 12
-  c.model.text.heads = 8
-  c.model.text.mlp_ratio = 4.0
+  c.model.text.width = 512  # of a token
+  c.model.text.depth = 12  # blocks
+  c.model.text.heads = 8  # of attention
+  c.model.text.mlp_ratio = 4.0  # hidden units of the MLP, in widths
   c.model.text.context = 77  # longest text in tokens; longer ones are cut
-  c.model.text.vocab_size = 49408
-  c.model.text.activation = "quick_gelu"
-  c.model.text.norm_eps = 1e-5
+  c.model.text.vocab_size = 49408  # rows of the token embedding; CLIP's vocabulary has so many
+  c.model.text.activation = "quick_gelu"  # gelu (exact) | quick_gelu (CLIP's)
+  c.model.text.norm_eps = 1e-5  # of its LayerNorms
 
   c.model.decoder = ml_collections.ConfigDict()
-  c.model.decoder.width = 512
-  c.model.decoder.depth = 6
-  c.model.decoder.heads = 8
-  c.model.decoder.mlp_dim = 2048
-  c.model.decoder.dropout = 0.1
-  c.model.decoder.norm_eps = 1e-5
-  c.model.decoder.memory_positions = (
-    False  # learned positions added to the memory; off as published
-  )
+  c.model.decoder.width = 512  # of a query
+  c.model.decoder.depth = 6  # layers
+  c.model.decoder.heads = 8  # of attention, to itself and to the image
+  c.model.decoder.mlp_dim = 2048  # hidden units of the MLP
+  c.model.decoder.dropout = 0.1  # part of the activations left out while training
+  c.model.decoder.norm_eps = 1e-5  # of its LayerNorms
+  c.model.decoder.memory_positions = False  # learned ones, added to the memory; off as published
 
   c.loss = ml_collections.ConfigDict()
   c.loss.caption = 1.0  # weight of the caption loss
@@ -107,9 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
-  c.loss.multi_positive = (
-    0.0  # weight of descriptions as further positives of the image (a control)
-  )
+  c.loss.multi_positive = 0.0  # weight of descriptions as more positives of the image (a control)
   c.loss.permute_regions = False  # boxes and descriptions of another image (a control)
   c.loss.matcher = "host"  # host (SciPy in a callback) | device (exact search on the accelerator)
 
@@ -119,12 +113,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.lr = 1e-3  # peak
   c.optimizer.lr_init = 1e-6  # at the first step of the warm-up
   c.optimizer.lr_end = 1e-5  # at the end of the cosine
-  c.optimizer.warmup_epochs = 1.0
+  c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up
   c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.98
-  c.optimizer.eps = 1e-8
-  c.optimizer.weight_decay = 0.1
+  c.optimizer.b1 = 0.9  # decay of AdamW's first moment
+  c.optimizer.b2 = 0.98  # decay of its second moment
+  c.optimizer.eps = 1e-8  # added to the root of the second moment
+  c.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
   c.optimizer.decay_mask = "clean"  # clean (no norm, bias, scale) | published (decoder's norms too)
   c.optimizer.clip_norm = 0.0  # largest global gradient norm; 0: no clipping, as published
   c.optimizer.ema_decay = 0.0  # of a running mean of the parameters, to evaluate; 0: none is kept
@@ -133,8 +127,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # devices along each axis; -1: all that are left
-  c.mesh.fsdp = 1
-  c.mesh.tensor = 1
+  c.mesh.fsdp = 1  # cuts the batch and, by the rules, parameters and optimiser state
+  c.mesh.tensor = 1  # cuts heads and hidden units by the rules; the batch is whole along it
   c.mesh.rules = (  # (regex of parameter names, partition of each dimension), the first that fits
     ("(blocks|layers)/.*(query|key|value|fc1)/kernel$", (None, "fsdp", "tensor")),
     ("(blocks|layers)/.*(query|key|value|fc1)/bias$", (None, "tensor")),
@@ -153,24 +147,24 @@ def get_config() -> ml_collections.ConfigDict:
   c.peak_flops = 0.0  # of one device, for MFU, FLOP/s; 0: from the table of known devices
   c.profile = ml_collections.ConfigDict()
   c.profile.start_step = 0  # first step of a trace in WORKDIR/profile; 0: none
-  c.profile.num_steps = 5
+  c.profile.num_steps = 5  # length of the trace
   c.eval_every = 0  # steps between evaluations while training; 0: at the end alone
   c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evals.built.EVALS
-  c.eval_batch_size = 256
+  c.eval_batch_size = 256  # images or rows of text at a time, over all devices
 
   c.zero_shot = ml_collections.ConfigDict()
-  c.zero_shot.split = "objects"
-  c.zero_shot.templates = ("a photo of a {}.",)
+  c.zero_shot.split = "objects"  # of the built data, one label an image
+  c.zero_shot.templates = ("a photo of a {}.",)  # prompts, {} for the class
   c.zero_shot.descriptors = ""  # JSON file {class: [descriptor]}; empty: the dataset's own, if any
   c.retrieval = ml_collections.ConfigDict()
-  c.retrieval.split = "val"
+  c.retrieval.split = "val"  # of the built data
   c.grounding = ml_collections.ConfigDict()
   c.grounding.split = "val"  # of detection and region_classification too
   c.composition = ml_collections.ConfigDict()
-  c.composition.split = "val"
+  c.composition.split = "val"  # with hard negatives
   c.segmentation = ml_collections.ConfigDict()
-  c.segmentation.split = "val"
-  return c
+  c.segmentation.split = "val"  # with masks
+  return c.lock()  # a recipe that sets another key ends in a line
 
 
 def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:

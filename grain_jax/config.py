@@ -7,6 +7,8 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,11 +44,19 @@ CHOICES = {
   "optimizer.decay_mask": ("clean", "published"),
 }
 
-# Keys that a run may change when it goes on: they do not touch the parameters.
+# Keys that a run may change when it goes on: they do not touch the parameters, or only by the order
+# of sums (and accumulate by dropout's draws). A run that moves to fewer devices needs some to fit.
 FREE_KEYS = frozenset(
   {
+    "accumulate",
     "compile_cache",
     "compile_effort",
+    "deterministic",
+    "loss.chunk",
+    "loss.matcher",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
     "data.dir",
     "data.threads",
     "data.prefetch",
@@ -62,6 +72,10 @@ FREE_KEYS = frozenset(
   }
 )
 _LEAST = {
+  "seed": 0,
+  "eval_every": 0,
+  "model.num_queries": 0,
+  "model.decoder.dropout": 0,
   "checkpoint.keep_best": 1,
   "loss.chunk": 0,
   "peak_flops": 0,
@@ -161,7 +175,31 @@ def load(path: str) -> ml_collections.ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={path}: {name} defines no get_config(arg).")
-  return module.get_config(arg)
+  try:
+    return module.get_config(arg)
+  except (AttributeError, KeyError, TypeError) as error:
+    line = _recipe_error(error, file)
+    if line is None:
+      raise
+    raise ValueError(f"--config={path}: {line}") from error
+
+
+def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
+  """What a recipe sets that there is not, or of another type, in a line; None: something else."""
+  frames = list(traceback.walk_tb(error.__traceback__))
+  inner = frames[-1][0].f_locals.get("self")
+  if not isinstance(inner, ml_collections.ConfigDict):
+    return None
+  number = next((n for f, n in reversed(frames) if f.f_code.co_filename == str(file)), 0)
+  where = f"line {number}"
+  if isinstance(error, TypeError):
+    return f"{where}: {' '.join(str(error).split())}."
+  text = str(error).rpartition("instead of")[2]  # of "did you mean", or all of it
+  found = re.search(r"[\"'](\w+)[\"']", text)
+  key, fields = found.group(1) if found else text, list(inner.keys())
+  near = difflib.get_close_matches(key, fields, n=2)
+  hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(fields)}."
+  return f"{where}: {key!r} is not a key there. {hint}"
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -188,8 +226,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   positive = [
     "accumulate", "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
     "data.row_length", "model.embed_dim", "model.image.size", "model.image.patch",
-    "model.text.context", "optimizer.lr",
+    "model.image.width", "model.image.depth", "model.image.heads", "model.image.mlp_ratio",
+    "model.text.context", "model.text.width", "model.text.depth", "model.text.heads",
+    "model.text.mlp_ratio", "model.text.vocab_size", "optimizer.lr",
   ]  # fmt: skip
+  if config.method == "grain":
+    positive += [f"model.decoder.{key}" for key in ("width", "depth", "heads", "mlp_dim")]
   for key in positive:
     if flat[key] <= 0:
       raise ValueError(f"config.{key} = {flat[key]} must be positive.")
@@ -198,6 +240,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{key} = {flat[key]} must be at least {least}.")
   if not -1 <= config.compile_effort <= 1:
     raise ValueError(f"config.compile_effort = {config.compile_effort} must be in [-1, 1].")
+  if not config.model.decoder.dropout < 1:
+    raise ValueError(f"config.model.decoder.dropout = {config.model.decoder.dropout} must be < 1.")
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(
       f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "
@@ -253,6 +297,16 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
   return ml_collections.ConfigDict(tuples(json.loads(text)))
+
+
+def read(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """The configuration in a run's or a conversion's config.json; one line where it is damaged."""
+  try:
+    return from_json(path.read_text())
+  except (ValueError, AttributeError) as error:
+    raise ValueError(
+      f"{path} is not JSON of a configuration ({error}). Restore it, or use a new workdir."
+    ) from error
 
 
 def first_difference(

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jax
+import ml_collections
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -31,6 +32,8 @@ _HEARTBEAT = 100
 _LOST = re.compile(
   r"gloo|nccl|unavailable|deadline|cancelled|aborted|coordination|heartbeat|socket|connection"
 )
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 _watchdog: Watchdog | None = None
 _rounds: collections.Counter[str] = collections.Counter()
@@ -68,6 +71,15 @@ def progress(phase: str, step: int) -> None:
     _watchdog.at(phase, step)
 
 
+def prepare(config: ml_collections.ConfigDict) -> None:
+  """Settings that JAX reads with its first program: to be called before processes join."""
+  if config.compile_cache:
+    jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+  flags_of_xla = os.environ.get("XLA_FLAGS", "")
+  if config.deterministic and _DETERMINISTIC not in flags_of_xla:
+    os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_DETERMINISTIC}".strip()
+
+
 @contextlib.contextmanager
 def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterator[None]:
   """Around all of a program: joins the others, watches, and ends with them.
@@ -93,10 +105,14 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
       print(stop, file=sys.stderr, flush=True)
     code = RESTART
   except (Exception, KeyboardInterrupt) as error:
-    if count() == 1:
+    if count() > 1:
+      _fail(error, _watchdog)
+    if not of_machine(error):
       _watchdog.done()
       raise
-    _fail(error, _watchdog)
+    traceback.print_exc()
+    print(_line(error), file=sys.stderr, flush=True)
+    code = RESTART
   _watchdog.done()
   if code:
     if count() > 1:
@@ -150,16 +166,33 @@ def _join(address: addresses.Address) -> None:
     multihost_utils.sync_global_devices("start")
 
 
+def of_machine(error: BaseException) -> bool:
+  """Whether the runtime failed (a device lost, a link down), so that a new start may go well.
+
+  A program that asks for too much memory, or for what cannot be done, fails again. So does what a
+  callback to the host raises.
+  """
+  text = str(error)
+  again = re.match(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED", text) or re.search(
+    r"(?i)callback|out of memory", text
+  )
+  return isinstance(error, jax.errors.JaxRuntimeError) and not again
+
+
+def _line(error: BaseException) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   """Ends this process and all others with the line of `error`."""
-  text = " ".join(str(error).split())
+  text = str(error)
   if not isinstance(error, cli.USER_ERRORS) or flags.FLAGS.traceback:
     traceback.print_exc()
   if _LOST.search(text.lower()):  # then the watchdog knows more, in a moment
     watchdog.suspect()
     time.sleep(watchdog.patience + 5)
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
-  watchdog.end(code, f"{type(error).__name__}: {text}")
+  watchdog.end(RESTART if of_machine(error) else code, _line(error))
   raise SystemExit(code)
 
 

@@ -16,6 +16,7 @@ def main() -> None:
   address = addresses.from_flags()
   from grain_jax import distributed  # after the flags: a wrong one answers at once
 
+  distributed.prepare(_CONFIG.value)
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
     from grain_jax import train
 

@@ -111,7 +111,8 @@ def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
   """A sharding for each leaf of a train state, by `config.mesh.rules`.
 
   The rules' regexes are matched against the names of parameters. What carries a parameter's name at
-  the end of its own (optimiser moments, the running mean) is sharded with it; all else is replicated.
+  the end of its own (optimiser moments, the running mean) is sharded with it; the rest is whole
+  everywhere.
 
   Args:
     state: TrainState of arrays or ShapeDtypeStructs.

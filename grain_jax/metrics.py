@@ -144,5 +144,10 @@ class Profiler:
     """Ends the trace after its last step, once the device has computed `values`."""
     if self._running and step >= self._last:
       jax.block_until_ready(values)
+      self.close()
+
+  def close(self) -> None:
+    """Writes what there is of a trace, as when the run ends within its window."""
+    if self._running:
       jax.profiler.stop_trace()
       self._running = False

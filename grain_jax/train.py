@@ -6,7 +6,6 @@ import collections
 import contextlib
 import ctypes
 import json
-import os
 import pathlib
 import sys
 import time
@@ -57,6 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   """
   config = configs.resolve(config)
   configs.check(config)
+  distributed.prepare(config)
   dataset = pipeline.open_dataset(config.data.dir)
   steps_per_epoch = sampler.steps_per_epoch(
     dataset.num_records(config.data.split), config.batch_size
@@ -65,11 +65,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   evaluate.check(config, dataset)
   _check_best(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  _agree(config, workdir, records=dataset.num_records(config.data.split), tokenizer=tokenizer.hash)
-  if config.compile_cache:
-    jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-  if config.deterministic:  # read when the first program is compiled
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+  made_of = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  _agree(config, workdir, **made_of)
+  if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
+    logging.warning(
+      "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
+      "config.loss.matcher='host'. With 'device' it is kept too."
+    )
   if jax.default_backend() == "cpu":
     _keep_freed_memory()
   mesh = meshes.create(config)
@@ -79,7 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
 
   folder = pathlib.Path(workdir)
-  _claim(folder, config)
+  _check_workdir(folder, config)
   checkpoints = checkpoint.Checkpoints(
     folder / "checkpoints",
     keep=config.keep_checkpoints,
@@ -95,11 +97,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
           state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
     else:
       state, meta = checkpoints.restore(abstract)
-      if meta["tokenizer"] != tokenizer.hash:
-        raise ValueError(
-          f"{folder}: its checkpoints were trained with another tokenizer "
-          f"({meta['tokenizer'][:12]} instead of {tokenizer.hash[:12]}). Use a new workdir."
-        )
+      _check_same(folder, meta, config, made_of)
+    _write_config(folder, config)
     step = int(state.step)
     train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
     writer = writers.create_writer(folder, start_step=step)
@@ -118,17 +117,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         on_batch=lambda: distributed.progress("evaluating", at),
       )  # fmt: skip
 
-    meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash}
+    meta = {"config": config.to_dict(), **made_of}
     if step < total_steps:
       parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
       batches = pipeline.train_batches(
         dataset, config, start_step=step, host=parts, num_hosts=num_parts
       )
-      with distributed.Preemption() as preemption, contextlib.closing(batches):
+      profiler = metrics.Profiler(config.profile, folder / "profile")
+      with (
+        distributed.Preemption() as preemption,
+        contextlib.closing(batches),
+        contextlib.closing(profiler),
+      ):
         state = _loop(
           config, state, train_step, batches,
           mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
-          run_evals=run_evals, meta=meta, preemption=preemption,
+          run_evals=run_evals, meta=meta, preemption=preemption, profiler=profiler,
           folder=folder,
         )  # fmt: skip
     results: dict[str, float] = {}
@@ -161,17 +165,30 @@ def _loop(
   run_evals: Any,
   meta: dict[str, Any],
   preemption: distributed.Preemption,
+  profiler: metrics.Profiler,
   folder: pathlib.Path,
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
   progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
-  profiler = metrics.Profiler(config.profile, folder / "profile")
   used = utilization.Utilization(config, mesh.size)
   # Several CPU processes that run ahead of each other hang in the collectives.
   lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
   in_flight: collections.deque[Any] = collections.deque()
   pending: list[metrics.Pairs] = []
+  # The line of a step is written when the next one is under way, so that no device waits for it.
+  late: tuple[int, list[metrics.Pairs], metrics.Speed | None] | None = None
+
+  def report(step: int, values: list[metrics.Pairs], speed: metrics.Speed | None) -> None:
+    summary = metrics.summarize(values)
+    _check_finite(summary, step, checkpoints)
+    if speed is not None:
+      summary["train/samples_per_second"] = speed.samples_per_second
+      summary["train/data_wait_seconds"] = speed.waited
+      summary["train/data_wait_share"] = speed.waited_share
+      summary |= used.metrics(speed.samples_per_second) | utilization.memory()
+      _say(progress.line(step, summary, speed.left))
+    writer.write_scalars(step, summary)
 
   def evaluate_now(step: int, state: steps.TrainState) -> None:
     began = time.monotonic()
@@ -210,18 +227,15 @@ def _loop(
     evals = step % every == 0 and step < total_steps
     save = step % config.save_every == 0 or step == total_steps or stop
     save = save or (evals and bool(config.checkpoint.best_metric))  # what is judged can be kept
+    if late is not None:
+      report(*late)
+      late = None
     if step % config.log_every == 0 or save:
-      summary = metrics.summarize(pending)
-      pending.clear()
-      _check_finite(summary, step, checkpoints)
-      if step > first + 1:
-        speed = progress.speed(step)
-        summary["train/samples_per_second"] = speed.samples_per_second
-        summary["train/data_wait_seconds"] = speed.waited
-        summary["train/data_wait_share"] = speed.waited_share
-        summary |= used.metrics(speed.samples_per_second) | utilization.memory()
-        _say(progress.line(step, summary, speed.left))
-      writer.write_scalars(step, summary)
+      late = step, pending, progress.speed(step) if step > first + 1 else None
+      pending = []
+    if save and late is not None:  # nothing that is not finite is saved
+      report(*late)
+      late = None
     checkpoints.check()
     if save:
       began = time.monotonic()
@@ -279,31 +293,53 @@ def _check_finite(
     last = checkpoints.latest()
     kept = "there is no checkpoint yet" if last is None else f"checkpoint {last} is kept"
     raise FloatingPointError(
-      f"loss or gradient is not finite by step {step}; {kept}. Lower config.optimizer.lr, set "
-      "config.optimizer.clip_norm, or look at the data of these steps."
+      f"loss or gradient is not finite by step {step}; {kept}. Lower config.optimizer.lr or set "
+      "config.optimizer.clip_norm, in a new workdir, or look at the data of these steps."
     )
 
 
-def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Writes config.json into the workdir, or checks that the one there is of the same run."""
+def _check_workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """That a config.json which is there is of the same run."""
   path = folder / "config.json"
   if path.exists():
-    try:
-      old = configs.from_json(path.read_text())
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{path} is not JSON ({error}). Use a new workdir.") from error
-    difference = configs.first_difference(old, config)
-    if difference:
-      key, was, now = difference
-      raise ValueError(
-        f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
-        "Use a new workdir, or the config of the old one."
-      )
-  folder.mkdir(parents=True, exist_ok=True)
+    _check_config(folder, configs.read(path), config)
+
+
+def _write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   if distributed.index() == 0:
+    path = folder / "config.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config))
     temporary.replace(path)
+
+
+def _check_config(
+  folder: pathlib.Path, old: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> None:
+  difference = configs.first_difference(old, config)
+  if difference:
+    key, was, now = difference
+    raise ValueError(
+      f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
+      "Use a new workdir, or the config of the old one."
+    )
+
+
+def _check_same(
+  folder: pathlib.Path,
+  meta: dict[str, Any],
+  config: ml_collections.ConfigDict,
+  made_of: dict[str, str],
+) -> None:
+  """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
+  _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
+  for what, now in made_of.items():
+    was = meta.get(what, now)
+    if was != now:
+      raise ValueError(
+        f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not {now[:12]}; "
+        f"config.data.dir = {config.data.dir}). Use a new workdir, or what they were trained with."
+      )
 
 
 def _keep_freed_memory() -> None:

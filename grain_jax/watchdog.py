@@ -162,7 +162,18 @@ class Watchdog:
       if verdict is not None:
         self.end(verdict[0], verdict[1], tell=verdict[2])
         return
-      time.sleep(self._interval)
+      self._sleep()
+
+  def _sleep(self) -> None:
+    """Until the next look. Where it took far longer, all of the process was stopped (Ctrl-Z, a
+    suspended laptop): neither it nor the others are late for that."""
+    began = time.monotonic()
+    time.sleep(self._interval)
+    stood = time.monotonic() - began - self._interval
+    if stood > self._interval:
+      phase, step, since = self._mark
+      self._mark = (phase, step, since + stood)
+      self._seen = {p: (beat, when + stood) for p, (beat, when) in self._seen.items()}
 
   def look(self) -> tuple[int, str, bool] | None:
     """Tells and reads once: (exit code, line, whether to tell the others) if the run must end."""

@@ -64,18 +64,26 @@ def load_run(
   """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
 
   Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean. The mesh
-  of the configuration is set to whatever devices there are now.
+  of the configuration is set to whatever devices there are now, and the parameters are cut as in
+  the run where these allow it; else each device has all of them.
   """
   folder = pathlib.Path(workdir)
   path = folder / "config.json"
   if not path.is_file():
     raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
-  config = configs.from_json(path.read_text())
+  config = configs.read(path)
   model = grain.build(config)
   params = jax.eval_shape(lambda: steps.init_params(model, config))
-  config.mesh.update(data=-1, fsdp=1, tensor=1)
-  whole = meshes.replicated(meshes.create(config, batches=()))
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+  cut = config.mesh.fsdp * config.mesh.tensor
+  if not (0 < cut <= jax.device_count() and jax.device_count() % cut == 0):
+    config.mesh.update(fsdp=1, tensor=1)
+  config.mesh.data = -1
+  mesh = meshes.create(config, batches=())
+  state = steps.TrainState(jax.ShapeDtypeStruct((), np.int32), params, ())
+  shardings = meshes.state_shardings(state, mesh, config.mesh.rules).params
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+  )
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
   kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
   state, meta = checkpoints.restore({kept: abstract}, step=step)

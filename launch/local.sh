@@ -4,7 +4,7 @@
 # or with N processes, each with its own GPU where there are any:
 #   launch/local.sh N --config=... --workdir=...
 # When one process fails all end. Started again, up to RESTARTS times (3), is what ended with 75
-# (preempted, or a process was lost) or was killed. DRY_RUN=1 prints the commands instead.
+# (preempted, or a process was lost) or was killed, but not what this script was told to end. DRY_RUN=1 prints the commands instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -72,7 +72,7 @@ run() {
 for ((attempt = 0; ; attempt++)); do
   code=0
   run "$@" || code=$?
-  case $code in 75 | 134 | 137) ;; *) exit "$code" ;; esac
+  case $code in 75 | 134 | 137 | 143) ;; *) exit "$code" ;; esac
   ((!stopped && attempt < ${RESTARTS:-3})) || exit "$code"
   echo "launch/local.sh: ended with code $code, starting again" >&2
 done

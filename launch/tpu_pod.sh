@@ -11,7 +11,7 @@ set -euo pipefail
 printf -v arguments ' %q' "$@"
 remote="cd ${REPOSITORY:-grain_jax} && for attempt in \$(seq 0 ${RESTARTS:-20}); do"
 remote+=" code=0; .venv/bin/python -m grain_jax.main$arguments || code=\$?;"
-remote+=" case \$code in 75|134|137) sleep 10;; *) exit \$code;; esac; done; exit \$code"
+remote+=" case \$code in 75|134|137|143) sleep 10;; *) exit \$code;; esac; done; exit \$code"
 command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--zone=$ZONE" --worker=all "--command=$remote")
 if [ "${DRY_RUN:-0}" != 0 ]; then
   printf '%q ' "${command[@]}"

@@ -85,6 +85,8 @@ def test_evaluate_without_a_run_in_a_real_process(tmp_path):
     ({"optimizer.warmup_steps": 9}, ["warm-up takes 9 steps of a run of 4"]),
     ({"optimizer.freeze": ("imgae",)}, ["config.optimizer.freeze", "'imgae' matches no parameter"]),
     ({"mesh.data": 3}, ["config.mesh", "8 devices"]),
+    ({"zero_shot.descriptors": "/nowhere.json"}, ["config.zero_shot: ", "/nowhere.json"]),
+    ({"zero_shot.templates": ("a photo",)}, ["config.zero_shot: ", "'a photo'"]),
     ({"loss.matcher": "hots"}, ["config.loss.matcher = 'hots'", "host, device"]),
   ],
 )
@@ -124,6 +126,24 @@ def test_a_workdir_of_another_run_is_left_as_it_is(finished_run, tmp_path):
   (workdir / "config.json").write_text(before[:50])
   with pytest.raises(ValueError, match=r"config\.json is not JSON"):
     train.train(config, str(workdir))
+  (workdir / "config.json").unlink()  # the checkpoints know it too
+  with pytest.raises(ValueError, match=r"another config: config\.batch_size was 8 and is 16"):
+    train.train(config, str(workdir))
+  assert not (workdir / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_data(finished_run, scenes_dir, tmp_path):
+  workdir = shutil.copytree(finished_run, tmp_path / "run")
+  config, before = weights.load_run(str(workdir))[0], (workdir / "config.json").read_text()
+  config.data.dir = str(shutil.copytree(scenes_dir, tmp_path / "scenes"))
+  manifest = tmp_path / "scenes" / "manifest.json"
+  other = json.loads(manifest.read_text())
+  other["splits"]["train"]["shards"][0]["sha256"] = 64 * "0"
+  manifest.write_text(json.dumps(other))
+  with pytest.raises(ValueError, match=r"not trained with this data .*/scenes\)"):
+    train.train(config, str(workdir))
+  assert (workdir / "config.json").read_text() == before
 
 
 @pytest.mark.slow

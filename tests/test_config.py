@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -55,12 +56,14 @@ def test_first_difference_names_what_touches_the_parameters_alone():
   assert configs.first_difference(old, new) is None
   new.optimizer.lr = 0.5
   assert configs.first_difference(old, new) == ("optimizer.lr", 1e-3, 0.5)
+  old.unlock()
   del old.optimizer["lr"]
   assert configs.first_difference(old, new) == ("optimizer.lr", None, 0.5)
 
 
 def test_a_key_that_came_later_means_what_runs_before_it_did():
   old, new = common.get_config(), common.get_config()
+  old.unlock()
   assert configs.ADDED.keys() <= dict(configs.flatten(new)).keys()
   for key in configs.ADDED:
     *nodes, leaf = key.split(".")
@@ -70,8 +73,8 @@ def test_a_key_that_came_later_means_what_runs_before_it_did():
     del node[leaf]
   new.data.reduced_decode = False
   assert configs.first_difference(old, new) is None
-  new.accumulate = 2
-  assert configs.first_difference(old, new) == ("accumulate", 1, 2)
+  new.model.image.pre_norm = True
+  assert configs.first_difference(old, new) == ("model.image.pre_norm", False, True)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,12 @@ def test_a_key_that_came_later_means_what_runs_before_it_did():
     ("compile_effort", -2.0, ["config.compile_effort = -2.0", "[-1, 1]"]),
     ("optimizer.ema_decay", 1.0, ["config.optimizer.ema_decay = 1.0", "[0, 1)"]),
     ("epochs", 0.0, ["config.steps", "config.epochs"]),
+    ("model.text.heads", 0, ["config.model.text.heads = 0", "positive"]),
+    ("model.decoder.heads", 0, ["config.model.decoder.heads = 0", "positive"]),
+    ("model.image.depth", -2, ["config.model.image.depth = -2", "positive"]),
+    ("model.decoder.dropout", 1.0, ["config.model.decoder.dropout = 1.0", "< 1"]),
+    ("seed", -1, ["config.seed = -1", "at least 0"]),
+    ("eval_every", -1, ["config.eval_every = -1", "at least 0"]),
   ],
 )
 def test_what_cannot_work_is_one_line_with_key_and_value(key, value, words):
@@ -128,3 +137,40 @@ def test_unknown_key_names_the_nearest(key, nearest):
 def test_value_of_another_type_is_refused():
   with pytest.raises(ValueError, match=r"config\.batch_size = 'many' is not a int"):
     configs.load("configs/cc12m.py:batch_size=many")
+
+
+@pytest.mark.parametrize(
+  ("line", "words"),
+  [
+    ("c.optimizer.learning_rate = 5.0", "'learning_rate' is not a key there. There are b1, "),
+    ("c.batchsize = 3", "'batchsize' is not a key there. Did you mean batch_size"),
+    ("c.model.image.update(widht=3)", "'widht' is not a key there. Did you mean width"),
+    ("c.optimzer.lr = 1.0", "'optimzer' is not a key there. Did you mean optimizer"),
+    ("c.optimizer.lr = 'high'", "high is of original type"),
+  ],
+)
+def test_a_recipe_that_sets_no_key_ends_in_one_line(tmp_path, line, words):
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text(
+    "from configs import common\n\n\ndef get_config(arg=''):\n  c = common.get_config()\n"
+    f"  {line}\n  return common.parse(c, arg)\n"
+  )
+  with pytest.raises(ValueError) as error:
+    configs.load(str(recipe))
+  said = str(error.value)
+  assert said.startswith(f"--config={recipe}: line 6: ") and words in said
+  assert "\n" not in said
+
+
+def test_a_defect_of_a_recipe_itself_keeps_its_traceback(tmp_path):
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text("def get_config(arg=''):\n  return None.x\n")
+  with pytest.raises(AttributeError):
+    configs.load(str(recipe))
+
+
+def test_every_key_has_a_comment():
+  lines = pathlib.Path("configs/common.py").read_text().split("def parse")[0].splitlines()
+  keys = [line for line in lines if re.match(r"  c\.[\w.]+ = ", line)]
+  assert len(keys) > 100
+  assert [line for line in keys if "  # " not in line and "ConfigDict()" not in line] == []

@@ -1,10 +1,13 @@
 """Addresses, agreement, the watchdog's verdicts, and real processes that disagree."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+import types
 
+import jax
 import pytest
 from numpy.testing import assert_allclose
 
@@ -143,6 +146,24 @@ def test_who_is_late(pair):
   assert "process 0 is in step 43" in line
 
 
+def test_a_process_that_was_stopped_is_not_late_for_it(pair, monkeypatch):
+  clock, (zero, one), _ = pair
+  for dog in (zero, one):
+    dog.at("step", 7)
+    dog.look()
+  zero.look()
+  clock[0] += 40
+  one.look()
+  monkeypatch.setattr(
+    watchdog.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds + 500)
+  )
+  zero._sleep()
+  assert zero.look() is None
+  clock[0] += 21
+  code, line, _ = zero.look()
+  assert code == 75 and "no progress for 62 s" in line
+
+
 def test_compiling_and_being_done_have_no_limit(pair):
   clock, (zero, one), _ = pair
   zero.at("compiling", 1)
@@ -272,6 +293,54 @@ def test_two_processes_of_four_devices_train_as_one_device_does(finished_run, sc
   together, alone = curves(tmp_path), curves(finished_run)
   assert len(together) == 3
   assert_allclose(together, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("error", "again"),
+  [
+    (jax.errors.JaxRuntimeError("INTERNAL: CUDA error: uncorrectable ECC error"), True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: TPU worker is gone"), True),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes"), False),
+    (jax.errors.JaxRuntimeError("INTERNAL: CpuCallback error calling callback: x"), False),
+    (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
+    (ValueError("INTERNAL"), False),
+  ],
+)
+def test_a_new_start_may_help_where_the_machine_failed(error, again, monkeypatch, capsys):
+  assert distributed.of_machine(error) == again
+  codes = []
+  monkeypatch.setattr(distributed.os, "_exit", codes.append)
+  with contextlib.nullcontext() if again else pytest.raises(type(error)):  # noqa: SIM117
+    with distributed.session(None):
+      raise error
+  assert codes == [watchdog.RESTART] * again
+  if again:
+    assert capsys.readouterr().err.splitlines()[-1] == f"JaxRuntimeError: {error}"
+
+
+def test_what_jax_reads_first_is_set_before_processes_join(tmp_path, monkeypatch):
+  """On GPUs the flag counts only if it is there when the backend starts, which joining does."""
+  seen = {}
+
+  def join(address):
+    seen["flags"] = os.environ["XLA_FLAGS"]
+    seen["cache"] = jax.config.jax_compilation_cache_dir
+    raise InterruptedError
+
+  from grain_jax import main
+
+  values = dict(deterministic=True, compile_cache=str(tmp_path), watchdog_seconds=0.0)
+  monkeypatch.setenv("XLA_FLAGS", "--own")
+  monkeypatch.setattr(distributed, "_join", join)
+  monkeypatch.setattr(addresses, "from_flags", lambda: addresses.Address("flags"))
+  monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=types.SimpleNamespace(**values)))
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    with pytest.raises(InterruptedError):
+      main.main()
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+  assert seen == {"flags": "--own --xla_gpu_deterministic_ops=true", "cache": str(tmp_path)}
 
 
 INTERLEAVED = """

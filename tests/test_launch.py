@@ -100,6 +100,7 @@ def test_local_starts_again_what_was_preempted_or_lost(house):
     ["-m grain_jax.main --workdir=x"] * 2,
   )
   assert house(f"{first} kill -KILL $$")[0] == 0
+  assert house(f"{first} kill -TERM $$")[0] == 0  # before there was anything to save
   code, calls, _ = house(f"exit {RESTART}", RESTARTS="2")
   assert (code, len(calls)) == (RESTART, 3)
   code, calls, _ = house("exit 1")

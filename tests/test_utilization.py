@@ -51,6 +51,9 @@ def test_mfu(tiny):
   [
     ("NVIDIA H100 80GB HBM3", 989e12),
     ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA L40", 181e12),
+    ("NVIDIA L40S", 362e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5p", 459e12),
     ("NVIDIA A100-SXM4-80GB", 312e12),
@@ -86,9 +89,11 @@ def test_a_trace_of_the_steps_asked_for(tmp_path, monkeypatch):
     for step[0] in range(first, last + 1):
       profiler.before(step[0])
       profiler.after(step[0], jnp.zeros(()))
+    profiler.close()
     return calls
 
   assert steps(1, 9, start_step=3, num_steps=2) == [(str(tmp_path), 3), ("stop", 4)]
   assert steps(4, 9, start_step=3, num_steps=3) == [(str(tmp_path), 4), ("stop", 5)]
   assert steps(6, 9, start_step=3, num_steps=3) == []
+  assert steps(1, 4, start_step=3, num_steps=5) == [(str(tmp_path), 3), ("stop", 4)]  # cut short
   assert steps(1, 9, start_step=0, num_steps=3) == []

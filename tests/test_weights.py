@@ -83,6 +83,25 @@ def test_a_folder_without_a_model_names_the_key(tiny, tmp_path):
     weights.start_from(tiny, params)
 
 
+@pytest.mark.parametrize(("fsdp", "cut"), [(2, True), (3, False)])
+def test_a_run_is_read_as_it_is_cut_where_the_devices_allow_it(tiny, tmp_path, fsdp, cut):
+  tiny.mesh.update(fsdp=fsdp, rules=(("token_embedding$", ("fsdp",)),))
+  params = steps.init_params(grain.build(tiny), tiny)
+  run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
+  config, got = weights.load(tmp_path / "run")
+  embedding = got["text_tower"]["token_embedding"]
+  assert config.mesh.fsdp == (2 if cut else 1)
+  assert {s.data.shape[0] for s in embedding.addressable_shards} == {49408 // config.mesh.fsdp}
+  assert_array_equal(embedding, params["text_tower"]["token_embedding"])
+
+
+def test_a_damaged_config_of_a_run_is_one_line(tiny, clip_folder):
+  folder, _ = clip_folder
+  (folder / "config.json").write_text('{"seed": ')
+  with pytest.raises(ValueError, match=rf"{folder}/config.json is not JSON of a configuration"):
+    weights.load(folder)
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_frozen_towers_and_leaves_them(tiny, clip_folder, scenes_dir, tmp_path):
   folder, theirs = clip_folder

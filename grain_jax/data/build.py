@@ -140,11 +140,12 @@ def _write(source, settings, directory, shard_size, workers, say) -> dict[str, A
     if record is not None and hash(key) in keys:
       record, losses = None, [("records", DUPLICATE_KEY)]
     for what, why in losses:
-      split_losses = dropped.setdefault(split, {"records": {}, "captions": {}, "regions": {}})
+      kinds = ("records", "captions", "regions", "negatives")
+      split_losses = dropped.setdefault(split, {kind: {} for kind in kinds})
       entry = split_losses[what].setdefault(why, {"count": 0, "first": []})
       entry["count"] += 1
       if len(entry["first"]) < _EXAMPLES:
-        entry["first"].append(key)
+        entry["first"].append(key.encode("utf-8", "backslashreplace").decode())
     if record is not None:
       keys.add(hash(key))
       if split not in writers:

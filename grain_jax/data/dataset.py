@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import pathlib
@@ -61,6 +62,12 @@ class Dataset:
 
   def num_records(self, split: str) -> int:
     return self._split(split).starts[-1]
+
+  def fingerprint(self, split: str) -> str:
+    """sha256 of a split's records in their order, wherever they lie, whenever they were built."""
+    self._split(split)
+    shards = [[s["records"], s["sha256"]] for s in self.manifest["splits"][split]["shards"]]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
   def read(self, split: str, indices: Sequence[int]) -> list[bytes | ValueError]:
     """Serialised records; in the place of one that cannot be read, the error that says why."""

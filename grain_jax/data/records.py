@@ -56,7 +56,7 @@ class Checked(NamedTuple):
   """A record after `check`, and what it lost."""
 
   record: dict[str, Any] | None  # None: refused as a whole
-  dropped: list[tuple[str, str]]  # (what: records | captions | regions, why: a name above)
+  dropped: list[tuple[str, str]]  # (what: records | captions | regions | negatives, why: see above)
 
 
 def features(*, with_mask: bool, with_label: bool):
@@ -244,9 +244,13 @@ def check(
     check_image: decode the image; off for a source that has just encoded it.
   """
   dropped: list[tuple[str, str]] = []
-  captions = [t.strip() for t in record[schema.RECORD_CAPTIONS] if isinstance(t, str)]
+  given = list(record[schema.RECORD_CAPTIONS])
+  captions = [t.strip() for t in given if _is_text(t)]
+  dropped += [("captions", MALFORMED)] * (len(given) - len(captions))
   dropped += [("captions", EMPTY_CAPTION)] * captions.count("")
   captions = [t for t in captions if t]
+  if not _is_text(record[schema.RECORD_KEY]):
+    return Checked(None, [*dropped, ("records", MALFORMED)])
   if not captions:
     return Checked(None, [*dropped, ("records", NO_CAPTION)])
   image = record[schema.RECORD_IMAGE]
@@ -263,15 +267,46 @@ def check(
     if isinstance(checked, str):
       dropped.append(("regions", checked))
     else:
+      checked["negatives"], lost = _usable(region.get("negatives"), _is_text)
+      dropped += [("negatives", MALFORMED)] * lost
       regions.append(checked)
+  negatives, lost = _usable(record.get(schema.RECORD_NEGATIVES), _is_negative)
+  dropped += [("negatives", MALFORMED)] * lost
   clean = {
     **record,
     schema.RECORD_IMAGE: image,
     schema.RECORD_CAPTIONS: captions,
     schema.RECORD_REGIONS: regions,
-    schema.RECORD_NEGATIVES: list(record.get(schema.RECORD_NEGATIVES) or ()),
+    schema.RECORD_NEGATIVES: negatives,
   }
   return Checked(clean, dropped)
+
+
+def _is_text(value: Any) -> bool:
+  """Whether it is a string that UTF-8 can hold: JSON can carry halves of a character."""
+  try:
+    value.encode("utf-8")
+  except (AttributeError, UnicodeEncodeError):
+    return False
+  return isinstance(value, str)
+
+
+def _is_negative(value: Any) -> bool:
+  return (
+    isinstance(value, Mapping)
+    and _is_text(value.get("caption"))
+    and value.get("kind") in schema.NEGATIVE_KINDS
+  )
+
+
+def _usable(values: Any, is_good: Callable[[Any], bool]) -> tuple[list[Any], int]:
+  """(the good ones of a list, how many are not); what is no list is one that is not."""
+  if values is None:
+    return [], 0
+  if not isinstance(values, (list, tuple)):
+    return [], 1
+  good = [value for value in values if is_good(value)]
+  return good, len(values) - len(good)
 
 
 def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
@@ -280,6 +315,8 @@ def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
   description = region.get("description")
   if not isinstance(description, str) or not description.strip():
     return EMPTY_DESCRIPTION
+  if not _is_text(description):
+    return MALFORMED
   box = check_box(region.get("box"), tolerance=tolerance)
   if isinstance(box, str):
     return box
@@ -291,5 +328,4 @@ def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
     "description": description.strip(),
     "box": box,
     "score": score if math.isfinite(score) else 0.0,
-    "negatives": list(region.get("negatives") or ()),
   }

@@ -24,6 +24,8 @@ image next to each other add captions.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -42,7 +44,7 @@ class Refused(NamedTuple):
   """In the place of a record: something that could not be made into one, and why."""
 
   key: str
-  what: str  # records | captions | regions
+  what: str  # records | captions | regions | negatives
   why: str
 
 
@@ -174,7 +176,11 @@ def published(
     regions = _merged(files["boxes"])
     described = _merged(files["descriptions"])
     matched = 0
-    for path, caption in _caption_rows(table):
+    for row in _caption_rows(table):
+      if isinstance(row, Refused):
+        yield "train", row
+        continue
+      path, caption = row
       found = regions.get(path) or []
       matched += path in regions
       split = "val" if _chance(path) < val_fraction else "train"
@@ -221,13 +227,7 @@ def _folder_record(root: pathlib.Path, line: Mapping[str, Any]) -> dict[str, Any
     schema.RECORD_IMAGE: root / image,
     schema.RECORD_CAPTIONS: captions,
     schema.RECORD_REGIONS: regions,
-    schema.RECORD_NEGATIVES: [
-      n
-      for n in negatives
-      if isinstance(n, Mapping)
-      and isinstance(n.get("caption"), str)
-      and n.get("kind") in schema.NEGATIVE_KINDS
-    ],
+    schema.RECORD_NEGATIVES: negatives,
   }
 
 
@@ -241,19 +241,29 @@ def _published_region(region: Any) -> Any:
 
 
 def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
-  with file.open(encoding="utf-8") as lines:
-    for number, text in enumerate(lines, start=1):
-      if not text.strip():
+  with file.open("rb") as lines:  # so that a byte that is no UTF-8 costs its line alone
+    for number, data in enumerate(lines, start=1):
+      if not data.strip():
         continue
       try:
-        line = json.loads(text)
-      except json.JSONDecodeError:
+        line = json.loads(data.removeprefix(codecs.BOM_UTF8))
+      except (json.JSONDecodeError, UnicodeDecodeError):
         line = None
       yield line if isinstance(line, dict) else Refused(f"line {number}", "records", "not_json")
 
 
+@contextlib.contextmanager
+def _opened_csv(file: pathlib.Path) -> Iterator[Any]:
+  """The text of a CSV file; what makes it none ends in a line with its name."""
+  try:
+    with file.open(encoding="utf-8-sig", newline="") as text:
+      yield text
+  except (csv.Error, UnicodeDecodeError) as error:
+    raise ValueError(f"{file} is not CSV in UTF-8: {error}. Write it again.") from None
+
+
 def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
-  with file.open(encoding="utf-8", newline="") as text:
+  with _opened_csv(file) as text:
     rows = csv.DictReader(text)
     if not {"image", "caption"} <= set(rows.fieldnames or ()):
       raise ValueError(
@@ -272,8 +282,8 @@ def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
       yield current
 
 
-def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-  with file.open(encoding="utf-8", newline="") as text:
+def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str] | Refused]:
+  with _opened_csv(file) as text:
     first = text.readline()
     text.seek(0)
     delimiter = "\t" if "\t" in first and "," not in first.split("\t")[0] else ","
@@ -281,6 +291,8 @@ def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str]]:
       header = number == 0 and row and pathlib.PurePath(row[0]).suffix == ""
       if len(row) >= 2 and not header:
         yield row[0], row[1]
+      elif row and not header:
+        yield Refused(f"row {number + 1}", "records", records.MALFORMED)
 
 
 def _json_object(file: pathlib.Path) -> dict[str, Any]:
@@ -328,4 +340,6 @@ def _stamp(file: pathlib.Path) -> dict[str, Any]:
 
 def _chance(key: str) -> float:
   """A number in [0, 1) that depends on the key alone."""
-  return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+  return (
+    int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+  )

@@ -41,9 +41,7 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
       "seen": [i for i in range(len(classes)) if i not in unseen],
       "unseen": sorted(unseen),
     }
-  descriptors = dataset.descriptors
-  if config.zero_shot.descriptors:
-    descriptors = zero_shot.load_descriptors(config.zero_shot.descriptors, classes)
+  descriptors = _descriptors(config, dataset)
   return Outcome(
     zero_shot.evaluate(
       encoders.image,
@@ -57,6 +55,12 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
   )
 
 
+def _descriptors(config: Any, dataset: pipeline.Dataset) -> dict[str, list[str]]:
+  if config.zero_shot.descriptors:
+    return zero_shot.load_descriptors(config.zero_shot.descriptors, dataset.class_names)
+  return dataset.descriptors
+
+
 def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """R@1/5/10 both ways, one caption an image."""
   batches = _batches(config, dataset, split_of(config, "retrieval"))
@@ -66,7 +70,8 @@ def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
 def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """Boxes and descriptions of the matched region queries."""
   batches = _batches(config, dataset, split_of(config, "grounding"))
-  result = grounding.evaluate(encoders.regions, encoders.text, batches, keep=12)
+  costs = {"l1_cost": config.loss.box_l1_cost, "giou_cost": config.loss.box_giou_cost}
+  result = grounding.evaluate(encoders.regions, encoders.text, batches, keep=12, **costs)
   return Outcome(result.metrics, result.examples)
 
 
@@ -125,7 +130,7 @@ def split_of(config: ml_collections.ConfigDict, section: str) -> str:
 
 
 def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
-  """Raises a one-line ValueError where the evaluation has no split to read."""
+  """Raises a one-line ValueError where the evaluation lacks a split, prompts or descriptors."""
   evaluation = EVALS[name]
   if evaluation.regions and config.method == "clip":
     return
@@ -138,6 +143,12 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Datase
       f"config.{section}.split = {split!r} is not in {config.data.dir}, which has "
       f"{', '.join(dataset.splits)}. Set it, or leave {name!r} out of config.evals."
     )
+  if name == "zero_shot" and dataset.class_names:
+    try:
+      zero_shot.class_prompts(dataset.class_names, config.zero_shot.templates)
+      _descriptors(config, dataset)
+    except ValueError as error:
+      raise ValueError(f"config.zero_shot: {error}") from error
 
 
 def run(

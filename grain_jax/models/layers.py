@@ -22,10 +22,17 @@ Initializer = Callable[..., Array]
 # What the backward pass computes again: nothing; all but matrix products; all but the matrix
 # products with parameters; every block.
 REMAT = ("none", "elementwise", "attention", "block")
+
+
+def _products(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Matrix products, and cuDNN's attention, which has two."""
+  fused = primitive.name.startswith("dot_product_attention_fwd")
+  return fused or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
+
+
 _POLICIES = {
   "elementwise": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+    _products, jax.checkpoint_policies.save_only_these_names(attention.SAVED)
   ),
   "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,

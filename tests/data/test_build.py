@@ -139,6 +139,7 @@ def test_what_is_dropped_is_counted(tmp_path):
       name: {"count": 1, "first": ["r5"]}
       for name in ("empty_description", "box_outside_image", "box_without_area", "box_not_finite")
     },
+    "negatives": {},
   }
   assert entry["records"] == 4 and entry["records_without_regions"] == 1
   opened = dataset.open_dataset(out)

@@ -62,6 +62,55 @@ def test_folder_with_jsonl(tmp_path):
   assert opened.manifest["licence"] == "own"
 
 
+def test_texts_that_cannot_be_written_cost_themselves_alone(tmp_path):
+  """Halves of a character, other types, a byte that is no UTF-8: each is counted."""
+  root = folder(tmp_path)
+  half, region = "\ud83d", {"description": "a red box", "box": [0.1, 0.2, 0.5, 0.6]}
+  entries = [
+    {"image": "0.jpg", "captions": [half, "kept", 5, None], "negatives": [1, {"caption": "n"}]},
+    {
+      "image": "1.jpg",
+      "captions": ["c"],
+      "regions": [{**region, "negatives": [1, "n", half]}, {**region, "negatives": 5}]
+      + [{**region, "description": half}],
+    },
+    {"image": half, "captions": ["c"]},
+  ]
+  text = b"\xef\xbb\xbf" + lines(*entries).encode() + b'{"image": "2.jpg", "caption": "caf\xe9"}\n'
+  (root / "annotations.jsonl").write_bytes(text)
+  opened = build_quietly(sources.folder(root, val_fraction=0.01), tmp_path / "out")
+  assert opened.num_records("train") == 2
+  assert opened.parse("train", 0).captions == [b"kept"]
+  assert opened.parse("train", 1).descriptions == [b"a red box"] * 2
+  dropped = opened.manifest["splits"]["train"]["dropped"]
+  assert {what: {why: n["count"] for why, n in of.items()} for what, of in dropped.items()} == {
+    "records": {"malformed": 1, "not_json": 1},
+    "captions": {"malformed": 3},
+    "regions": {"malformed": 1},
+    "negatives": {"malformed": 5},
+  }
+  assert dropped["records"]["not_json"]["first"] == ["line 4"]
+
+
+def test_csv_that_is_none_is_one_line_with_its_name(tmp_path):
+  root = folder(tmp_path)
+  file = root / "annotations.csv"
+  file.write_bytes(b"image,caption\n0.jpg,caf\xe9\n")
+  with pytest.raises(ValueError, match=rf"^{file} is not CSV in UTF-8: .*0xe9"):
+    list(sources.folder(root).read())
+  file.write_text("image,caption\n0.jpg," + 140_000 * "x" + "\n")
+  with pytest.raises(ValueError, match=rf"^{file} is not CSV in UTF-8: field larger"):
+    list(sources.folder(root).read())
+
+
+def test_a_row_without_a_caption_is_counted(tmp_path):
+  root = folder(tmp_path)
+  (root / "captions_pooled.csv").write_text("filepath,title\n0.jpg,zero\n1.jpg\n2.jpg,two\n")
+  read = list(sources.published(root, captions=root / "captions_pooled.csv").read())
+  refused = [record for _, record in read if isinstance(record, sources.Refused)]
+  assert refused == [("row 3", "records", "malformed")] and len(read) == 3
+
+
 def test_folder_with_csv_and_a_part_for_val(tmp_path):
   root = folder(tmp_path)
   (root / "annotations.csv").write_text('image,caption\n0.jpg,a\n0.jpg,"b, c"\n1.jpg,d\n2.jpg,e\n')

@@ -124,6 +124,16 @@ def test_rematerialisation_computes_those_products_again_that_it_says(clip_text,
   assert count("block") > count("attention")
 
 
+def test_what_keeps_matrix_products_keeps_cudnn_attention_too():
+  """Its two products are one primitive, which no policy of JAX's own knows."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  kept = {name: policy for name, policy in layers._POLICIES.items() if policy is not None}
+  primitive = cudnn._dot_product_attention_fwd_p_wrapper
+  assert kept["elementwise"](primitive) and kept["elementwise"](jax.lax.dot_general_p)
+  assert not kept["elementwise"](jax.lax.exp_p) and not kept["attention"](primitive)
+
+
 @pytest.mark.parametrize("remat", layers.REMAT)
 @pytest.mark.parametrize("unroll", [1, -1])
 def test_last_block_at_the_ends_alone_is_the_whole_block(clip_text, rng, remat, unroll):
