@@ -36,7 +36,7 @@ from PIL import Image, ImageFilter
 from grain_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
-SIDES = ("ours", "ours_whole", "torch")
+SIDES = ("ours", "ours_whole", "torch", "torch_reduced")
 REGIONS = 5
 ROW_LENGTH = 128
 
@@ -114,8 +114,10 @@ def ours(
   return pipeline.train_batches(config.data.dir, config)
 
 
-def peer(folder: pathlib.Path, *, batch: int, size: int, cores: int) -> Iterator[Any]:
-  """Batches of a DataLoader without end."""
+def peer(
+  folder: pathlib.Path, *, batch: int, size: int, cores: int, reduced: bool = False
+) -> Iterator[Any]:
+  """Batches of a DataLoader without end; `reduced` decodes at 1/2, 1/4 or 1/8 as ours does."""
   import torch
 
   from grain_jax import schema, tokenizer
@@ -132,6 +134,8 @@ def peer(folder: pathlib.Path, *, batch: int, size: int, cores: int) -> Iterator
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
       record = records[index]
       with Image.open(folder / "files" / f"{index}.jpg") as image:
+        if reduced:
+          image.draft("RGB", (size, size))
         pixels = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
       regions = sorted(record[schema.RECORD_REGIONS], key=lambda r: -r["score"])
       regions = regions[:REGIONS]
@@ -164,8 +168,8 @@ def cpu_seconds() -> float:
 def serve(side: str, folder: str, batch: int, size: int, cores: int) -> None:
   """A side's process: a line 'N' on stdin is N batches more; answers with what they took."""
   options = {"batch": batch, "size": size, "cores": cores}
-  if side == "torch":
-    batches = peer(pathlib.Path(folder), **options)
+  if side.startswith("torch"):
+    batches = peer(pathlib.Path(folder), reduced=side == "torch_reduced", **options)
   else:
     batches = ours(pathlib.Path(folder), reduced=side == "ours", **options)
   for line in sys.stdin:
@@ -215,6 +219,8 @@ def measure(folder: pathlib.Path, *, rounds: int, batches: int, **options: int) 
 def summary(found: dict[str, Any], *, images: int, cores: int) -> dict[str, Any]:
   """Images per second of CPU, and per second and core by the clock; ratios to torch.
 
+  'ratio' is to the loader as people write it, the others to one that decodes as ours does.
+
   Args:
     found: of `measure`.
     images: in a round.
@@ -225,6 +231,7 @@ def summary(found: dict[str, Any], *, images: int, cores: int) -> dict[str, Any]
     speed = {side: images / per / statistics.median(found[side][kind]) for side in SIDES}
     speed["ratio"] = speed["ours"] / speed["torch"]
     speed["ratio_whole"] = speed["ours_whole"] / speed["torch"]
+    speed["ratio_reduced"] = speed["ours"] / speed["torch_reduced"]
     result[f"images_per_s_per_core_{kind}"] = {k: round(v, 3) for k, v in speed.items()}
   return result
 

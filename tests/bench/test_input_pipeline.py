@@ -6,11 +6,14 @@ import pytest
 from bench import input_pipeline
 
 
-def test_ours_and_the_peer_make_the_same_examples(tmp_path):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_ours_and_the_peer_make_the_same_examples(tmp_path, reduced):
   input_pipeline.make_data(tmp_path, images=4, width=120, height=90)
   options = {"batch": 4, "size": 48}
-  theirs = next(input_pipeline.peer(tmp_path, cores=0, **options))
-  batch = next(input_pipeline.ours(tmp_path, cores=1, reduced=False, **options))
+  if reduced:
+    options["size"] = 40
+  theirs = next(input_pipeline.peer(tmp_path, cores=0, reduced=reduced, **options))
+  batch = next(input_pipeline.ours(tmp_path, cores=1, reduced=reduced, **options))
   where = [
     next(j for j in range(4) if np.array_equal(theirs["tokens"][j].numpy(), row))
     for row in batch["tokens"]
@@ -27,11 +30,13 @@ def test_summary_is_images_a_second_of_the_median_round():
     "ours": {"cpu": [1.0, 2.0, 9.0], "wall": [1.0, 1.0, 1.0]},
     "ours_whole": {"cpu": [4.0, 4.0, 4.0], "wall": [2.0, 2.0, 2.0]},
     "torch": {"cpu": [8.0, 8.0, 0.1], "wall": [4.0, 4.0, 4.0]},
+    "torch_reduced": {"cpu": [3.0, 3.0, 3.0], "wall": [2.0, 2.0, 2.0]},
   }
   result = input_pipeline.summary(found, images=40, cores=2)
   cpu, wall = result["images_per_s_per_core_cpu"], result["images_per_s_per_core_wall"]
   assert (cpu["ours"], cpu["torch"], cpu["ratio"], cpu["ratio_whole"]) == (20, 5, 4, 2)
   assert (wall["ours"], wall["torch"], wall["ratio"]) == (20, 5, 4)
+  assert (cpu["ratio_reduced"], wall["ratio_reduced"]) == (1.5, 2)
 
 
 def test_cpu_seconds_count_what_children_do():
