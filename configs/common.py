@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.accumulate = 1  # parts in which a step encodes its batch, to save memory; same gradient
   c.compile_effort = 0.0  # -1..1; below 0 the program compiles sooner and runs slower (TPU)
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
-  c.compile_cache = ""  # folder of the persistent compilation cache; empty: none
+  c.compile_cache = ""  # folder of compiled programs to keep; JAX keeps none with the host matcher
 
   c.init = ml_collections.ConfigDict()  # towers to start from; folders of `grain_jax.convert`, runs
   c.init.image = ""  # image tower; empty: fresh
