@@ -271,9 +271,15 @@ def test_processes_with_different_configs_end_with_one_line_each(scenes_dir, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_train_as_one_device_does(finished_run, scenes_dir, tmp_path):
-  """Losses and gradient norms of three steps, with the host matcher and dropout on."""
-  flags = ["--config.evals=()", "--config.mesh.data=4", "--config.mesh.fsdp=2"]
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"tensor": 8}])
+def test_two_processes_of_four_devices_train_as_one_device_does(
+  finished_run, scenes_dir, tmp_path, axes
+):
+  """Losses and gradient norms of three steps, with the host matcher and dropout on.
+
+  Where the tensor axis spans both, they read the same batch and hold parts of each layer.
+  """
+  flags = ["--config.evals=()", *(f"--config.mesh.{axis}={n}" for axis, n in axes.items())]
   address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
   pair = [
     kills.start(

@@ -103,12 +103,30 @@ def test_a_damaged_config_of_a_run_is_one_line(tiny, clip_folder):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_frozen_towers_and_leaves_them(tiny, clip_folder, scenes_dir, tmp_path):
+def test_a_run_starts_from_frozen_towers_and_leaves_them(
+  tiny, clip_folder, scenes_dir, tmp_path, monkeypatch
+):
+  """And no step waits for the metrics of the one before it: those are read behind its back."""
   folder, theirs = clip_folder
   tiny.data.dir, tiny.steps, tiny.evals, tiny.save_every = str(scenes_dir), 2, (), 2
   tiny.init.update(image=str(folder), text=str(folder))
   tiny.optimizer.update(freeze=("^image_tower/",), lr=0.1, warmup_steps=0, warmup_epochs=0.0)
+  tiny.log_every, tiny.steps, tiny.save_every = 1, 3, 3
+  calls, make, summarize = [], steps.make_train_step, train.metrics.summarize
+
+  def make_train_step(*args):
+    step = make(*args)
+    return lambda state, batch: calls.append("step") or step(state, batch)
+
+  monkeypatch.setattr(train.steps, "make_train_step", make_train_step)
+  monkeypatch.setattr(
+    train.metrics, "summarize", lambda pairs: calls.append("read") or summarize(pairs)
+  )
   train.train(tiny, str(tmp_path / "run"))
+  assert calls == ["step", "step", "read", "step", "read", "read"]  # the last is saved
+  assert [line["step"] for line in train.metrics.read_jsonl(tmp_path / "run/metrics.jsonl")] == [
+    1, 2, 3,
+  ]  # fmt: skip
   _, params = weights.load(tmp_path / "run")
   got = dict(trees.named_leaves(jax.tree.map(np.asarray, params)))
   for name in theirs:
