@@ -177,12 +177,13 @@ def _loop(
   in_flight: collections.deque[Any] = collections.deque()
   pending: list[metrics.Pairs] = []
   # The line of a step is written when the next one is under way, so that no device waits for it.
-  late: tuple[int, list[metrics.Pairs], metrics.Speed | None] | None = None
+  late: tuple[int, list[metrics.Pairs]] | None = None
 
-  def report(step: int, values: list[metrics.Pairs], speed: metrics.Speed | None) -> None:
-    summary = metrics.summarize(values)
+  def report(step: int, values: list[metrics.Pairs]) -> None:
+    summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
-    if speed is not None:
+    if step > first + 1:
+      speed = progress.speed(step)
       summary["train/samples_per_second"] = speed.samples_per_second
       summary["train/data_wait_seconds"] = speed.waited
       summary["train/data_wait_share"] = speed.waited_share
@@ -231,9 +232,8 @@ def _loop(
       report(*late)
       late = None
     if step % config.log_every == 0 or save:
-      late = step, pending, progress.speed(step) if step > first + 1 else None
-      pending = []
-    if save and late is not None:  # nothing that is not finite is saved
+      late, pending = (step, pending), []
+    if (save or evals) and late is not None:  # nothing that is not finite is saved
       report(*late)
       late = None
     checkpoints.check()
