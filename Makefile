@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # carry a few files that are no Python of today: those stay as they are.
 COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 
-# Large pages where glibc allocates: a training step on a CPU takes a fifth less (docs/performance.md).
+# Large pages where glibc allocates make training steps on a CPU shorter (docs/performance.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help quickstart test lint scenes clean

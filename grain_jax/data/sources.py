@@ -340,6 +340,5 @@ def _stamp(file: pathlib.Path) -> dict[str, Any]:
 
 def _chance(key: str) -> float:
   """A number in [0, 1) that depends on the key alone."""
-  return (
-    int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
-  )
+  digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+  return int.from_bytes(digest[:6], "big") / 2**48
