@@ -1,6 +1,7 @@
 """Grounding against DETR's loss functions in transformers, brute force and hand-worked numbers."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -263,3 +264,17 @@ def test_given_descriptions_hand_worked():
   assert (found["recall@0.5"], found["box_recall@0.5"], found["merged_recall@0.5"]) == (1, 0.5, 0)
   with pytest.raises(ValueError, match="no descriptions with boxes"):
     run([], [])
+
+
+def test_a_run_is_matched_with_its_own_costs(tiny, monkeypatch):
+  from grain_jax.evals import built
+
+  seen = {}
+  result = types.SimpleNamespace(metrics={}, examples=())
+  monkeypatch.setattr(built, "_batches", lambda *args: iter(()))
+  monkeypatch.setattr(
+    built.grounding, "evaluate", lambda *args, **keys: seen.update(keys) or result
+  )
+  tiny.loss.update(box_l1_cost=7.0, box_giou_cost=3.0)
+  built._grounding(tiny, types.SimpleNamespace(regions=None, text=None), None)
+  assert (seen["l1_cost"], seen["giou_cost"]) == (7.0, 3.0)
