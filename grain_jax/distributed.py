@@ -28,6 +28,9 @@ from grain_jax.watchdog import RESTART, Watchdog
 # Seconds after which JAX itself gives up on a process; `watchdog` is quicker and says more.
 _HEARTBEAT = 100
 
+# Seconds that a process which is done waits for the others, who may still write results.
+_END = 3600.0
+
 # Words of errors that come about when another process is lost in the middle of a collective.
 _LOST = re.compile(
   r"gloo|nccl|unavailable|deadline|cancelled|aborted|coordination|heartbeat|socket|connection"
@@ -108,15 +111,17 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
     if count() > 1:
       _fail(error, _watchdog)
     if not of_machine(error):
-      _watchdog.done()
+      _watchdog.stop()
       raise
     traceback.print_exc()
     print(_line(error), file=sys.stderr, flush=True)
     code = RESTART
   _watchdog.done()
+  gather("end", "", seconds=_END)  # watched, so that none waits for a process that is lost
+  _watchdog.stop()
+  if count() > 1:
+    jax.distributed.shutdown()
   if code:
-    if count() > 1:
-      jax.distributed.shutdown()  # waits for the others
     # Threads of the input pipeline may still run; a process that unwinds around them can abort.
     sys.stdout.flush()
     sys.stderr.flush()

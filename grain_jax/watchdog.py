@@ -80,12 +80,14 @@ class Watchdog:
     self._beat = 0
     self._ending = threading.Lock()
     self._words: subprocess.Popen | None = None
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    self._stopped = threading.Event()
 
   def start(self) -> None:
     """From here on the process is watched."""
     if self._store is not None:
       self._words = _last_words(self.name)
-    threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    self._thread.start()
 
   def at(self, phase: str, step: int) -> None:
     """This process makes progress: it begins `phase` of `step`."""
@@ -95,6 +97,14 @@ class Watchdog:
     """The work ended well; the others need not wait for this process any more."""
     self.at("done", self._mark[1])
     self._tell()
+
+  def stop(self) -> None:
+    """The end of watching, to be called before the store closes and before Python ends.
+
+    Python ends a thread that comes back from the store's C++ by unwinding it, which aborts.
+    """
+    self._stopped.set()
+    self._thread.join(_LINGER)
     self.hush()
 
   def hush(self) -> None:
@@ -151,12 +161,10 @@ class Watchdog:
     self._set(_BEATS, {**beat, "seconds": round(time.monotonic() - since, 1)})
 
   def _watch(self) -> None:
-    while True:
+    while not self._stopped.is_set():
       try:
         verdict = self.look()
       except Exception as error:  # of the store: its process is gone
-        if self._mark[0] == "done":
-          return
         line = f"process 0, which all meet at, is lost ({_first(error)}). {_AGAIN}"
         verdict = (RESTART, line, False)
       if verdict is not None:
@@ -168,7 +176,7 @@ class Watchdog:
     """Until the next look. Where it took far longer, all of the process was stopped (Ctrl-Z, a
     suspended laptop): neither it nor the others are late for that."""
     began = time.monotonic()
-    time.sleep(self._interval)
+    self._stopped.wait(self._interval)
     stood = time.monotonic() - began - self._interval
     if stood > self._interval:
       phase, step, since = self._mark
