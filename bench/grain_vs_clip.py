@@ -174,7 +174,8 @@ def tables(comparison: Comparison, store: Store) -> str:
     ]
     parts.append(statistics.markdown(["paired difference, points", *METRICS.values()], rows))
     what = f"unseen pairs at equal {budget}"
-    parts.append(statistics.verdict(table, treated=TREATED, metric=CLAIM, what=what))
+    of = {"arms": comparison.arms, "seeds": comparison.seeds}
+    parts.append(statistics.verdict(table, treated=TREATED, metric=CLAIM, what=what, **of))
   parts.append(f"Percent, with 95 % Student t intervals over seeds. {_CAVEAT}")
   return "\n\n".join(parts)
 

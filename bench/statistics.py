@@ -112,16 +112,28 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
-def verdict(measured: Measured, *, treated: str, metric: str, what: str) -> str:
+def verdict(
+  measured: Measured,
+  *,
+  treated: str,
+  metric: str,
+  what: str,
+  arms: Sequence[str],
+  seeds: Sequence[int],
+) -> str:
   """The claim's line, whatever comes out: what was found, and whether the claim holds.
 
-  The claim holds where the whole interval of the paired difference lies above 0.
+  The claim is that `treated` exceeds the control of highest mean; it holds where the whole interval
+  of the paired difference lies above 0. Nothing is said before all `arms` have all `seeds`.
   """
+  claim = f"{treated} against the best control on {what}"
+  missing = [
+    arm for arm in arms if any(metric not in measured.get(arm, {}).get(s, {}) for s in seeds)
+  ]
   control = best_control(measured, treated=treated, metric=metric)
-  found = difference(measured, treated, control, metric) if control else None
-  claim = f"{treated} exceeds the best control on {what}"
-  if found is None:
-    return f"{claim}: not measured yet."
+  if missing or treated not in arms or control is None:
+    return f"{claim}: not measured yet ({', '.join(missing) or 'no control'} to be run)."
+  found = difference(measured, treated, control, metric)
   if math.isnan(found.low):
     end = "one seed decides nothing"
   else:
@@ -129,4 +141,4 @@ def verdict(measured: Measured, *, treated: str, metric: str, what: str) -> str:
   points = percent(found, sign=True).replace(" [", " points [")
   if "[" not in points:
     points += " points"
-  return f"{claim}: {points} against {control}; {end}."
+  return f"{claim}, {control}: {points}; {end}."

@@ -72,12 +72,19 @@ def test_verdict_says_what_came_out(control, points, end):
     "a": {s: {"m": 0.01} for s in range(3)},
     "b": {s: {"m": v} for s, v in enumerate(control)},
   }
-  line = statistics.verdict(measured, treated="grain", metric="m", what="unseen pairs")
+  of = {"treated": "grain", "metric": "m", "what": "unseen pairs", "seeds": (0, 1, 2)}
+  line = statistics.verdict(measured, **of, arms=("a", "b", "grain"))
   low, high = stats.ttest_rel(grain, control).confidence_interval()
   assert line == (
-    "grain exceeds the best control on unseen pairs: "
-    f"{points} points [{100 * low:+.1f}, {100 * high:+.1f}] against b; {end}."
+    "grain against the best control on unseen pairs, b: "
+    f"{points} points [{100 * low:+.1f}, {100 * high:+.1f}]; {end}."
   )
+  # A control that is still to run may be the best one.
+  line = statistics.verdict(measured, **of, arms=("a", "b", "c", "grain"))
+  assert line.endswith("not measured yet (c to be run).")
+  measured["b"].pop(1)
+  line = statistics.verdict(measured, **of, arms=("a", "b", "grain"))
+  assert line.endswith("not measured yet (b to be run).")
   measured.pop("grain")
-  line = statistics.verdict(measured, treated="grain", metric="m", what="unseen pairs")
-  assert line.endswith("not measured yet.")
+  line = statistics.verdict(measured, **of, arms=("a", "grain"))
+  assert line.endswith("not measured yet (grain to be run).")
