@@ -1,10 +1,11 @@
 """`python -m bench.grain_vs_clip [--json]`: does grounding descriptions help, beside fair controls?
 
 Every arm is the same recipe with a few keys changed. Each arm's learning rate is chosen on a seed
-that is not reported, by retrieval on `val`; then all arms run on the same seeds (of parameters and
-of the order of the data). Three tables: at equal images, at equal FLOPs and at equal seconds of
-training; for the last two an arm cheaper than `grain` trains for more steps, with a schedule of
-its own length. A run that is finished is never repeated; one cut short goes on.
+that is not reported, by retrieval on `val`, in runs that may be shorter (`--tuning_steps`); then
+all arms run on the same seeds (of parameters and of the order of the data). Three tables: at equal
+images, at equal FLOPs and at equal seconds of training; for the last two an arm cheaper than
+`grain` trains for more steps, with a schedule of its own length. A run that is finished is never
+repeated; one cut short goes on.
 """
 
 from __future__ import annotations
@@ -107,10 +108,16 @@ class Comparison:
   lrs: tuple[float, ...]
   steps: int
   budgets: tuple[str, ...] = BUDGETS
+  tuning_steps: int = 0  # length of the runs that choose learning rates; 0: `steps`
+
+  def tuning_runs(self) -> list[comparisons.Run]:
+    """Every learning rate of every arm."""
+    return comparisons.tuning_runs(self.arms, lrs=self.lrs, steps=self.tuning_steps or self.steps)
 
   def learning_rates(self, store: Store) -> dict[str, float]:
     """{arm: learning rate} of the arms for which it is chosen."""
-    found = {a: comparisons.choose_lr(store, a, lrs=self.lrs, steps=self.steps) for a in self.arms}
+    steps = self.tuning_steps or self.steps
+    found = {a: comparisons.choose_lr(store, a, lrs=self.lrs, steps=steps) for a in self.arms}
     return {arm: lr for arm, lr in found.items() if lr is not None}
 
   def measured(self, store: Store, budget: str) -> dict[str, dict[int, dict[str, float]]]:
@@ -236,7 +243,7 @@ def run_all(
     costs = measure(store, lambda arm: recipe_config(recipe, ARMS[arm], data=data))
   runner = functools.partial(comparisons.train, recipe=recipe, data=data, workdir=workdir)
   execute = functools.partial(comparisons.execute, store=store, runner=runner, jobs=jobs, say=say)
-  execute(comparisons.tuning_runs(comparison.arms, lrs=comparison.lrs, steps=comparison.steps))
+  execute(comparison.tuning_runs())
   lrs = comparison.learning_rates(store)
   say("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()))
   execute(
@@ -259,9 +266,11 @@ def main() -> None:
     lrs=parse_lrs(flag.lrs),
     steps=flag.steps or configs.load(flag.recipe).steps,
     budgets=parse_names("budgets", flag.budgets, BUDGETS),
+    tuning_steps=flag.tuning_steps,
   )
-  if comparison.steps < 1:
-    raise ValueError(f"--steps={comparison.steps}: the length of a run must be positive. Set it.")
+  for name, steps in (("steps", comparison.steps), ("tuning_steps", flag.tuning_steps or 1)):
+    if steps < 1:
+      raise ValueError(f"--{name}={steps}: the length of a run must be positive. Set it.")
   if flag.json and flag.budget not in comparison.budgets:
     raise ValueError(f"--budget={flag.budget} is not in --budgets={','.join(comparison.budgets)}.")
   if not flag.report:
@@ -281,6 +290,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("lrs", ["1e-3", "2e-3", "4e-3"], "Learning rates to choose from.")
   flags.DEFINE_list("budgets", list(BUDGETS), f"Which of {', '.join(BUDGETS)}.")
   flags.DEFINE_integer("steps", 0, "Length of the run at equal images; 0: the recipe's.")
+  flags.DEFINE_integer("tuning_steps", 0, "Length of runs that choose learning rates; 0: --steps.")
   flags.DEFINE_string("recipe", "configs/quickstart.py", "Recipe, FILE or FILE:argument.")
   flags.DEFINE_string("data", "", "Built dataset; the recipe's own by default.")
   flags.DEFINE_string("workdir", "runs/grain_vs_clip", "Folder of the workdirs of all runs.")

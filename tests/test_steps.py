@@ -280,13 +280,13 @@ def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, 
   """Parameters, moments, embeddings, losses and gradients stay float32; the loss is near."""
   batch = jax.tree.map(jnp.asarray, make_batch(tiny))
   tiny.model.decoder.dropout = 0.0
-  found = {}
+  found, params = {}, make_params(tiny)
   for tiny.model.dtype in ("float32", "bfloat16"):
     model = grain.build(tiny)
-    params = jax.jit(lambda model=model: steps.init_params(model, tiny))()
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    apply = jax.jit(functools.partial(model.apply, num_regions=tiny.data.max_regions))
-    output = apply({"params": params}, batch)
+    born = jax.eval_shape(lambda model=model: steps.init_params(model, tiny))
+    assert {x.dtype for x in jax.tree.leaves(born)} == {jnp.dtype("float32")}
+    apply = functools.partial(model.apply, num_regions=tiny.data.max_regions)
+    output = jax.eval_shape(apply, {"params": params}, batch)
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     loss = lambda p, model=model: steps.loss_function(  # noqa: E731
       p, batch, jax.random.key(0), model=model, config=tiny

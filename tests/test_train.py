@@ -62,21 +62,20 @@ def test_a_run_leaves_what_the_design_promises(finished_run):
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_same_bits(finished_run, scenes_dir, tmp_path):
   """Host matcher, auxiliary box losses, dropout and random captions on."""
+  evals = "--config.evals=()"  # a finished run started again, below, has the same results
   # The save of step 6 waits for that of step 3: from step 7 on there is a checkpoint to go on from.
   for first, last in ((7, 11), (12, 17), (18, kills.STEPS - 1)):
     step = random.randint(first, last)
-    kills.kill_after(kills.start(scenes_dir, tmp_path), tmp_path, step=step)
+    kills.kill_after(kills.start(scenes_dir, tmp_path, evals), tmp_path, step=step)
     print("killed after step", step, "with checkpoints", kills.saved_steps(tmp_path))
     assert kills.saved_steps(tmp_path)
-  kills.finish(kills.start(scenes_dir, tmp_path), tmp_path)
+  kills.finish(kills.start(scenes_dir, tmp_path, evals), tmp_path)
   ours, theirs = kills.final_state(tmp_path), kills.final_state(finished_run)
   assert len(ours) > 200 and not kills.differences(ours, theirs)
   assert losses(tmp_path) == losses(finished_run)
   lives = (tmp_path / "stdout.txt").read_text().split("first step after")
   assert "step 0 of" in lives[0] and not any("step 0 of" in life for life in lives[1:])
   assert len(set(names_by_step(tmp_path))) == len(names_by_step(tmp_path))
-  ours, theirs = (json.loads((f / "results.json").read_text()) for f in (tmp_path, finished_run))
-  assert ours == theirs
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bench import matching
+from bench import kills, matching
 
 
 def test_every_candidate_finds_the_least_cost():
@@ -31,8 +31,7 @@ def test_the_command_prints_one_object():
   done = subprocess.run(
     [
       sys.executable, "-m", "bench.matching", "--json", "--rounds=1", "--problems=8",
-      "--recipe=configs/quickstart.py:batch_size=2,model.image.depth=1,model.text.depth=1,"
-      "model.unroll=1,optimizer.name=adamw",
+      f"--recipe=configs/quickstart.py:{kills.TINY},batch_size=2",
     ],
     capture_output=True, text=True, check=False,
   )  # fmt: skip

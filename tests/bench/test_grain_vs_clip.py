@@ -42,13 +42,13 @@ class Runner:
     return metrics
 
 
-def play(store, runner, *, arms=("clip", "grain"), steps=700, budgets=runs.BUDGETS, jobs=1):
+def play(
+  store, runner, *, arms=("clip", "grain"), steps=700, budgets=runs.BUDGETS, jobs=1, tuning_steps=0
+):
   """The whole protocol as `run_all` orders it."""
-  comparison = bench.Comparison(arms, (0, 1, 2), (1e-3, 2e-3, 4e-3), steps, budgets)
+  comparison = bench.Comparison(arms, (0, 1, 2), (1e-3, 2e-3, 4e-3), steps, budgets, tuning_steps)
   store.write("costs", COSTS)
-  runs.execute(
-    runs.tuning_runs(arms, lrs=comparison.lrs, steps=steps), store, runner, jobs=jobs, say=silent
-  )
+  runs.execute(comparison.tuning_runs(), store, runner, jobs=jobs, say=silent)
   planned = runs.reported_runs(
     comparison.learning_rates(store),
     seeds=comparison.seeds, steps=steps, budgets=budgets, costs=COSTS,
@@ -118,6 +118,17 @@ def test_one_seed_has_no_interval(store):
   assert "one seed decides nothing" in bench.tables(comparison, store)
 
 
+def test_learning_rates_can_be_chosen_in_shorter_runs(store):
+  runner = Runner()
+  comparison = play(store, runner, budgets=("images",), tuning_steps=100)
+  assert {(r.seed == 100, r.steps) for r in runner.calls} == {(True, 100), (False, 700)}
+  assert comparison.learning_rates(store) == {"clip": 1e-3, "grain": 2e-3}
+  assert comparison.notes(store)[1:] == []
+  again = Runner()
+  play(store, again, budgets=("images",), steps=1400, tuning_steps=100)
+  assert {r.steps for r in again.calls} == {1400}  # none is repeated
+
+
 def test_tables_and_notes(store):
   comparison = play(store, Runner())
   text = bench.tables(comparison, store)
@@ -183,6 +194,7 @@ def test_flags_are_checked():
     ("--seeds=100", "ValueError: --seeds: seed 100 chooses"),
     ("--budgets=flops", "ValueError: --budget=images is not in --budgets=flops."),
     ("--steps=-1", "ValueError: --steps=-1: the length"),
+    ("--tuning_steps=-1", "ValueError: --tuning_steps=-1: the length"),
   ],
 )
 def test_the_command_ends_in_one_line(flag, line):
