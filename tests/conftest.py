@@ -23,18 +23,6 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, de
 hypothesis.settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items):
-  """Of two workers, who begin with a half of the list each, both begin with long tests.
-
-  So none is left with one at the end; and `finished_run` is made by one while the other has others.
-  """
-  slow = [item for item in items if item.get_closest_marker("slow")]
-  fast = [item for item in items if not item.get_closest_marker("slow")]
-  shared = [item for item in slow if "finished_run" in item.fixturenames]
-  cut = max(len(items) // 2 - len(shared), 0)
-  items[:] = [*shared, *fast[:cut], *(i for i in slow if i not in shared), *fast[cut:]]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def fresh_caches():
   """Compiled functions of a test file go with it: all of them together take gigabytes."""
