@@ -26,12 +26,11 @@ from absl import logging
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 24  # three passes over the scenes
 
-# A few thousand parameters beside the token embedding; a checkpoint every third step. AdamW
-# compiles in two thirds of the time of the quickstart's Muon.
+# A few thousand parameters beside the token embedding; a checkpoint every third step.
 TINY = (
   f"steps={STEPS},batch_size=8,eval_batch_size=32,log_every=1,save_every=3,keep_checkpoints=2,"
   "eval_every=0,loss.matcher=host,loss.aux_box_loss=True,data.caption=half,"
-  "optimizer.name=adamw,optimizer.warmup_steps=2,data.max_regions=3,data.row_length=48,data.threads=1,"
+  "optimizer.warmup_steps=2,data.max_regions=3,data.row_length=48,data.threads=1,"
   "model.embed_dim=16,model.num_queries=3,model.image.size=32,model.image.width=32,"
   "model.image.depth=1,model.image.heads=2,model.text.width=32,model.text.depth=1,"
   "model.text.heads=2,model.text.context=32,model.decoder.width=32,model.decoder.depth=2,"

@@ -128,11 +128,13 @@ def verdict(
   """
   claim = f"{treated} against the best control on {what}"
   missing = [
-    arm for arm in arms if any(metric not in measured.get(arm, {}).get(s, {}) for s in seeds)
+    arm
+    for arm in dict.fromkeys([*arms, treated])
+    if any(metric not in measured.get(arm, {}).get(s, {}) for s in seeds)
   ]
   control = best_control(measured, treated=treated, metric=metric)
-  if missing or treated not in arms or control is None:
-    return f"{claim}: not measured yet ({', '.join(missing) or 'no control'} to be run)."
+  if missing or control is None:
+    return f"{claim}: not measured yet ({', '.join(missing) or 'a control'} to be run)."
   found = difference(measured, treated, control, metric)
   if math.isnan(found.low):
     end = "one seed decides nothing"

@@ -102,8 +102,7 @@ def test_differences_sees_one_bit():
 def test_eight_devices_go_on_after_a_crash_as_if_nothing_were(
   tiny, scenes_dir, tmp_path, monkeypatch
 ):
-  """With Muon, the device matcher, sharded parameters and evaluations; no auxiliary losses."""
-  tiny.optimizer.name = "muon"
+  """Without auxiliary losses, with the device matcher, sharded parameters and evaluations."""
   tiny.data.dir, tiny.method = str(scenes_dir), "grain"
   tiny.model.text.depth = tiny.model.image.depth = 1
   tiny.steps, tiny.log_every, tiny.save_every, tiny.eval_every = 4, 2, 2, 2

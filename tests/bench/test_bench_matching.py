@@ -31,7 +31,7 @@ def test_the_command_prints_one_object():
   done = subprocess.run(
     [
       sys.executable, "-m", "bench.matching", "--json", "--rounds=1", "--problems=8",
-      f"--recipe=configs/quickstart.py:{kills.TINY},batch_size=2",
+      f"--recipe=configs/quickstart.py:{kills.TINY},batch_size=2,optimizer.name=adamw",
     ],
     capture_output=True, text=True, check=False,
   )  # fmt: skip
