@@ -7,6 +7,7 @@ scenes, in one process and in two, and does to it what machines do:
   preempted     SIGTERM to one of two processes
   lost_process  SIGKILL of one of two processes
   slow_process  one of two processes stands still for half of the time
+  late_process  the data of one of two stop coming, as where a mount is lost
   full_disk     no file can grow while a checkpoint is written (RLIMIT_FSIZE)
   bad_shard     a shard of the data is overwritten between epochs, and mended
   elastic       SIGTERM to one of four processes; one, two and eight go on
@@ -25,7 +26,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,80 +35,29 @@ from typing import Any
 from absl import logging
 
 from bench import kills as runs
+from bench import several
 from grain_jax import metrics
 from grain_jax.watchdog import RESTART
 
-_LONG = 900.0  # seconds after which a run counts as hanging
-_FLAGS = ("--config.evals=()", "--config.watchdog_seconds=120")
-_PAIR = (*_FLAGS, "--config.method=clip", "--config.steps=12")  # compiles in a third of the time
+# `grain_jax.main` whose records come for {batches} batches and no longer.
+_STUCK = """
+import itertools, threading
+from grain_jax import cli, main
+from grain_jax.data import examples
+
+chunk, batch = examples.Examples.chunk, itertools.count()
+
+
+def stuck(*arguments):
+  if next(batch) >= {batches}:
+    threading.Event().wait()
+  return chunk(*arguments)
+
+
+examples.Examples.chunk = stuck
+cli.run(main.main)
+"""
 Say = Callable[[str], None]
-
-
-def lines(workdir: pathlib.Path) -> int:
-  """Lines of metrics, one a step, that a run has written so far."""
-  path = workdir / "metrics.jsonl"
-  return path.read_text().count("\n") if path.exists() else 0
-
-
-def wait_for_step(step: int, workdir: pathlib.Path, *processes: subprocess.Popen) -> None:
-  """Returns when the metrics of `step` are there; raises when a process ends before."""
-  until = time.monotonic() + _LONG
-  while lines(workdir) < step:
-    if any(p.poll() is not None for p in processes) or time.monotonic() > until:
-      raise RuntimeError(f"{workdir} did not come to step {step}: {said(workdir)[-2000:]}")
-    time.sleep(0.01)
-
-
-def said(workdir: pathlib.Path, name: str = "*") -> str:
-  """All that the processes of a run wrote to stderr."""
-  return "".join(path.read_text() for path in sorted(workdir.glob(f"{name}err.txt")))
-
-
-def start_several(
-  data: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str
-) -> list[subprocess.Popen]:
-  """`count` processes of one run; their names are 'p0-', 'p1-', ..."""
-  address = (f"--coordinator_address=127.0.0.1:{runs.free_port()}", f"--num_processes={count}")
-  return [
-    runs.start(data, workdir, *_PAIR, *flags, *address, f"--process_id={i}", name=f"p{i}-")
-    for i in range(count)
-  ]
-
-
-def start_pair(data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
-  """Two processes of one run."""
-  return start_several(data, workdir, 2, *flags)
-
-
-def end(processes: Sequence[subprocess.Popen]) -> list[int]:
-  """Exit codes; a process that does not end is killed and gives -9."""
-  codes = []
-  until = time.monotonic() + _LONG
-  for process in processes:
-    try:
-      codes.append(process.wait(max(until - time.monotonic(), 1)))
-    except subprocess.TimeoutExpired:
-      process.kill()
-      codes.append(process.wait())
-  return codes
-
-
-def finish_several(data: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str) -> None:
-  """Starts `count` processes of a run, to its end."""
-  codes = end(start_several(data, workdir, count, *flags))
-  if any(codes):
-    raise RuntimeError(f"{workdir} ended with codes {codes}: {said(workdir)[-2000:]}")
-
-
-def finish_pair(data: pathlib.Path, workdir: pathlib.Path) -> None:
-  """Starts both processes of a run again, to its end."""
-  finish_several(data, workdir, 2)
-
-
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """Loss of every step of a run."""
-  entries = metrics.read_jsonl(workdir / "metrics.jsonl")
-  return {e["step"]: e["train/loss"] for e in entries if "train/loss" in e}
 
 
 def _line(text: str, word: str) -> str:
@@ -132,9 +81,9 @@ class Faults:
     if processes not in self._states:
       workdir, began = self.folder / f"undisturbed-{processes}", time.monotonic()
       if processes == 1:
-        runs.finish(runs.start(self.data, workdir, *_FLAGS), workdir)
+        runs.finish(runs.start(self.data, workdir, *several.FLAGS), workdir)
       else:
-        finish_pair(self.data, workdir)
+        several.finish_pair(self.data, workdir)
       self.say(f"undisturbed, {processes} process(es): {time.monotonic() - began:.0f} s")
       self._states[processes] = runs.final_state(workdir)
     return self._states[processes]
@@ -149,13 +98,13 @@ class Faults:
     while done < self.kills:
       workdir, run = self.folder / f"killed-{run}", run + 1
       while done < self.kills:
-        process, before = runs.start(self.data, workdir, *_FLAGS), lines(workdir)
+        process, before = runs.start(self.data, workdir, *several.FLAGS), several.lines(workdir)
         # A third of the kills falls anywhere in the start-up, the others into training and saving.
         steps = self.rng.choice([0, 0, 1, 2, 3, 4, 5, 6])
-        until = time.monotonic() + (self.rng.uniform(0, 20) if not steps else _LONG)
+        until = time.monotonic() + (self.rng.uniform(0, 20) if not steps else several.LONG)
         # A run that goes on begins with the lines up to its checkpoint, so it may have fewer.
         while process.poll() is None and time.monotonic() < until:
-          if steps and lines(workdir) >= before + steps:
+          if steps and several.lines(workdir) >= before + steps:
             time.sleep(self.rng.uniform(0, 0.2))
             break
           time.sleep(0.002)
@@ -165,9 +114,9 @@ class Faults:
         process.kill()
         process.wait()
         done += 1
-        at.append(lines(workdir))
+        at.append(several.lines(workdir))
         self.say(f"kill {done}: after step {at[-1]}, checkpoints {runs.saved_steps(workdir)}")
-      process = runs.start(self.data, workdir, *_FLAGS)
+      process = runs.start(self.data, workdir, *several.FLAGS)
       runs.finish(process, workdir)
       equal.append(self._equal(workdir, 1)["equal"])
     return {"equal": all(equal), "kills": done, "runs": run, "killed_after": at}
@@ -175,14 +124,14 @@ class Faults:
   def preempted(self) -> dict[str, Any]:
     """SIGTERM to one of two: both save the same step, and end with the code for a restart."""
     workdir = self.folder / "preempted"
-    pair = start_pair(self.data, workdir)
-    wait_for_step(4, workdir, *pair)
+    pair = several.start_pair(self.data, workdir)
+    several.wait_for_step(4, workdir, *pair)
     began = time.monotonic()
     pair[1].terminate()
-    codes = end(pair)
+    codes = several.end(pair)
     seconds, saved = time.monotonic() - began, runs.saved_steps(workdir)
     self.say(f"preempted: codes {codes} after {seconds:.1f} s, checkpoint {saved[-1:]}")
-    finish_pair(self.data, workdir)
+    several.finish_pair(self.data, workdir)
     result = self._equal(workdir, 2)
     result |= {"codes": codes, "seconds": round(seconds, 1), "saved": saved[-1]}
     return result | {"equal": result["equal"] and codes == [RESTART, RESTART]}
@@ -192,15 +141,15 @@ class Faults:
     result: dict[str, Any] = {"equal": True}
     for victim in (0, 1):
       workdir = self.folder / f"lost-{victim}"
-      pair = start_pair(self.data, workdir)
-      wait_for_step(5, workdir, *pair)
+      pair = several.start_pair(self.data, workdir)
+      several.wait_for_step(5, workdir, *pair)
       pair[victim].kill()
       began = time.monotonic()
-      codes = end(pair)
+      codes = several.end(pair)
       seconds, other = time.monotonic() - began, 1 - victim
-      line = _line(said(workdir, f"p{other}-"), "Start all again")
+      line = _line(several.said(workdir, f"p{other}-"), "Start all again")
       self.say(f"process {victim} killed: the other ended with {codes[other]} in {seconds:.1f} s")
-      finish_pair(self.data, workdir)
+      several.finish_pair(self.data, workdir)
       same = self._equal(workdir, 2)["equal"]
       result["equal"] &= same and bool(line) and codes[other] not in (0, -signal.SIGKILL)
       result[f"process_{victim}"] = {
@@ -211,8 +160,8 @@ class Faults:
   def slow_process(self) -> dict[str, Any]:
     """One of two stands still for half of the time, from its first step on."""
     workdir = self.folder / "slow"
-    pair = start_pair(self.data, workdir)
-    wait_for_step(1, workdir, *pair)
+    pair = several.start_pair(self.data, workdir)
+    several.wait_for_step(1, workdir, *pair)
     stops = 0
     while pair[0].poll() is None and pair[1].poll() is None:
       pair[1].send_signal(signal.SIGSTOP)
@@ -220,26 +169,42 @@ class Faults:
       pair[1].send_signal(signal.SIGCONT)
       stops += 1
       time.sleep(0.5)
-    codes = end(pair)
+    codes = several.end(pair)
     self.say(f"slow process: codes {codes} after {stops} stops")
     result = self._equal(workdir, 2)
     return result | {
       "codes": codes, "stops": stops, "equal": result["equal"] and codes == [0, 0],
     }  # fmt: skip
 
+  def late_process(self) -> dict[str, Any]:
+    """One of two waits for records that never come: both end with a line that names it."""
+    workdir = self.folder / "late"
+    soon, program = "--config.watchdog_seconds=20", ("-c", _STUCK.format(batches=6))
+    pair = several.start_several(self.data, workdir, 2, soon, last=program)
+    several.wait_for_step(4, workdir, *pair)
+    began = time.monotonic()
+    codes = several.end(pair)
+    seconds, line = time.monotonic() - began, _line(several.said(workdir, "p0-"), "is late")
+    self.say(f"late process: codes {codes} after {seconds:.1f} s: {line}")
+    several.finish_several(self.data, workdir, 2, soon)
+    result = self._equal(workdir, 2)
+    named = "process 1 of 2" in line and "waits for the data" in line
+    result |= {"codes": codes, "seconds": round(seconds, 1), "line": line}
+    return result | {"equal": result["equal"] and named and codes == [RESTART, RESTART]}
+
   def full_disk(self) -> dict[str, Any]:
     """From the first checkpoint on no file can grow past 64 KiB, then there is room again."""
     workdir = self.folder / "full"
-    process = runs.start(self.data, workdir, *_FLAGS)
-    wait_for_step(4, workdir, process)
+    process = runs.start(self.data, workdir, *several.FLAGS)
+    several.wait_for_step(4, workdir, process)
     while not runs.saved_steps(workdir) and process.poll() is None:
       time.sleep(0.01)
     _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, hard))
-    (code,), kept = end([process]), runs.saved_steps(workdir)
-    line = _line(said(workdir), "could not be written")
+    (code,), kept = several.end([process]), runs.saved_steps(workdir)
+    line = _line(several.said(workdir), "could not be written")
     self.say(f"full disk: code {code}, checkpoints {kept}: {line}")
-    runs.finish(runs.start(self.data, workdir, *_FLAGS), workdir)
+    runs.finish(runs.start(self.data, workdir, *several.FLAGS), workdir)
     result = self._equal(workdir, 1)
     whole = bool(line) and code == 1 and bool(kept)
     return result | {"code": code, "kept": kept, "line": line, "equal": result["equal"] and whole}
@@ -263,22 +228,24 @@ class Faults:
     """A shard overwritten after the first epoch: the run stops; mended, it goes on as if never."""
     workdir = self.folder / "bad-shard"
     data = shutil.copytree(self.data, self.folder / "bad-scenes")
-    stop = (*_FLAGS, "--config.data.on_bad_record=stop")
+    stop = (*several.FLAGS, "--config.data.on_bad_record=stop")
     whole = self.folder / "undisturbed-stop"  # on_bad_record is part of a run's identity
     runs.finish(runs.start(self.data, whole, *stop), whole)
     process = runs.start(data, workdir, *stop)
-    wait_for_step(8, workdir, process)
+    several.wait_for_step(8, workdir, process)
     with self._overwritten_shard(data):
-      (code,) = end([process])
-    line = _line(said(workdir), "BadRecord") or said(workdir).strip().rsplit("\n", 1)[-1]
+      (code,) = several.end([process])
+    line = (
+      _line(several.said(workdir), "BadRecord") or several.said(workdir).strip().rsplit("\n", 1)[-1]
+    )
     self.say(f"bad shard: code {code}: {line}")
     runs.finish(runs.start(data, workdir, *stop), workdir)
     different = runs.differences(runs.final_state(whole), runs.final_state(workdir))
     skipping = self.folder / "bad-shard-skip"
-    process = runs.start(data, skipping, *_FLAGS)
-    wait_for_step(8, skipping, process)
+    process = runs.start(data, skipping, *several.FLAGS)
+    several.wait_for_step(8, skipping, process)
     with self._overwritten_shard(data):
-      (skipped,) = end([process])
+      (skipped,) = several.end([process])
     entries = metrics.read_jsonl(skipping / "metrics.jsonl")
     bad = sum(entry.get("train/bad_examples", 0) for entry in entries)
     self.say(f"bad shard, skipped: code {skipped}, {bad:.0f} bad examples")
@@ -292,18 +259,18 @@ class Faults:
     """
     grain = "--config.method=grain"
     whole, began = self.folder / "undisturbed-grain", self.folder / "elastic-4"
-    runs.finish(runs.start(self.data, whole, *_PAIR, grain), whole)
-    want = losses(whole)
-    four = start_several(self.data, began, 4, grain)
-    wait_for_step(4, began, *four)
+    runs.finish(runs.start(self.data, whole, *several.PAIR, grain), whole)
+    want = several.losses(whole)
+    four = several.start_several(self.data, began, 4, grain)
+    several.wait_for_step(4, began, *four)
     four[3].terminate()
-    codes, saved = end(four), runs.saved_steps(began)[-1]
+    codes, saved = several.end(four), runs.saved_steps(began)[-1]
     self.say(f"elastic: four processes ended with {codes}, checkpoint {saved}")
     result: dict[str, Any] = {"codes": codes, "saved": saved}
     for count in (1, 2, 8):
       workdir = shutil.copytree(began, self.folder / f"elastic-{count}")
-      finish_several(self.data, workdir, count, grain)
-      got = losses(workdir)
+      several.finish_several(self.data, workdir, count, grain)
+      got = several.losses(workdir)
       far = max(abs(got.get(step, float("inf")) - loss) / loss for step, loss in want.items())
       result[f"{count}_processes"] = far
       self.say(f"elastic: {count} process(es) went on from {saved}; losses within {far:.1e}")
@@ -316,6 +283,7 @@ SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
   "preempted": Faults.preempted,
   "lost_process": Faults.lost_process,
   "slow_process": Faults.slow_process,
+  "late_process": Faults.late_process,
   "full_disk": Faults.full_disk,
   "bad_shard": Faults.bad_shard,
   "elastic": Faults.elastic,

@@ -52,15 +52,21 @@ def build_scenes(out: pathlib.Path) -> None:
 
 
 def start(
-  data: pathlib.Path, workdir: pathlib.Path, *flags: str, name: str = "std", devices: int = 1
+  data: pathlib.Path,
+  workdir: pathlib.Path,
+  *flags: str,
+  name: str = "std",
+  devices: int = 1,
+  program: Sequence[str] = ("-m", "grain_jax.main"),
 ) -> subprocess.Popen:
   """`grain_jax.main` on the tiny model and virtual devices, in a process group of its own.
 
-  What it says is appended to NAMEout.txt and NAMEerr.txt in `workdir`.
+  What it says is appended to NAMEout.txt and NAMEerr.txt in `workdir`. Python may run another
+  `program` in its place.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   command = [
-    sys.executable, "-m", "grain_jax.main", f"--config=configs/quickstart.py:{TINY}",
+    sys.executable, *program, f"--config=configs/quickstart.py:{TINY}",
     f"--config.data.dir={data}", f"--workdir={workdir}", *flags,
   ]  # fmt: skip
   xla = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"

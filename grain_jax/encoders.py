@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grain_jax import mesh as meshes
 from grain_jax import steps, trees
 from grain_jax import tokenizer as tokenizers
 from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.share import ALONE, Share
 from grain_jax.models import grain
 
 # Parameters that a text's embedding depends on, by the start of their names.
@@ -73,7 +75,15 @@ def make(
     has_regions=config.method != "clip",
     templates=tuple(config.zero_shot.templates),
     fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),
+    share=_share(mesh),
   )
+
+
+def _share(mesh: Mesh) -> Share:
+  """What this process reads: nothing is shared where the mesh is within one process."""
+  if not mesh.is_multi_process:
+    return ALONE
+  return Share(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
 
 
 def _fingerprint(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -321,13 +322,18 @@ def test_two_processes_write_what_one_does(model, folder, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}"
-  flags = (f"--checkpoint={run}", f"--images={folder}", "--regions", "--batch_size=3")
+  flags = (f"--checkpoint={run}", "--regions", "--batch_size=3")
+  # Of the four pictures a batch the first two are the first process's. Each has only its own.
+  partial = [shutil.copytree(folder, tmp_path / f"partial{i}") for i in range(2)]
+  for row, path in enumerate(PATHS):
+    (partial[row % 4 < 2] / path).write_bytes(b"another's")
   pair = [
     command(
-      *flags, address, "--num_processes=2", f"--process_id={i}", f"--out={tmp_path / str(i)}.npz"
+      *flags, f"--images={partial[i]}", address, "--num_processes=2", f"--process_id={i}",
+      f"--out={tmp_path / str(i)}.npz",
     )
     for i in range(2)
-  ]
+  ]  # fmt: skip
   said = [process.communicate(timeout=300) for process in pair]
   assert [process.returncode for process in pair] == [0, 0], said
   assert "5 of 6 images" in said[0][0] and "1 of 6 pictures" in said[0][0]

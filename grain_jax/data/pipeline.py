@@ -176,8 +176,8 @@ def eval_batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], Extras]]:
   """One pass over a split in its own order, as (batch, extras).
 
-  Every batch has config.eval_batch_size images over all hosts; the last one is filled up with
-  examples whose example_mask is false. The caption is the first one.
+  Every batch has config.eval_batch_size images over all hosts (each reads as many, rounded up); the
+  last one is filled up with examples whose example_mask is false. The caption is the first one.
   """
   dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
   num_records, size = dataset.num_records(split), config.eval_batch_size

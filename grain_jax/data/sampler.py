@@ -58,10 +58,14 @@ def indices(
 def eval_indices(
   *, step: int, batch_size: int, num_records: int, host: int = 0, num_hosts: int = 1
 ) -> np.ndarray:
-  """Records in their own order; -1 fills the last batch up: i64 [batch_size / num_hosts]."""
-  start, stop = _host_part(batch_size, host, num_hosts)
-  chosen = np.arange(step * batch_size + start, step * batch_size + stop)
-  return np.where(chosen < num_records, chosen, -1)
+  """Records in their own order; -1 fills the last batch up: i64 [ceil(batch_size / num_hosts)].
+
+  Where hosts do not divide the batch, -1 fills up those that would read beyond it too.
+  """
+  part = -(-batch_size // num_hosts)
+  rows = np.arange(host * part, (host + 1) * part)
+  chosen = step * batch_size + rows
+  return np.where((rows < batch_size) & (chosen < num_records), chosen, -1)
 
 
 def eval_steps(num_records: int, batch_size: int) -> int:

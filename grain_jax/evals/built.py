@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from grain_jax.evals import (
   zero_shot,
 )
 from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.share import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
     zero_shot.evaluate(
       encoders.image,
       encoders.text,
-      _batches(config, dataset, split_of(config, "zero_shot")),
+      _batches(config, encoders, dataset, split_of(config, "zero_shot")),
       classes=classes,
       templates=config.zero_shot.templates,
       descriptors=descriptors,
@@ -63,13 +65,13 @@ def _descriptors(config: Any, dataset: pipeline.Dataset) -> dict[str, list[str]]
 
 def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """R@1/5/10 both ways, one caption an image."""
-  batches = _batches(config, dataset, split_of(config, "retrieval"))
+  batches = _batches(config, encoders, dataset, split_of(config, "retrieval"))
   return Outcome(retrieval.evaluate(encoders.image, encoders.text, batches))
 
 
 def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """Boxes and descriptions of the matched region queries."""
-  batches = _batches(config, dataset, split_of(config, "grounding"))
+  batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   costs = {"l1_cost": config.loss.box_l1_cost, "giou_cost": config.loss.box_giou_cost}
   result = grounding.evaluate(encoders.regions, encoders.text, batches, keep=12, **costs)
   return Outcome(result.metrics, result.examples)
@@ -77,7 +79,7 @@ def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
 
 def _composition(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """Captions against captions with one thing changed."""
-  batches = _batches(config, dataset, split_of(config, "composition"))
+  batches = _batches(config, encoders, dataset, split_of(config, "composition"))
   return Outcome(composition.evaluate_built(encoders.image, encoders.text, batches))
 
 
@@ -86,7 +88,7 @@ def _segmentation(config: Any, encoders: Encoders, dataset: pipeline.Dataset) ->
   found = segmentation.evaluate_built(
     encoders.patches,
     encoders.text,
-    _batches(config, dataset, split_of(config, "segmentation")),
+    _batches(config, encoders, dataset, split_of(config, "segmentation")),
     classes=dataset.mask_names,
     keep=8,
   )
@@ -95,13 +97,13 @@ def _segmentation(config: Any, encoders: Encoders, dataset: pipeline.Dataset) ->
 
 def _detection(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """COCO's average precision, a category for each distinct description."""
-  batches = _batches(config, dataset, split_of(config, "grounding"))
+  batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   return Outcome(detection.evaluate_built(encoders.regions, encoders.text, batches))
 
 
 def _region_classification(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
   """The description of a given box among those with another colour."""
-  batches = _batches(config, dataset, split_of(config, "grounding"))
+  batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   return Outcome(region_classification.evaluate_built(encoders, batches))
 
 
@@ -173,10 +175,37 @@ def run(
 
 
 def _batches(
-  config: ml_collections.ConfigDict, dataset: pipeline.Dataset, split: str
+  config: ml_collections.ConfigDict, encoders: Encoders, dataset: pipeline.Dataset, split: str
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """(batch, extras by name) of a split, descriptions filled up with '' to one a region."""
-  regions = config.data.max_regions
-  for batch, extras in pipeline.eval_batches(dataset, split, config):
-    described = [texts + [""] * (regions - len(texts)) for texts in extras.descriptions]
-    yield batch, {**extras._asdict(), "descriptions": described}
+  """(batch, extras by name) of a split, descriptions filled up with '' to one a region.
+
+  Each process reads its share; every process gets whole batches.
+  """
+  regions, size, share = config.data.max_regions, config.eval_batch_size, encoders.share
+  for batch, own in pipeline.eval_batches(
+    dataset, split, config, host=share.index, num_hosts=share.count
+  ):
+    extras = own._asdict()
+    if share.count > 1:
+      batch = {name: share.join(rows, size) for name, rows in batch.items()}
+      extras = _join(extras, share, size)
+    extras["descriptions"] = [t + [""] * (regions - len(t)) for t in extras["descriptions"]]
+    yield batch, extras
+
+
+def _join(extras: dict[str, Any], share: Share, size: int) -> dict[str, Any]:
+  """`pipeline.Extras` of all processes' rows."""
+  columns = {
+    **extras,
+    "index": extras["index"].tolist(),
+    "label": extras["label"].tolist(),
+    "mask": [base64.b64encode(mask).decode() for mask in extras["mask"]],
+  }
+  rows = share.join_lists(list(zip(*columns.values(), strict=True)), size)
+  joined = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+  return {
+    **joined,
+    "index": np.asarray(joined["index"], np.int64),
+    "label": np.asarray(joined["label"], np.int64),
+    "mask": [base64.b64decode(mask) for mask in joined["mask"]],
+  }

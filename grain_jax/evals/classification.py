@@ -124,6 +124,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     resize=encoders.resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
+    share=encoders.share,
   ):
     own = [labels[i] for i in batch.index]
     counted += own

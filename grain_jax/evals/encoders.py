@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from grain_jax.evals.share import ALONE, Share
+
 
 def _no_patches(images: np.ndarray) -> np.ndarray:
   raise ValueError(f"these encoders give no patch features (asked for {len(images)} images).")
@@ -33,6 +35,7 @@ class Encoders:
   templates: tuple[str, ...] = ("a photo of a {}.",)  # prompts where a dataset brings none
   # Of the text encoder: equal only where equal texts embed equally; '' where it cannot be told.
   fingerprint: Callable[[], str] = lambda: ""
+  share: Share = ALONE  # of the pictures, that this process reads
 
   def require_regions(self, what: str) -> None:
     """Raises a one-line ValueError where `what` needs region queries and there are none."""

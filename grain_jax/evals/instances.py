@@ -197,6 +197,7 @@ def batches(
     resize=resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
+    share=encoders.share,
   ):
     read_any = True
     yield batch

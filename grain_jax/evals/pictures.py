@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +21,14 @@ from PIL import Image
 
 from grain_jax.data import records, transforms
 from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.share import ALONE, Share
 
 # The path of a file, its bytes, a PIL image, or u8 [H, W, 3] (or [H, W], [H, W, 1]: grey).
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+# An image u8 [size, size, 3] with the (height, width) of its picture, or why that cannot be read.
+_Loaded = tuple[np.ndarray, tuple[int, int]] | str
 
 
 @dataclasses.dataclass
@@ -88,6 +94,7 @@ def batches(
   resize: str,
   batch_size: int,
   unreadable: Unreadable,
+  share: Share = ALONE,
   threads: int = 0,
 ) -> Iterator[Batch]:
   """Batches of `batch_size` images (the last may be smaller) of those that can be read.
@@ -98,10 +105,14 @@ def batches(
     resize: one of `transforms.RESIZES`.
     batch_size: images a batch.
     unreadable: filled in on the way.
+    share: of the pictures, that this process reads; all processes get all batches.
     threads: that decode; 0 for one a core.
   """
 
-  def load(source: Source) -> tuple[np.ndarray, tuple[int, int]] | str:
+  def load(numbered: tuple[int, Source]) -> _Loaded | None:
+    index, source = numbered
+    if not share.is_own(index % batch_size, batch_size):
+      return None
     try:
       picture = open_picture(source)
     except ValueError as error:
@@ -111,7 +122,9 @@ def batches(
   waiting: list[tuple[int, np.ndarray, tuple[int, int]]] = []
   threads = threads or os.cpu_count() or 1
   with futures.ThreadPoolExecutor(threads) as pool:
-    for index, loaded in enumerate(_ahead(pool, load, pictures, ahead=4 * threads + batch_size)):
+    ahead = 4 * threads * share.count + batch_size
+    own = _ahead(pool, load, enumerate(pictures), ahead=ahead)
+    for index, loaded in enumerate(_of_all(own, share, batch_size, size)):
       if isinstance(loaded, str):
         unreadable.reasons[index] = loaded
         continue
@@ -153,6 +166,7 @@ def encode(
     resize=resize or encoders.resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
+    share=encoders.share,
   ):
     index.append(batch.index)
     parts.append(encode_images(batch.image))
@@ -180,6 +194,28 @@ def png(image: np.ndarray) -> bytes:
 def _stack(rows: list[tuple[int, np.ndarray, tuple[int, int]]]) -> Batch:
   index, image, original = zip(*rows, strict=True)
   return Batch(np.asarray(index), np.stack(image), np.asarray(original))
+
+
+def _of_all(
+  own: Iterator[_Loaded | None], share: Share, batch_size: int, size: int
+) -> Iterator[_Loaded]:
+  """What the processes loaded, put together for every `batch_size` pictures; None: another's."""
+  if share.count == 1:
+    yield from own  # none of them is another's
+    return
+  part = share.rows(batch_size)
+  while loaded := list(itertools.islice(own, batch_size)):
+    mine = loaded[share.index * part : (share.index + 1) * part]
+    images = np.zeros((part, size, size, 3), np.uint8)
+    facts: list[Any] = [None] * part  # why it cannot be read, or its original size
+    for row, one in enumerate(mine):
+      if isinstance(one, str):
+        facts[row] = one
+      else:
+        images[row], facts[row] = one
+    all_images, all_facts = share.join(images, batch_size), share.join_lists(facts, batch_size)
+    for image, fact in zip(all_images[: len(loaded)], all_facts[: len(loaded)], strict=True):
+      yield fact if isinstance(fact, str) else (image, tuple(fact))
 
 
 def _ahead(

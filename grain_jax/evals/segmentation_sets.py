@@ -127,6 +127,7 @@ def patches_of(
     resize="squash",
     batch_size=encoders.batch_size,
     unreadable=unreadable,
+    share=encoders.share,
   ):
     patches = segmentation.checked_patches(encoders.patches(batch.image), batch.image)
     for row, index in enumerate(batch.index.tolist()):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bench import faults, kills
+from bench import faults, kills, several
 from grain_jax.watchdog import RESTART
 
 
@@ -19,36 +19,36 @@ def scenarios(scenes_dir, tmp_path):
 def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
   """The same losses as one process that nothing disturbed, so the same order of samples."""
   whole, run = tmp_path / "whole", tmp_path / "run"
-  alone = kills.start(scenarios.data, whole, *faults._PAIR)
-  pair = faults.start_pair(scenarios.data, run)
-  faults.wait_for_step(4, run, *pair)
+  alone = kills.start(scenarios.data, whole, *several.PAIR)
+  pair = several.start_pair(scenarios.data, run)
+  several.wait_for_step(4, run, *pair)
   pair[1].send_signal(signal.SIGTERM)
-  assert faults.end(pair) == [RESTART, RESTART], faults.said(run)
+  assert several.end(pair) == [RESTART, RESTART], several.said(run)
   (stopped,) = kills.saved_steps(run)[-1:]
-  assert f"checkpoint {stopped} is saved" in faults.said(run, "p0-")
-  assert max(faults.losses(run)) == stopped < 12  # saved at the very step at which both stopped
+  assert f"checkpoint {stopped} is saved" in several.said(run, "p0-")
+  assert max(several.losses(run)) == stopped < 12  # saved at the very step at which both stopped
 
-  pair = faults.start_pair(scenarios.data, run)
-  faults.wait_for_step(stopped + 1, run, *pair)
+  pair = several.start_pair(scenarios.data, run)
+  several.wait_for_step(stopped + 1, run, *pair)
   pair[1].kill()
   began = time.monotonic()
-  assert faults.end(pair) == [RESTART, -signal.SIGKILL], faults.said(run)
+  assert several.end(pair) == [RESTART, -signal.SIGKILL], several.said(run)
   assert time.monotonic() - began < 90
-  assert "process 1 of 2" in faults.said(run, "p0-") and "is lost" in faults.said(run, "p0-")
+  assert "process 1 of 2" in several.said(run, "p0-") and "is lost" in several.said(run, "p0-")
 
-  kills.finish(kills.start(scenarios.data, run, *faults._PAIR), run)
+  kills.finish(kills.start(scenarios.data, run, *several.PAIR), run)
   kills.finish(alone, whole)
-  assert list(faults.losses(run)) == list(range(1, 13))
-  assert faults.losses(run) == pytest.approx(faults.losses(whole), rel=1e-4)
+  assert list(several.losses(run)) == list(range(1, 13))
+  assert several.losses(run) == pytest.approx(several.losses(whole), rel=1e-4)
 
 
 def test_what_the_scenarios_look_at(tmp_path):
-  assert faults.lines(tmp_path) == 0
+  assert several.lines(tmp_path) == 0
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-  assert faults.lines(tmp_path) == 2
+  assert several.lines(tmp_path) == 2
   (tmp_path / "p0-err.txt").write_text("a\n")
   (tmp_path / "p1-err.txt").write_text("b\n")
-  assert (faults.said(tmp_path), faults.said(tmp_path, "p1-")) == ("a\nb\n", "b\n")
+  assert (several.said(tmp_path), several.said(tmp_path, "p1-")) == ("a\nb\n", "b\n")
   assert faults._line("x\na lost b\nlost", "lost") == "a lost b"
 
 

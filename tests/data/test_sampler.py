@@ -43,19 +43,22 @@ def test_epochs_and_seeds_differ():
   assert not np.array_equal(first, second) and not np.array_equal(first, other)
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 3))
-def test_evaluation_reads_in_order_and_pads(records, part, hosts):
-  batch = part * hosts
-  seen = np.concatenate(
-    [
+@given(st.integers(1, 40), st.integers(1, 15), st.integers(1, 4))
+def test_evaluation_reads_in_order_and_pads(records, batch, hosts):
+  """Also where the hosts do not divide the batch: then some rows beyond it are -1."""
+  part, seen = -(-batch // hosts), []
+  for step in range(sampler.eval_steps(records, batch)):
+    own = [
       sampler.eval_indices(
         step=step, batch_size=batch, num_records=records, host=host, num_hosts=hosts
       )
-      for step in range(sampler.eval_steps(records, batch))
       for host in range(hosts)
     ]
-  )
-  assert seen.tolist() == list(range(records)) + [-1] * (-records % batch)
+    assert {len(indices) for indices in own} == {part}
+    whole = np.concatenate(own)
+    assert (whole[batch:] == -1).all()
+    seen += whole[:batch].tolist()
+  assert seen == list(range(records)) + [-1] * (-records % batch)
 
 
 @pytest.mark.parametrize(
