@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -69,9 +68,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def run(main: Callable[[], None]) -> None:
   """Parses flags, runs `main`, and turns what a user can cause into one line."""
-  # TensorFlow starts without Keras, which takes 3 of its 6 seconds: with this it looks for an older
-  # one, and only when asked for it. What the user has set stays.
-  os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
   def guarded(argv: Sequence[str]) -> None:
     del argv

@@ -14,7 +14,6 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # as commands do: TensorFlow in half of the time
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -1,7 +1,5 @@
 """Flags, and errors in one line."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -75,18 +73,3 @@ def test_a_message_of_several_lines_becomes_one(capsys):
     cli.fail(FileNotFoundError("first\n  second"))
   assert end.value.code == 1
   assert capsys.readouterr().err == "FileNotFoundError: first second\n"
-
-
-@pytest.mark.slow
-def test_commands_start_tensorflow_without_keras():
-  program = (
-    "import sys; from grain_jax import cli; sys.argv = ['x']\n"
-    "def main():\n"
-    "  import tensorflow as tf\n"
-    "  print('keras' in sys.modules, int(tf.reduce_sum(tf.range(4))))\n"
-    "cli.run(main)"
-  )
-  environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
-  command = [sys.executable, "-c", program]
-  done = subprocess.run(command, capture_output=True, text=True, env=environment)
-  assert done.stdout.split() == ["False", "6"], done.stderr
