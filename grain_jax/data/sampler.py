@@ -62,6 +62,7 @@ def eval_indices(
 
   Where hosts do not divide the batch, -1 fills up those that would read beyond it too.
   """
+  _check_host(host, num_hosts)
   part = -(-batch_size // num_hosts)
   rows = np.arange(host * part, (host + 1) * part)
   chosen = step * batch_size + rows
@@ -78,10 +79,14 @@ def _host_part(batch_size: int, host: int, num_hosts: int) -> tuple[int, int]:
     raise ValueError(
       f"batch_size = {batch_size} is not divisible by {num_hosts} hosts. Use a multiple."
     )
-  if not 0 <= host < num_hosts:
-    raise ValueError(f"host = {host} is not one of {num_hosts} hosts (0 to {num_hosts - 1}).")
+  _check_host(host, num_hosts)
   part = batch_size // num_hosts
   return host * part, (host + 1) * part
+
+
+def _check_host(host: int, num_hosts: int) -> None:
+  if not 0 <= host < num_hosts:
+    raise ValueError(f"host = {host} is not one of {num_hosts} hosts (0 to {num_hosts - 1}).")
 
 
 @functools.lru_cache(maxsize=2)

@@ -76,3 +76,9 @@ def test_wrong_values_are_one_line(change, message):
   with pytest.raises(ValueError, match=message) as error:
     sampler.indices(**{**good, **change})
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", [-1, 2])
+def test_evaluation_knows_its_hosts(host):
+  with pytest.raises(ValueError, match=f"host = {host} is not one of 2"):
+    sampler.eval_indices(step=0, batch_size=4, num_records=9, host=host, num_hosts=2)
