@@ -10,12 +10,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
 from grain_jax import distributed, trees
+
+
+# A replicated array is written in parts, one by each replica, where a part has so many bytes at
+# least. Orbax's default is none, and each cut of each array is a program that is compiled.
+_LEAST_PART = 1 << 20
 
 
 class SaveError(ValueError):
@@ -59,13 +65,20 @@ class Checkpoints:
     self._keep, self._best_metric, self._keep_best = keep, best_metric, keep_best
     self._results = self._read_results()
     processes = set(range(distributed.count())) if distributed.count() > 1 else None
+    multiprocessing = ocp.options.MultiprocessingOptions(active_processes=processes)
     self._manager = _Manager(
       self._directory,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=multiprocessing, type_handler_registry=_types()
+        ),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing),
+      },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self,
         cleanup_tmp_directories=not read_only,
         create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
+        multiprocessing_options=multiprocessing,
       ),
     )
     self._damaged: list[int] = []  # passed over by `restore`
@@ -269,6 +282,18 @@ class Checkpoints:
     """Waits and lets go of the directory."""
     self.wait()
     self._manager.close()
+
+
+def _types() -> ocp.type_handlers.TypeHandlerRegistry:
+  """How the leaves of a state are written."""
+  handlers = ocp.type_handlers
+  arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+  scalars = handlers.ScalarHandler()
+  return handlers.create_type_handler_registry(
+    (jax.Array, arrays),
+    (np.ndarray, handlers.NumpyHandler()),
+    *((kind, scalars) for kind in (int, float, np.number)),
+  )
 
 
 _OTHER_MODEL = "of another model"

@@ -69,11 +69,13 @@ def create_state(
     (init, abstract, shardings, optimizer): `init()` gives the fresh state, born sharded;
     `abstract` is its ShapeDtypeStructs with shardings, for restoring a checkpoint.
   """
-  params = jax.eval_shape(lambda: init_params(model, config))
+  # Traced once for all three: the shapes, the state's shapes, and the program that makes the state.
+  make_params = jax.jit(lambda: init_params(model, config))
+  params = jax.eval_shape(make_params)
   optimizer = optim.create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
   def init() -> TrainState:
-    params = init_params(model, config)
+    params = make_params()
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 

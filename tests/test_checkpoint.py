@@ -74,6 +74,22 @@ def test_restored_on_any_devices_bit_for_bit(tmp_path, state, devices, spec):
   checkpoints.close()
 
 
+def test_only_large_arrays_are_written_in_parts(tmp_path, caplog):
+  """Each part of an array that all devices hold is cut out by a program of its own."""
+  everywhere = NamedSharding(mesh_of(8), P())
+  programs = {}
+  for size in (8 * 2**18 - 8, 8 * 2**18):  # of float32; in eight parts they have 1 MiB, or less
+    array = jax.device_put(np.arange(size, dtype=np.float32), everywhere)
+    caplog.clear()
+    with jax.log_compiles():
+      checkpoints = save(tmp_path / str(size), {"params": array}, 1)
+    programs[size] = [r for r in caplog.messages if "XLA compilation of jit(slice)" in r]
+    restored, _ = checkpoints.restore({"params": abstract(array, mesh_of(8))})
+    assert_array_equal(restored["params"], array)
+    checkpoints.close()
+  assert [len(found) for found in programs.values()] == [0, 8]
+
+
 def test_parameters_alone_can_be_restored(tmp_path, state):
   save(tmp_path, state, 3).close()
   checkpoints = checkpoint.Checkpoints(tmp_path)

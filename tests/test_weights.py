@@ -1,5 +1,7 @@
 """Starting a run from somebody's towers: what is carried over, stays fresh, is refused."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -12,24 +14,32 @@ from grain_jax.convert import run_folder
 from grain_jax.models import grain
 
 
-@pytest.fixture
-def clip_folder(tiny, tmp_path):
-  """A CLIP as `convert` leaves it, of other parameters than a fresh model of `tiny`."""
-  clip = configs.from_json(configs.to_json(tiny))
-  clip.method, clip.seed = "clip", 7
-  params = steps.init_params(grain.build(clip), clip)
-  run_folder.write(tmp_path / "clip", config=clip, params=params, source={})
-  return tmp_path / "clip", dict(trees.named_leaves(params))
+@pytest.fixture(scope="module")
+def clip_folder(tiny_clip, tmp_path_factory):
+  """A CLIP as `convert` leaves it, of other parameters than a fresh model of `tiny`; not to be
+  written to."""
+  folder = tmp_path_factory.mktemp("towers") / "clip"
+  params = drawn(tiny_clip, seed=7)
+  run_folder.write(folder, config=tiny_clip, params=params, source={})
+  return folder, dict(trees.named_leaves(params))
+
+
+def drawn(config, *, seed):
+  """Random numbers in the shapes of the model: its own initialisation takes long to compile."""
+  rng, model = np.random.default_rng(seed), grain.build(config)
+  return jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
+    jax.eval_shape(lambda: steps.init_params(model, config)),
+  )
 
 
 def fresh(config):
   """Parameters on all eight devices, the token embedding cut in two."""
   config.mesh.update(fsdp=2, rules=(("token_embedding", ("fsdp",)),))
-  mesh = meshes.create(config)
-  init, *_ = steps.create_state(
-    grain.build(config), config, mesh, total_steps=10, steps_per_epoch=2
-  )
-  return init().params
+  params = drawn(config, seed=0)
+  state = steps.TrainState(np.int32(0), params, ())
+  shardings = meshes.state_shardings(state, meshes.create(config), config.mesh.rules)
+  return jax.device_put(params, shardings.params)
 
 
 def test_towers_are_carried_over_and_the_decoder_stays_fresh(tiny, clip_folder):
@@ -86,7 +96,7 @@ def test_a_folder_without_a_model_names_the_key(tiny, tmp_path):
 @pytest.mark.parametrize(("fsdp", "cut"), [(2, True), (3, False)])
 def test_a_run_is_read_as_it_is_cut_where_the_devices_allow_it(tiny, tmp_path, fsdp, cut):
   tiny.mesh.update(fsdp=fsdp, rules=(("token_embedding$", ("fsdp",)),))
-  params = steps.init_params(grain.build(tiny), tiny)
+  params = drawn(tiny, seed=0)
   run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
   config, got = weights.load(tmp_path / "run")
   embedding = got["text_tower"]["token_embedding"]
@@ -95,8 +105,8 @@ def test_a_run_is_read_as_it_is_cut_where_the_devices_allow_it(tiny, tmp_path, f
   assert_array_equal(embedding, params["text_tower"]["token_embedding"])
 
 
-def test_a_damaged_config_of_a_run_is_one_line(tiny, clip_folder):
-  folder, _ = clip_folder
+def test_a_damaged_config_of_a_run_is_one_line(clip_folder, tmp_path):
+  folder = shutil.copytree(clip_folder[0], tmp_path / "run")
   (folder / "config.json").write_text('{"seed": ')
   with pytest.raises(ValueError, match=rf"{folder}/config.json is not JSON of a configuration"):
     weights.load(folder)
@@ -108,7 +118,7 @@ def test_a_run_starts_from_frozen_towers_and_leaves_them(
 ):
   """And no step waits for the metrics of the one before it: those are read behind its back."""
   folder, theirs = clip_folder
-  tiny.data.dir, tiny.steps, tiny.evals, tiny.save_every = str(scenes_dir), 2, (), 2
+  tiny.data.dir, tiny.evals, tiny.method = str(scenes_dir), (), "clip"
   tiny.init.update(image=str(folder), text=str(folder))
   tiny.optimizer.update(freeze=("^image_tower/",), lr=0.1, warmup_steps=0, warmup_epochs=0.0)
   tiny.log_every, tiny.steps, tiny.save_every = 1, 3, 3
