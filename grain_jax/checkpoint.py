@@ -18,7 +18,6 @@ from etils import epath
 
 from grain_jax import distributed, trees
 
-
 # A replicated array is written in parts, one by each replica, where a part has so many bytes at
 # least. Orbax's default is none, and each cut of each array is a program that is compiled.
 _LEAST_PART = 1 << 20
