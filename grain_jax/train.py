@@ -9,12 +9,11 @@ import json
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
 from absl import logging
-from clu import metric_writers
 
 from grain_jax import (
   checkpoint,
@@ -25,13 +24,15 @@ from grain_jax import (
   trees,
   utilization,
   weights,
-  writers,
 )
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.data import pipeline, sampler
 from grain_jax.models import grain
+
+if TYPE_CHECKING:
+  from clu import metric_writers
 
 # Steps whose results the host may be behind; on CPUs of several processes one (see below).
 _IN_FLIGHT = 2
@@ -88,6 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     best_metric=config.checkpoint.best_metric,
     keep_best=config.checkpoint.keep_best,
   )
+  from grain_jax import writers  # loads TensorFlow, which takes seconds: after what may be wrong
+
   with jax.set_mesh(mesh):
     if checkpoints.latest() is None:
       state = init()

@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(scen
   flags = (
     QUICKSTART, f"--workdir={tmp_path}", f"--config.data.dir={scenes_dir}", "--config.evals=()",
     "--config.save_every=1", "--config.optimizer.lr=1e30", "--config.optimizer.warmup_steps=1",
-    "--config.optimizer.lr_init=1e-4", "--config.optimizer.name=adamw",
+    "--config.optimizer.lr_init=1e-4", "--config.optimizer.name=adamw", "--config.method=clip",
   )  # fmt: skip
   code, stderr = command("grain_jax.main", *flags)
   assert code == 1

@@ -1,5 +1,6 @@
 """`grain_jax.load` on a finished run, against the model applied by hand and by torch."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,9 +161,9 @@ def test_an_export_loads_as_the_run_itself(model, finished_run, images, tmp_path
 
 def test_clip_has_no_regions(finished_run, images, tmp_path, tiny):
   tiny.method = "clip"
-  from grain_jax import inference, steps
+  from grain_jax import inference
 
-  model = inference.Model(tiny, steps.init_params(grain.build(tiny), tiny))
+  model = inference.Model(tiny, drawn.params(tiny))
   assert model.encode_image(images).shape == (5, 16)
   with pytest.raises(ValueError, match="has no region queries"):
     model.describe_regions(images[0], ["a"])

@@ -1,5 +1,6 @@
 """AdamW against torch.optim.AdamW; schedule and clamp against numbers worked by hand."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,16 +187,19 @@ def test_muon_sums_in_another_order_when_sharded_but_stays_the_same_step(tiny, m
   """Losses of four steps on eight devices and on one, of both towers alone."""
   from grain_jax import mesh as meshes
 
-  tiny.optimizer.name, tiny.method = "muon", "clip"
+  tiny.optimizer.name, tiny.method, tiny.model.text.vocab_size = "muon", "clip", 400
   losses = []
   for devices in (1, 8):
     mesh = meshes.create(tiny, devices=jax.devices()[:devices])
     model = grain.build(tiny)
-    init, _, shardings, optimizer = steps.create_state(
+    *_, shardings, optimizer = steps.create_state(
       model, tiny, mesh, total_steps=10, steps_per_epoch=2
     )
+    params = drawn.params(tiny)
+    state = steps.TrainState(np.int32(0), params, optimizer.init(params))
     with jax.set_mesh(mesh):
-      state, step = init(), steps.make_train_step(model, tiny, mesh, optimizer, shardings)
+      state = jax.device_put(state, shardings)
+      step = steps.make_train_step(model, tiny, mesh, optimizer, shardings)
       values = []
       for i in range(4):
         batch = make_batch(tiny, rng=np.random.default_rng(i))

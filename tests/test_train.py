@@ -104,7 +104,7 @@ def test_eight_devices_go_on_after_a_crash_as_if_nothing_were(
 ):
   """Without auxiliary losses, with the device matcher, sharded parameters and evaluations."""
   tiny.data.dir, tiny.method = str(scenes_dir), "grain"
-  tiny.model.text.depth = tiny.model.image.depth = 1
+  tiny.model.text.depth = tiny.model.image.depth = tiny.model.decoder.depth = 1
   tiny.steps, tiny.log_every, tiny.save_every, tiny.eval_every = 4, 2, 2, 2
   tiny.evals = ("retrieval",)
   tiny.mesh.update(fsdp=2, rules=(("token_embedding", ("fsdp",)),))

@@ -2,6 +2,7 @@
 
 import shutil
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import steps, train, trees, weights
 from grain_jax.convert import run_folder
-from grain_jax.models import grain
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +19,15 @@ def clip_folder(tiny_clip, tmp_path_factory):
   """A CLIP as `convert` leaves it, of other parameters than a fresh model of `tiny`; not to be
   written to."""
   folder = tmp_path_factory.mktemp("towers") / "clip"
-  params = drawn(tiny_clip, seed=7)
+  params = drawn.params(tiny_clip, seed=7)
   run_folder.write(folder, config=tiny_clip, params=params, source={})
   return folder, dict(trees.named_leaves(params))
-
-
-def drawn(config, *, seed):
-  """Random numbers in the shapes of the model: its own initialisation takes long to compile."""
-  rng, model = np.random.default_rng(seed), grain.build(config)
-  return jax.tree.map(
-    lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
-    jax.eval_shape(lambda: steps.init_params(model, config)),
-  )
 
 
 def fresh(config):
   """Parameters on all eight devices, the token embedding cut in two."""
   config.mesh.update(fsdp=2, rules=(("token_embedding", ("fsdp",)),))
-  params = drawn(config, seed=0)
+  params = drawn.params(config)
   state = steps.TrainState(np.int32(0), params, ())
   shardings = meshes.state_shardings(state, meshes.create(config), config.mesh.rules)
   return jax.device_put(params, shardings.params)
@@ -96,7 +87,7 @@ def test_a_folder_without_a_model_names_the_key(tiny, tmp_path):
 @pytest.mark.parametrize(("fsdp", "cut"), [(2, True), (3, False)])
 def test_a_run_is_read_as_it_is_cut_where_the_devices_allow_it(tiny, tmp_path, fsdp, cut):
   tiny.mesh.update(fsdp=fsdp, rules=(("token_embedding$", ("fsdp",)),))
-  params = drawn(tiny, seed=0)
+  params = drawn.params(tiny)
   run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
   config, got = weights.load(tmp_path / "run")
   embedding = got["text_tower"]["token_embedding"]
