@@ -48,6 +48,11 @@ def test_missing_data_in_a_real_process(tmp_path):
   assert_one_line(stderr, data, "no such directory", "grain_jax.data.build")
 
 
+def test_tensorflow_which_loads_for_seconds_does_not_stand_before_what_may_be_wrong():
+  program = "import sys, grain_jax.train; sys.exit('tensorflow' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", program], cwd=kills.ROOT).returncode == 0
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(scenes_dir, tmp_path):
   """The rate is sane for the first steps of the warm-up and then beyond all bounds."""
