@@ -1,6 +1,7 @@
 """The train step on one device, on eight, and cut in other ways: the same loss and gradients."""
 
 import functools
+import re
 
 import drawn
 import jax
@@ -274,7 +275,7 @@ def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, 
   tiny.model.image.depth = tiny.model.text.depth = tiny.model.decoder.depth = 1
   tiny.model.text.vocab_size = 400
   tiny.model.decoder.dropout = 0.0
-  found, params = {}, drawn.params(tiny)
+  found, halves, params = {}, {}, drawn.params(tiny)
   for tiny.model.dtype in ("float32", "bfloat16"):
     model = grain.build(tiny)
     born = jax.eval_shape(lambda model=model: steps.init_params(model, tiny))
@@ -287,7 +288,10 @@ def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, 
     )[0]
     traced = jax.jit(jax.value_and_grad(loss)).trace(params)
     found[tiny.model.dtype] = traced.lower().compile()(params)
-    assert ("bf16" in str(traced.jaxpr)) == (tiny.model.dtype == "bfloat16")
+    products = re.findall(r"(\w+)\[[^\n]*= dot_general", str(traced.jaxpr))
+    halves[tiny.model.dtype] = products.count("bf16") / len(products)
+  # The scores of attention and the losses are products in float32.
+  assert halves["float32"] == 0 and halves["bfloat16"] > 0.6
   (want, full), (got, half) = found["float32"], found["bfloat16"]
   assert got.dtype == jnp.float32 and want != got
   assert_allclose(got, want, rtol=2e-2)
