@@ -1,10 +1,14 @@
 """Flags, and errors in one line."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.util import tensor_util
 
 from grain_jax import cli
 from grain_jax import config as configs
@@ -73,3 +77,30 @@ def test_a_message_of_several_lines_becomes_one(capsys):
     cli.fail(FileNotFoundError("first\n  second"))
   assert end.value.code == 1
   assert capsys.readouterr().err == "FileNotFoundError: first second\n"
+
+
+@pytest.mark.slow
+def test_commands_write_tensorboard_events_without_keras(tmp_path):
+  program = """
+import pathlib, sys
+from grain_jax import cli
+
+def main():
+  import tensorflow_datasets
+  from grain_jax import writers
+
+  writer = writers.create_writer(pathlib.Path(sys.argv[0]), start_step=0)
+  writer.write_scalars(1, {"x": 0.5})
+  writer.close()
+  print("tensorflow" in sys.modules, "keras" in sys.modules)
+
+cli.run(main)
+"""
+  environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+  command = [sys.executable, "-c", f"import sys; sys.argv = [{str(tmp_path)!r}]\n{program}"]
+  done = subprocess.run(command, capture_output=True, text=True, env=environment)
+  assert done.stdout.split() == ["True", "False"], done.stderr
+  (events,) = tmp_path.glob("events.out.tfevents.*")
+  loader = event_file_loader.EventFileLoader(str(events))
+  values = [v for event in loader.Load() for v in event.summary.value]
+  assert [(v.tag, tensor_util.make_ndarray(v.tensor)) for v in values] == [("x", 0.5)]
