@@ -3,7 +3,6 @@
 import fcntl
 import os
 import pathlib
-import resource
 
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
@@ -26,11 +25,10 @@ hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded_caches():
-  """From 3 GiB on the compiled functions of a test file go with it; before, others may use them."""
+def fresh_caches():
+  """Compiled functions of a test file go with it: all of them together take gigabytes."""
   yield
-  if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:  # in KiB; macOS counts bytes
-    jax.clear_caches()
+  jax.clear_caches()
 
 
 @pytest.fixture
