@@ -1,6 +1,7 @@
 """Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes."""
 
 import fcntl
+import gc
 import os
 import pathlib
 
@@ -20,6 +21,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+gc.set_threshold(50_000, 10, 10)  # as commands do (`cli.run`)
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("tests")
 

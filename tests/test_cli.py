@@ -80,9 +80,9 @@ def test_a_message_of_several_lines_becomes_one(capsys):
 
 
 @pytest.mark.slow
-def test_commands_write_tensorboard_events_without_keras(tmp_path):
+def test_commands_write_tensorboard_events_and_start_without_keras_or_full_collections(tmp_path):
   program = """
-import pathlib, sys
+import gc, pathlib, sys
 from grain_jax import cli
 
 def main():
@@ -92,14 +92,15 @@ def main():
   writer = writers.create_writer(pathlib.Path(sys.argv[0]), start_step=0)
   writer.write_scalars(1, {"x": 0.5})
   writer.close()
-  print("tensorflow" in sys.modules, "keras" in sys.modules)
+  full = gc.get_stats()[2]["collections"]
+  print("tensorflow" in sys.modules, "keras" in sys.modules, full)
 
 cli.run(main)
 """
   environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
   command = [sys.executable, "-c", f"import sys; sys.argv = [{str(tmp_path)!r}]\n{program}"]
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
-  assert done.stdout.split() == ["True", "False"], done.stderr
+  assert done.stdout.split() == ["True", "False", "0"], done.stderr
   (events,) = tmp_path.glob("events.out.tfevents.*")
   loader = event_file_loader.EventFileLoader(str(events))
   values = [v for event in loader.Load() for v in event.summary.value]
