@@ -72,9 +72,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _without_keras() -> None:
   """TensorFlow starts without Keras, which takes 2 to 3 of its 6 seconds, in a command's process.
 
-  With TF_USE_LEGACY_KERAS TensorFlow looks for the package of an older Keras, and goes without where
-  there is none. TensorBoard's hparams plugin, which clu imports, would ask for Keras after all,
-  for the base of a callback that nothing here uses. What the user has set stays.
+  With TF_USE_LEGACY_KERAS TensorFlow looks for the package of an older Keras, and goes without if
+  there is none. TensorBoard's hparams plugin, which clu imports, would ask for Keras after all, for
+  the base of a callback that nothing here uses. What the user has set stays.
   """
   if os.environ.setdefault("TF_USE_LEGACY_KERAS", "1") == "1":
     unused = types.ModuleType("tensorboard.plugins.hparams._keras")
