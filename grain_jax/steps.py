@@ -66,12 +66,15 @@ def create_state(
   """How to make the state, without making it yet.
 
   Returns:
-    (init, abstract, shardings, optimizer): `init()` gives the fresh state, born sharded;
-    `abstract` is its ShapeDtypeStructs with shardings, for restoring a checkpoint.
+    (init, abstract, shardings, optimizer): `init()` gives the fresh state, born sharded, and is to
+    be called under `jax.set_mesh(mesh)`; `abstract` is its ShapeDtypeStructs with shardings, for
+    restoring a checkpoint.
   """
   # Traced once for all three: the shapes, the state's shapes, and the program that makes the state.
+  # All under the mesh, as JAX traces again what it meets without.
   make_params = jax.jit(lambda: init_params(model, config))
-  params = jax.eval_shape(make_params)
+  with jax.set_mesh(mesh):
+    params = jax.eval_shape(make_params)
   optimizer = optim.create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
   def init() -> TrainState:
@@ -79,7 +82,8 @@ def create_state(
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-  abstract = jax.eval_shape(init)
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(init)
   shardings = meshes.state_shardings(abstract, mesh, config.mesh.rules)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings

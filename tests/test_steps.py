@@ -243,8 +243,13 @@ def test_encoders_give_what_the_model_gives_whole_on_every_device(config, batch)
   assert_allclose(text[:, 1:], output.descriptions, atol=1e-5)
 
 
-def test_ema_is_the_weighted_mean_of_the_parameters_so_far(tiny, make_batch):
-  """After two steps: d^2 p0 + d (1 - d) p1 + (1 - d) p2, and the run itself is the same."""
+def test_ema_is_the_weighted_mean_of_the_parameters_so_far(tiny, make_batch, monkeypatch):
+  """After two steps: d^2 p0 + d (1 - d) p1 + (1 - d) p2, and the run itself is the same.
+
+  A state traces the model's init once, which is a second or more of each start.
+  """
+  traced, init_params = [], steps.init_params
+  monkeypatch.setattr(steps, "init_params", lambda *x: (traced.append(1), init_params(*x))[1])
   tiny.method, tiny.model.text.vocab_size = "clip", 400
   mesh = meshes.create(tiny, devices=jax.devices()[:1])
   batch = meshes.to_global(make_batch(tiny), mesh)
@@ -262,6 +267,7 @@ def test_ema_is_the_weighted_mean_of_the_parameters_so_far(tiny, make_batch):
         last = state.eval_params if state.ema is None else jax.tree.map(np.array, state.ema)
         state, _ = step(state, batch)
     runs.append(seen)
+  assert len(traced) == len(runs)
   for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(runs[1]), strict=True):
     np.testing.assert_array_equal(a, b)
   want = jax.tree.map(lambda a, b, c: 0.5625 * a + 0.1875 * b + 0.25 * c, *runs[1])
