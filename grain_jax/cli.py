@@ -83,14 +83,19 @@ def _without_keras() -> None:
     sys.modules.setdefault(unused.__name__, unused)
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags, runs `main`, and turns what a user can cause into one line."""
+def prepare() -> None:
+  """What a command's process sets before it imports the rest; not for a process with other work."""
   _without_keras()
   # Imports and traces make half a million objects that stay. By Python's default ten full
   # collections walk over them before the first step, for 2 s of CPU. No arrays wait for the rarer
   # ones: train steps were seen to leave no cycles.
   gc.set_threshold(50_000, 10, 10)
   atexit.register(gc.freeze)  # or Python walks over them twice more at the end, for 1.3 s
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags, runs `main`, and turns what a user can cause into one line."""
+  prepare()
 
   def guarded(argv: Sequence[str]) -> None:
     del argv

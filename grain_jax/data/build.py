@@ -328,7 +328,6 @@ class _Progress:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # no Keras: see `cli`
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the half-built part goes
   arguments = sys.argv[1:] if arguments is None else list(arguments)
   flags = build_flags.parse(arguments, description=f"{__doc__}\n{sources.__doc__}")
@@ -351,4 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  from grain_jax import cli
+
+  cli.prepare()
   sys.exit(main())
