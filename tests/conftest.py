@@ -1,7 +1,6 @@
 """Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes."""
 
 import fcntl
-import gc
 import os
 import pathlib
 
@@ -21,7 +20,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-gc.set_threshold(50_000, 10, 10)  # as commands do (`cli.run`)
+from grain_jax import cli  # noqa: E402
+
+cli.prepare()  # no Keras, rare garbage: a test process is like a command's
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("tests")
 

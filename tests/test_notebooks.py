@@ -44,6 +44,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, finished_run, scenes_dir, monk
   monkeypatch.setenv("GRAIN_JAX_CHECKPOINT", str(finished_run))
   monkeypatch.setenv("GRAIN_JAX_DATA", str(scenes_dir))
   monkeypatch.setenv("XLA_FLAGS", kills.XLA_FLAGS)
+  monkeypatch.delenv("TF_USE_LEGACY_KERAS")  # a kernel is not one of our commands
   notebook = read(name)
   client = nbclient.NotebookClient(
     notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
