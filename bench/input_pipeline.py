@@ -155,14 +155,21 @@ def peer(
 
 
 def cpu_seconds() -> float:
-  """CPU time of this process and of its children, those that still run included."""
+  """CPU time of this process and of those of its children that still run."""
   own = resource.getrusage(resource.RUSAGE_SELF)
   total, ticks = own.ru_utime + own.ru_stime, os.sysconf("SC_CLK_TCK")
+  while True:
+    try:
+      return total + sum(_ticks_of_children()) / ticks
+    except (FileNotFoundError, ProcessLookupError):
+      continue  # a thread ended meanwhile: its children are another's now
+
+
+def _ticks_of_children() -> Iterator[int]:
   for task in pathlib.Path("/proc/self/task").iterdir():
     for child in (task / "children").read_text().split():
       after = pathlib.Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-      total += (int(after[11]) + int(after[12])) / ticks
-  return total
+      yield int(after[11]) + int(after[12])
 
 
 def serve(side: str, folder: str, batch: int, size: int, cores: int) -> None:

@@ -1,5 +1,7 @@
 """The peer does the same to the same records; the summary by hand."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -51,3 +53,22 @@ def test_cpu_seconds_count_what_children_do():
   child.stdout.readline()
   assert input_pipeline.cpu_seconds() - before == pytest.approx(0.55, abs=0.2)
   child.communicate("\n")
+
+
+def test_cpu_seconds_while_threads_end():
+  over = threading.Event()
+
+  def come_and_go():
+    while not over.is_set():
+      thread = threading.Thread(target=lambda: None)
+      thread.start()
+      thread.join()
+
+  maker = threading.Thread(target=come_and_go)
+  maker.start()
+  try:
+    seen = [input_pipeline.cpu_seconds() for _ in range(100)]
+  finally:
+    over.set()
+    maker.join()
+  assert seen[-1] > seen[0]
