@@ -162,7 +162,9 @@ def cpu_seconds() -> float:
     try:
       return total + sum(_ticks_of_children()) / ticks
     except (FileNotFoundError, ProcessLookupError):
-      continue  # a thread ended meanwhile: its children are another's now
+      if not pathlib.Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        raise  # this kernel does not say
+      # Else a thread or a child ended meanwhile, and what the thread had is another's now.
 
 
 def _ticks_of_children() -> Iterator[int]:

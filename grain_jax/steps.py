@@ -71,7 +71,7 @@ def create_state(
     restoring a checkpoint.
   """
   # Traced once for all three: the shapes, the state's shapes, and the program that makes the state.
-  # All under the mesh, as JAX traces again what it meets without.
+  # All under the mesh: JAX traces again under a mesh what it has traced without.
   make_params = jax.jit(lambda: init_params(model, config))
   with jax.set_mesh(mesh):
     params = jax.eval_shape(make_params)

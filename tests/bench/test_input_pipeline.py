@@ -72,3 +72,13 @@ def test_cpu_seconds_while_threads_end():
     over.set()
     maker.join()
   assert seen[-1] > seen[0]
+
+
+def test_cpu_seconds_do_not_wait_for_what_the_kernel_does_not_say(monkeypatch):
+  def read_text(path):
+    raise FileNotFoundError(path)
+
+  monkeypatch.setattr(input_pipeline.pathlib.Path, "read_text", read_text)
+  monkeypatch.setattr(input_pipeline.pathlib.Path, "exists", lambda path: False)
+  with pytest.raises(FileNotFoundError, match="children"):
+    input_pipeline.cpu_seconds()
