@@ -50,7 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
   c.model.remat = "none"  # what the backward pass computes again: none | elementwise (all but the
   # matrix products) | attention (their products in attention too) | block (each block)
-  c.model.attention = "auto"  # auto (cuDNN's fused one on GPUs in bfloat16) | xla | cudnn
+  c.model.attention = "auto"  # auto (cuDNN's fused one where that is possible: NVIDIA's GPUs,
+  # bfloat16, no mask) | xla | cudnn (masked too, or an error; never with dropout)
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
 

@@ -29,7 +29,7 @@ from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.data import pipeline, sampler
-from grain_jax.models import grain
+from grain_jax.models import attention, grain
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -225,6 +225,8 @@ def _loop(
     if step == first + 1:
       jax.block_until_ready(values)
       _say(f"first step after {metrics.clock(time.monotonic() - began)} of compilation")
+      if jax.default_backend() == "gpu":
+        _say(f"attention: {attention.summary()}")
       progress.start(step)
       preemption.watch()
     stop = preemption.reached(step)

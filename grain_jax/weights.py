@@ -55,7 +55,14 @@ def open_checkpoint(
     raise ValueError(f"{folder} is an export of one checkpoint: it has no step {step}.")
   from grain_jax.convert import convert
 
-  return *convert.read("safetensors", folder), None
+  config, params = convert.read("safetensors", folder)
+  return _anywhere(config), params, None
+
+
+def _anywhere(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The configuration without what its run asked of its own machine, which may differ from this."""
+  config.model.attention = "auto"
+  return config
 
 
 def load_run(
@@ -72,6 +79,7 @@ def load_run(
   if not path.is_file():
     raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
   config = configs.read(path)
+  _anywhere(config)
   model = grain.build(config)
   params = jax.eval_shape(lambda: steps.init_params(model, config))
   cut = config.mesh.fsdp * config.mesh.tensor

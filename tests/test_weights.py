@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import grain_jax
 from grain_jax import config as configs
 from grain_jax import mesh as meshes
 from grain_jax import steps, train, trees, weights
-from grain_jax.convert import run_folder
+from grain_jax.convert import native, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +136,14 @@ def test_a_run_starts_from_frozen_towers_and_leaves_them(
       assert_array_equal(got[name], theirs[name], err_msg=name)
   name = "text_tower/blocks/mlp/fc1/kernel"
   assert np.any(got[name] != theirs[name])
+
+
+def test_attention_asked_for_by_name_is_the_runs_own_matter(tiny, tmp_path):
+  """A run on a GPU may ask for cuDNN; its model is read anywhere, and by a single patch."""
+  tiny.model.update(attention="cudnn", dtype="bfloat16")
+  native.save(
+    tmp_path / "export", config=tiny, params=jax.tree.map(np.asarray, drawn.params(tiny)), step=1
+  )
+  model = grain_jax.load(tmp_path / "export")
+  assert model.encode_text(["a red apple"]).shape == (1, 16)
+  assert model.encode_patches(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 2, 2, 16)

@@ -9,7 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.ad_checkpoint import checkpoint_name
+
+from grain_jax.models import fused_attention
 
 Array = jax.Array
 
@@ -17,8 +20,35 @@ AGAIN = "computed_again"  # scope of the one product that the backward pass repe
 SAVED = "attention_result"  # name of what it needs beside queries, keys and values
 
 
+# What was taken for which part of the model, by its name: `taken`.
+_taken: dict[str, str] = {}
+
+
+def taken() -> dict[str, str]:
+  """{part of the model: which attention the programs traced so far use for it, and why}."""
+  return dict(_taken)
+
+
+def summary() -> str:
+  """`taken` in one line."""
+  return "; ".join(f"{part}: {what}" for part, what in sorted(_taken.items()))
+
+
+def note(part: str, what: str, *, refused: bool = False) -> None:
+  """Keeps what was taken for a part of the model; says it where something was refused."""
+  if refused and what != _taken.get(part):
+    logging.warning("attention of the %s: %s", part, what)
+  _taken[part] = what
+
+
 def attend(
-  query: Array, key: Array, value: Array, *, mask: Array | None = None, fused: str = "xla"
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  mask: Array | None = None,
+  fused: str = "xla",
+  part: str = "model",
 ) -> Array:
   """softmax(q k^T / sqrt(D)) v, softmax in float32.
 
@@ -27,18 +57,48 @@ def attend(
     key: [B, Lk, H, D].
     value: [B, Lk, H, D].
     mask: bool, broadcastable to [B, H, Lq, Lk]; false where attention is forbidden.
-    fused: config.model.attention: 'auto' takes cuDNN where it can, for unmasked half precision on a
-      GPU.
+    fused: config.model.attention: 'xla'; 'cudnn', or an error; 'auto' takes cuDNN where it can, for
+      unmasked half precision on NVIDIA's GPUs.
+    part: of the model, for messages.
 
   Returns:
     [B, Lq, H, D].
+
+  Raises:
+    ValueError: 'cudnn' was asked for by name and is impossible; one line.
   """
-  half = query.dtype in (jnp.bfloat16, jnp.float16)
-  fits = jax.default_backend() == "gpu" and half and mask is None
-  if fused == "cudnn" or (fused == "auto" and fits):
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+  if mask is None and key.shape[1] == 1:  # the softmax over one key is 1
+    return jnp.broadcast_to(value, query.shape)
+  multiple = 0 if fused == "xla" else _cudnn_multiple(query, key, mask, fused=fused, part=part)
+  if multiple:
+    return fused_attention.sharded(query, key, value, mask, multiple=multiple)
   heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   return jnp.swapaxes(_attend(*heads_first, mask), 1, 2)
+
+
+def _cudnn_multiple(query: Array, key: Array, mask: Array | None, *, fused: str, part: str) -> int:
+  """To which multiple lengths are padded for cuDNN; 0: XLA's form is to be taken."""
+  why = fused_attention.unavailable()
+  if not why and query.dtype not in (jnp.bfloat16, jnp.float16):
+    why = f"{query.dtype}"
+  if not why and mask is not None and fused == "auto":
+    why = "masked"
+  answer = fused_attention.Answer(0, why) if why else fused_attention.ask(query, key, mask)
+  if answer.multiple:
+    lengths = sorted({query.shape[1], key.shape[1]}, reverse=True)
+    padded = [fused_attention.pad_to(length, answer.multiple) for length in lengths]
+    text = " and ".join(map(str, lengths))
+    text += "" if padded == lengths else f" padded to {' and '.join(map(str, padded))}"
+    note(part, f"cuDNN, {text} tokens")
+    return answer.multiple
+  if fused == "cudnn":
+    raise ValueError(
+      f"config.model.attention = 'cudnn' is impossible for the {part} ({query.dtype}, "
+      f"{query.shape[1]} queries and {key.shape[1]} keys of {query.shape[-1]}): {answer.refusal}. "
+      "Set it to 'auto'."
+    )
+  note(part, f"XLA ({'' if why else 'cuDNN refuses: '}{answer.refusal})", refused=not why)
+  return 0
 
 
 def _logits(query: Array, key: Array, mask: Array | None) -> Array:

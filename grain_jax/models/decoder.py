@@ -50,7 +50,8 @@ class DecoderLayer(nn.Module):
     def attention(name: str) -> nn.Module:
       return layers.Attention(
         self.heads, XAVIER, XAVIER,
-        dropout=self.dropout, fused=self.fused, dtype=self.dtype, name=name,
+        dropout=self.dropout, fused=self.fused, part=f"query decoder, {name.replace('_', '-')}",
+        dtype=self.dtype, name=name,
       )  # fmt: skip
 
     def drop(y: Array) -> Array:

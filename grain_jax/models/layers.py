@@ -78,6 +78,7 @@ class Attention(nn.Module):
   qk_norm_eps: float | None = None
   dropout: float = 0.0
   fused: str = "xla"
+  part: str = "model"  # of the whole, for messages
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -113,6 +114,7 @@ class Attention(nn.Module):
       q = layer_norm(q, epsilon=self.qk_norm_eps, dtype=self.dtype, name="query_norm")
       k = layer_norm(k, epsilon=self.qk_norm_eps, dtype=self.dtype, name="key_norm")
     if self.dropout and not deterministic:
+      attention.note(self.part, "XLA (dropout)")
       logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
       logits = logits * (width // self.heads) ** -0.5
       if mask is not None:
@@ -120,7 +122,9 @@ class Attention(nn.Module):
       weights = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
       out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), v)
     else:
-      out = attention.attend(q, k, v, mask=mask, fused=self.fused)
+      # Parameters do not depend on how attention is computed.
+      fused = "xla" if self.is_initializing() else self.fused
+      out = attention.attend(q, k, v, mask=mask, fused=fused, part=self.part)
     out = out.reshape(*query.shape[:-1], width)
     return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
 
@@ -159,6 +163,7 @@ class Block(nn.Module):
   inits: tuple[Initializer, Initializer, Initializer, Initializer]  # attention in, out, fc1, fc2
   qk_norm: bool = False
   fused: str = "xla"
+  part: str = "model"  # of the whole, for messages
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -174,6 +179,7 @@ class Block(nn.Module):
       attention_out,
       qk_norm_eps=self.norm_eps if self.qk_norm else None,
       fused=self.fused,
+      part=self.part,
       dtype=self.dtype,
       name="attention",
     )(query, y, y, mask=mask)

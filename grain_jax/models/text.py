@@ -79,6 +79,7 @@ class TextTransformer(nn.Module):
           normal(out),
         ),
         "fused": self.fused,
+        "part": "text tower",
         "dtype": self.dtype,
       },
       unroll=self.unroll,

@@ -139,6 +139,7 @@ class VisionTransformer(nn.Module):
         "inits": (init, init, init, init),
         "qk_norm": self.qk_norm,
         "fused": self.fused,
+        "part": "image tower",
         "dtype": self.dtype,
       },
       unroll=self.unroll,

@@ -1,0 +1,200 @@
+"""cuDNN's fused attention: whether it takes a problem on this machine, and in which form.
+
+What cuDNN takes differs by its version, JAX's version and the card, and no table of it stays true.
+So each problem is tried once: forward and backward are traced, and compiled on the GPU, in small.
+Lengths that are refused are padded. Nothing here decides what happens when cuDNN cannot be used.
+
+Dimensions: B batch, L tokens, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+Array = jax.Array
+
+# Lengths are padded to a multiple of the first of these with which the problem is taken.
+MULTIPLES = (1, 2, 8, 64)
+_LEAST_CAPABILITY = 8.0  # Ampere; cuDNN has no fused attention for older cards
+_BATCH_AXES, _HEAD_AXIS = ("data", "fsdp"), "tensor"
+
+
+class Problem(NamedTuple):
+  """Shapes and type of one call on one device."""
+
+  query: tuple[int, ...]  # B, Lq, H, D
+  key: tuple[int, ...]  # B, Lk, H, D
+  mask: tuple[int, ...] | None
+  dtype: str
+
+
+class Answer(NamedTuple):
+  """How cuDNN takes a problem."""
+
+  multiple: int  # to which lengths are padded; 0: not at all
+  refusal: str  # what was said of the form without padding, one line; '' where it is taken
+
+
+def unavailable() -> str:
+  """Why no cuDNN is to be had where the current program will run; '' where it may be."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+  platform = getattr(device, "platform", None) or jax.default_backend()
+  if platform not in ("gpu", "cuda"):
+    return f"{platform.upper()} devices"
+  local = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
+  if not local:
+    return "no GPU is here to ask"
+  if "rocm" in local[0].client.platform_version.lower():
+    return "AMD GPUs"
+  capability = min(float(getattr(d, "compute_capability", "inf")) for d in local)
+  if capability < _LEAST_CAPABILITY:
+    return f"compute capability {capability}, below {_LEAST_CAPABILITY}"
+  return ""
+
+
+def pad_to(length: int, multiple: int) -> int:
+  """The least multiple that is not below `length`."""
+  return math.ceil(length / multiple) * multiple
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int) -> Array:
+  """softmax(q k^T / sqrt(D)) v by cuDNN, with lengths padded to `multiple` and cut again.
+
+  Padding is told to cuDNN as sequence lengths, or, where there is a mask, within the mask.
+
+  Args:
+    query: [B, Lq, H, D].
+    key: [B, Lk, H, D].
+    value: [B, Lk, H, D].
+    mask: bool [B or 1, H or 1, Lq, Lk], or None.
+    multiple: of the padded lengths.
+
+  Returns:
+    [B, Lq, H, D].
+  """
+  lengths = query.shape[1], key.shape[1]
+  extra = [pad_to(length, multiple) - length for length in lengths]
+  options: dict[str, Any] = {}
+  if any(extra):
+    query = jnp.pad(query, ((0, 0), (0, extra[0]), (0, 0), (0, 0)))
+    key, value = (jnp.pad(x, ((0, 0), (0, extra[1]), (0, 0), (0, 0))) for x in (key, value))
+    if mask is not None:
+      mask = jnp.pad(mask, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
+    else:
+      names = ("query_seq_lengths", "key_value_seq_lengths")
+      for name, length in zip(names, lengths, strict=True):
+        options[name] = jnp.full(len(query), length, jnp.int32)
+  out = jax.nn.dot_product_attention(
+    query, key, value, mask=mask, implementation="cudnn", **options
+  )
+  return out[:, : lengths[0]]
+
+
+def _local(shape: tuple[int, ...], spec: PartitionSpec) -> tuple[int, ...]:
+  """The shape of a shard under the current mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = []
+  for size, axes in zip(shape, (*spec, *[None] * len(shape)), strict=False):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    sizes.append(size // math.prod(mesh.shape[a] for a in axes))
+  return tuple(sizes)
+
+
+def partition(query: Array, mask: Array | None) -> tuple[PartitionSpec, PartitionSpec] | None:
+  """How [B, L, H, D] and the mask lie on the current mesh; None: batch or heads do not divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  batch = tuple(a for a in _BATCH_AXES if a in mesh.axis_names)
+  head = _HEAD_AXIS if _HEAD_AXIS in mesh.axis_names else None
+  parts = math.prod(mesh.shape[a] for a in batch), mesh.shape[head] if head else 1
+  if query.shape[0] % parts[0] or query.shape[2] % parts[1]:
+    return None
+  of_mask = [None] * 4
+  if mask is not None:
+    of_mask[:2] = [batch if mask.shape[0] > 1 else None, head if mask.shape[1] > 1 else None]
+  return PartitionSpec(batch or None, None, head), PartitionSpec(*of_mask)
+
+
+def sharded(query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int) -> Array:
+  """`attend` on each device's own rows and heads, which are what was tried."""
+  function = functools.partial(attend, multiple=multiple)
+  mesh, specs = jax.sharding.get_abstract_mesh(), partition(query, mask)
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes or specs is None:
+    return function(query, key, value, mask)
+  rows, of_mask = specs
+  return jax.shard_map(
+    function,
+    in_specs=(rows, rows, rows, None if mask is None else of_mask),
+    out_specs=rows,
+    check_vma=False,
+  )(query, key, value, mask)
+
+
+def ask(query: Array, key: Array, mask: Array | None) -> Answer:
+  """How cuDNN takes this problem here, by trying; each problem is tried once in a process."""
+  mesh, specs = jax.sharding.get_abstract_mesh(), partition(query, mask)
+  if specs is None:
+    return Answer(0, "batch or heads do not divide by the devices")
+  shapes = [query.shape, key.shape, None if mask is None else mask.shape]
+  if not (mesh.empty or mesh.size == 1 or mesh.manual_axes):
+    shapes = [
+      None if shape is None else _local(shape, spec)
+      for shape, spec in zip(shapes, (specs[0], specs[0], specs[1]), strict=True)
+    ]
+  return _ask(Problem(*shapes, jnp.dtype(query.dtype).name))
+
+
+@functools.cache
+def _ask(problem: Problem) -> Answer:
+  refusal = ""
+  seen = set()
+  for multiple in MULTIPLES:
+    lengths = tuple(pad_to(shape[1], multiple) for shape in (problem.query, problem.key))
+    if lengths in seen:
+      continue
+    seen.add(lengths)
+    said = _refusal(problem, multiple)
+    if not said:
+      return Answer(multiple, refusal)
+    refusal = refusal or said
+  return Answer(0, refusal)
+
+
+def _refusal(problem: Problem, multiple: int) -> str:
+  """What is said of the problem in this form, in one line; '' where it compiles."""
+
+  def gradients(query, key, value, gradient, *mask):
+    function = functools.partial(attend, mask=mask[0] if mask else None, multiple=multiple)
+    out, pull = jax.vjp(function, query, key, value)
+    return out, pull(gradient)
+
+  query, key = (jax.ShapeDtypeStruct(s, problem.dtype) for s in (problem.query, problem.key))
+  inputs = [query, key, key, query]
+  if problem.mask is not None:
+    inputs.append(jax.ShapeDtypeStruct(problem.mask, jnp.bool_))
+  said: list[str] = []
+
+  def attempt() -> None:
+    try:
+      compile_probe(jax.jit(gradients).trace(*inputs))
+    except Exception as error:  # whatever it is, it would end the run: it becomes the reason
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      said.append(lines[0][:200].rstrip("."))
+
+  # In a thread of its own: JAX keeps the mesh and the trace that this call stands in by thread.
+  thread = threading.Thread(target=attempt, name="attention probe")
+  thread.start()
+  thread.join()
+  return said[0] if said else ""
+
+
+def compile_probe(traced: Any) -> None:
+  """Compiles a traced function for this process's first device."""
+  traced.lower().compile()
