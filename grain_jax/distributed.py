@@ -74,8 +74,19 @@ def progress(phase: str, step: int) -> None:
     _watchdog.at(phase, step)
 
 
+def keep_cpu_backend() -> None:
+  """Adds the CPU to JAX_PLATFORMS=cuda or tpu, last: callbacks to the host hand their arrays to it.
+
+  To be called before JAX's first use of a device.
+  """
+  platforms = jax.config.jax_platforms
+  if platforms and "cpu" not in platforms.split(","):
+    jax.config.update("jax_platforms", f"{platforms},cpu")
+
+
 def prepare(config: ml_collections.ConfigDict) -> None:
   """Settings that JAX reads with its first program: to be called before processes join."""
+  keep_cpu_backend()
   if config.compile_cache:
     jax.config.update("jax_compilation_cache_dir", config.compile_cache)
   flags_of_xla = os.environ.get("XLA_FLAGS", "")

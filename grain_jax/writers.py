@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from clu import metric_writers
 
+from grain_jax.data import host_tensorflow  # noqa: F401  hides the GPUs before a writer is made
 from grain_jax.metrics import read_jsonl
 
 

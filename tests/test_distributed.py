@@ -306,3 +306,24 @@ def test_one_process_needs_no_store():
   assert distributed.gather("x", "a") == ["a"] and distributed.broadcast("x", "b") == "b"
   distributed.agree("configuration", {"a": 1})
   assert (distributed.index(), distributed.count()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+  ("asked", "want"),
+  [
+    ("cuda", "cuda,cpu"),
+    ("tpu", "tpu,cpu"),
+    ("cpu", "cpu"),
+    ("cuda,cpu", "cuda,cpu"),
+    (None, None),
+  ],
+)
+def test_a_cpu_backend_stays_beside_the_accelerators(asked, want):
+  """Callbacks to the host hand their arrays to it; it comes last, so it is not the default."""
+  before = jax.config.jax_platforms
+  try:
+    jax.config.update("jax_platforms", asked)
+    distributed.keep_cpu_backend()
+    assert jax.config.jax_platforms == want
+  finally:
+    jax.config.update("jax_platforms", before)

@@ -215,7 +215,9 @@ def _checked(source, workers: int | None) -> Iterator[tuple[str, str, records.Ch
 
 
 def _write_metadata(source, directory: pathlib.Path, splits: Mapping[str, Any]) -> None:
-  import tensorflow_datasets as tfds
+  from grain_jax.data import host_tensorflow
+
+  tfds = host_tensorflow.datasets()
 
   template = tfds.core.ShardedFileTemplate(
     data_dir=str(directory),

@@ -105,7 +105,7 @@ def train_batches(
     num_hosts: hosts; config.batch_size counts images over all of them.
     negatives: slots for hard negatives (K).
   """
-  import tensorflow as tf
+  from grain_jax.data.host_tensorflow import tf
 
   dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
   num_records = dataset.num_records(config.data.split)
@@ -127,7 +127,6 @@ def train_batches(
   examples = examples_lib.Examples(
     dataset, config.data.split, config, training=True, negatives=negatives
   )
-  tf.config.set_visible_devices([], "GPU")
 
   def pick(step):
     epoch = int(step) // steps

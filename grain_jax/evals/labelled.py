@@ -105,8 +105,9 @@ def class_index(labels: Sequence[str], classes: Sequence[str]) -> dict[str, int]
 
 def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
   """A dataset that TFDS has prepared, or may prepare now."""
-  import tensorflow_datasets as tfds
+  from grain_jax.data import host_tensorflow  # here, since others can do without its slow import
 
+  tfds = host_tensorflow.datasets()
   builder = tfds.builder(vocabulary.tfds, data_dir=options.tfds_dir)
   if not builder.is_prepared():
     root = os.fspath(builder.data_dir_root)
@@ -138,9 +139,6 @@ def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
     )
 
   def read() -> Iterator[tuple[pictures.Source, int]]:
-    import tensorflow as tf  # here, since what comes before can do without its slow import
-
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow would take the whole of its memory
     dataset = builder.as_dataset(
       split=vocabulary.split,
       shuffle_files=False,

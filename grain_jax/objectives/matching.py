@@ -71,11 +71,24 @@ def solve(
   if regions == 0:
     return jnp.zeros((*cost.shape[:-2], 0), jnp.int32)
   cost = clean_cost(jax.lax.stop_gradient(cost), mask)
+  if solver == "host":
+    _check_host()
   function = _solve_on_host if solver == "host" else _solve_on_device
   if solver == "host" and batch_axes:
     spec = P(batch_axes)
     function = jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
   return jnp.where(mask, function(cost), -1)
+
+
+def _check_host() -> None:
+  """Raises a one-line ValueError where JAX has no CPU backend, which callbacks go through."""
+  try:
+    jax.local_devices(backend="cpu")
+  except RuntimeError as error:
+    raise ValueError(
+      "config.loss.matcher = 'host' needs JAX's CPU backend beside the accelerator's, and "
+      f"JAX_PLATFORMS={jax.config.jax_platforms} leaves it out. Append ',cpu' to it."
+    ) from error
 
 
 def _solve_on_host(cost: Array) -> Array:

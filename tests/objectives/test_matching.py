@@ -122,3 +122,15 @@ def test_errors_say_what_is_wrong():
     matching.solve(jnp.zeros((1, 2, 3)), jnp.ones((1, 3), bool))
   with pytest.raises(ValueError, match="config.loss.matcher = 'scipy' is unknown"):
     matching.solve(jnp.zeros((1, 3, 3)), jnp.ones((1, 3), bool), solver="scipy")
+
+
+def test_the_host_solver_says_what_it_lacks(monkeypatch):
+  def local_devices(*, backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", local_devices)
+  cost, mask = np.zeros((2, 3, 3), np.float32), np.ones((2, 3), bool)
+  with pytest.raises(ValueError, match="'host' needs JAX's CPU backend .*Append ',cpu'") as error:
+    matching.solve(cost, mask, solver="host")
+  assert "\n" not in str(error.value)
+  matching.solve(cost, mask, solver="device")
