@@ -34,6 +34,7 @@ from grain_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = sides.SIDES
+ROW_LENGTH = 112  # of our packed rows on a CPU: as short as holds all texts
 _RATIOS = ("ratio", "ratio_trimmed")  # ours / padded, ours / trimmed
 
 
@@ -196,11 +197,22 @@ def table(
 
 def main() -> None:
   flag = flags.FLAGS
+  if flag.device == "gpu":
+    from bench import train_step_gpu
+
+    code = train_step_gpu.main(
+      flag.config, row_length=flag.row_length, seed=flag.seed, minutes=flag.minutes, jobs=flag.jobs,
+      folder=flag.cache, only=flag.only, rehearse=flag.rehearse,
+    )  # fmt: skip
+    sys.exit(code)
   for name, least in (("batch_size", 2), ("steps", 0), ("warmup", 1)):
     if flag[name].value < least:
       raise ValueError(f"--{name}={flag[name].value}: at least {least} is needed. Raise it.")
   config = sides.setting(
-    flag.config, batch_size=flag.batch_size, row_length=flag.row_length, seed=flag.seed
+    flag.config,
+    batch_size=flag.batch_size,
+    row_length=flag.row_length or ROW_LENGTH,
+    seed=flag.seed,
   )
   batch = sides.host_batch(config)
   settings = describe(
@@ -220,9 +232,19 @@ def main() -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("config", "configs/cc12m.py", "Recipe, FILE or FILE:argument.")
   flags.DEFINE_integer("batch_size", 8, "Images a step.")
-  flags.DEFINE_integer("row_length", 112, "Tokens in our packed rows.")
+  flags.DEFINE_integer(
+    "row_length", None, f"Tokens in our packed rows; {ROW_LENGTH}, on a GPU the recipe's."
+  )
   flags.DEFINE_integer("steps", 5, "Rounds to time; 0: FLOPs alone, nothing is run.")
   flags.DEFINE_integer("warmup", 2, "Steps of each side before the clock counts.")
   flags.DEFINE_integer("seed", 0, "Of parameters, dropout and the batch.")
   flags.DEFINE_bool("json", False, "One JSON object on stdout.")
+  flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "gpu: `bench.train_step_gpu`, JSON lines.")
+  flags.DEFINE_float("minutes", 8.0, "GPU: longest time in all.", lower_bound=0.05)
+  flags.DEFINE_integer("jobs", 0, "GPU: compilations at once; 0: half of the cores.")
+  flags.DEFINE_string(
+    "cache", ".cache/train_step_gpu", "GPU: folder of compiled programs and logs."
+  )
+  flags.DEFINE_string("only", "", "GPU: the cases with this in their name alone.")
+  flags.DEFINE_bool("rehearse", False, "GPU: a small model on the CPU, to try everything out.")
   cli.run(main)

@@ -36,16 +36,26 @@ PEER = {
   "optimizer.freeze": (),
   "optimizer.lr_scale": (),
 }
+_FLOAT32 = {"model.dtype": "float32", "model.remat": "none"}
 # Both sides follow the schedule of a run of so many steps.
 TOTAL_STEPS, STEPS_PER_EPOCH = 1000, 100
 
 
 def setting(
-  recipe: str, *, batch_size: int, row_length: int, seed: int
+  recipe: str,
+  *,
+  batch_size: int,
+  row_length: int,
+  seed: int,
+  changes: Mapping[str, Any] = _FLOAT32,
 ) -> ml_collections.ConfigDict:
-  """The recipe's configuration in float32 on one device; a one-line error where it cannot be."""
+  """The recipe's configuration on one device, with keys changed; a one-line error if it cannot be.
+
+  By default in float32, with nothing computed again.
+  """
   config = configs.load(recipe)
-  config.model.update(dtype="float32", remat="none")
+  for key, value in changes.items():
+    configs.set_key(config, key, value)
   config.batch_size = config.eval_batch_size = batch_size
   config.data.row_length, config.seed = row_length, seed
   config.mesh.update(data=1, fsdp=1, tensor=1)

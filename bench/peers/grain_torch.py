@@ -268,10 +268,9 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def assign(cost: Tensor, regions: Sequence[int]) -> Tensor:
   """The query of each region at least cost: [N, Q] and regions per image -> i64 [N]."""
-  parts = np.split(cost.cpu().numpy(), np.cumsum(regions)[:-1])
-  return torch.from_numpy(
-    np.concatenate([scipy.optimize.linear_sum_assignment(part)[1] for part in parts])
-  )
+  parts = np.split(cost.float().cpu().numpy(), np.cumsum(regions)[:-1])
+  found = np.concatenate([scipy.optimize.linear_sum_assignment(part)[1] for part in parts])
+  return torch.from_numpy(found).to(cost.device)
 
 
 def equal_texts(tokens: Tensor) -> Tensor:
@@ -323,9 +322,16 @@ def losses(
 class Trainer:
   """The model with its AdamW: `step(batch)` is one update."""
 
-  def __init__(self, config: ml_collections.ConfigDict, *, total_steps: int, warmup_steps: int):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    device: str = "cpu",
+  ):
     o = config.optimizer
-    self.config, self.model, self.updates = config, GrainTorch(config), 0
+    self.config, self.model, self.updates = config, GrainTorch(config).to(device), 0
     self.total_steps, self.warmup_steps = total_steps, warmup_steps
     parameters = list(self.model.parameters())
     groups = [  # norms, biases and the logit scale do not decay
@@ -342,11 +348,25 @@ class Trainer:
     done = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
     return o.lr_end + (o.lr - o.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
+  def compile(self, *, backend: str) -> None:
+    """Towers and decoder under torch.compile; each shape is a program of its own."""
+    for module in (self.model.image_tower, self.model.text_tower, self.model.query_decoder):
+      module.compile(backend=backend, dynamic=False)
+
   def step(self, batch: Batch) -> dict[str, Tensor]:
     """One update; the losses before it, without gradients."""
+    parts = self.forward(batch)
+    self.update(parts["loss"])
+    return {name: value.detach() for name, value in parts.items()}
+
+  def forward(self, batch: Batch) -> dict[str, Tensor]:
+    """The losses."""
     self.model.train()
-    parts = losses(self.model, batch, self.config)
-    parts["loss"].backward()
+    return losses(self.model, batch, self.config)
+
+  def update(self, loss: Tensor) -> None:
+    """Gradients of the loss, and one step of the optimiser."""
+    loss.backward()
     for group in self.optimizer.param_groups:
       group["lr"] = self.learning_rate(self.updates)
     self.optimizer.step()
@@ -354,4 +374,3 @@ class Trainer:
     with torch.no_grad():
       self.model.logit_scale.clamp_(0.0, self.config.model.logit_scale_max)
     self.updates += 1
-    return {name: value.detach() for name, value in parts.items()}
