@@ -1,19 +1,28 @@
-"""Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes."""
+"""Shared by all tests: eight virtual devices, a compile cache, tiny configurations, tiny scenes.
+
+Asked for tests/gpu by name, it leaves JAX's devices as they are.
+"""
 
 import fcntl
 import os
 import pathlib
+import sys
 
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  + " --xla_cpu_parallel_codegen_split_count=1"  # the other core has its own tests
-)
+# The environment tells pytest-xdist's workers, which do not see the command.
+_GPU = os.environ.get("GRAIN_JAX_TESTS") == "gpu" or any("tests/gpu" in a for a in sys.argv[1:])
+if _GPU:
+  os.environ["GRAIN_JAX_TESTS"] = "gpu"
+else:
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # the other core has its own tests
+  )
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
