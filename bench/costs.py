@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from grain_jax.models import initial
+
 
 def flops_per_step(config: ml_collections.ConfigDict) -> float:
   """FLOPs of one train step on the whole batch, from XLA's analysis of the compiled program.
@@ -21,9 +23,9 @@ def flops_per_step(config: ml_collections.ConfigDict) -> float:
   import jax
 
   from grain_jax import config as configs
-  from grain_jax import mesh as meshes
-  from grain_jax import steps
   from grain_jax.models import grain
+  from grain_jax.runtime import mesh as meshes
+  from grain_jax.training import steps
 
   config = configs.resolve(config)
   config.mesh.update(data=1, fsdp=1, tensor=1)
@@ -34,7 +36,7 @@ def flops_per_step(config: ml_collections.ConfigDict) -> float:
   )
   with jax.set_mesh(mesh):
     step = steps.make_train_step(model, config, mesh, optimizer, shardings)
-    compiled = step.lower(abstract, steps.dummy_batch(config, config.batch_size)).compile()
+    compiled = step.lower(abstract, initial.dummy_batch(config, config.batch_size)).compile()
   analysis = compiled.cost_analysis()
   if not analysis or not analysis.get("flops"):
     raise ValueError(
@@ -72,7 +74,7 @@ class _Stepper:
 
   def __init__(self, config: ml_collections.ConfigDict):
     from grain_jax import config as configs
-    from grain_jax import mesh as meshes
+    from grain_jax.runtime import mesh as meshes
 
     self.config = configs.resolve(config)
     self.config.data.prefetch = 1
@@ -83,8 +85,8 @@ class _Stepper:
     self._done = 0
 
   def _create(self) -> None:
-    from grain_jax import steps
     from grain_jax.models import grain
+    from grain_jax.training import steps
 
     config, model = self.config, grain.build(self.config)
     init, _, shardings, optimizer = steps.create_state(
@@ -97,8 +99,8 @@ class _Stepper:
     """Seconds of each of `number` steps, waiting for its batch included."""
     import jax
 
-    from grain_jax import mesh as meshes
     from grain_jax.data import pipeline
+    from grain_jax.runtime import mesh as meshes
 
     seconds = []
     with jax.set_mesh(self.mesh):

@@ -36,8 +36,8 @@ from absl import logging
 
 from bench import kills as runs
 from bench import several
-from grain_jax import metrics
-from grain_jax.watchdog import RESTART
+from grain_jax.runtime import metrics
+from grain_jax.runtime.watchdog import RESTART
 
 # `grain_jax.main` whose records come for {batches} batches and no longer.
 _STUCK = """

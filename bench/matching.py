@@ -65,9 +65,10 @@ def steps_of(config: ml_collections.ConfigDict) -> dict[str, Callable[[], Any]]:
   """Calls that take a train step on one device with each solver."""
   import jax
 
-  from grain_jax import mesh as meshes
-  from grain_jax import schema, steps
+  from grain_jax import schema
   from grain_jax.models import grain
+  from grain_jax.runtime import mesh as meshes
+  from grain_jax.training import steps
 
   mesh = meshes.create(config, jax.devices()[:1])
   model, rng = grain.build(config), np.random.default_rng(0)

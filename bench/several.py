@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from bench import kills as runs
-from grain_jax import metrics
+from grain_jax.runtime import metrics
 
 LONG = 900.0  # seconds after which a run counts as hanging
 FLAGS = ("--config.evals=()", "--config.watchdog_seconds=120")

@@ -17,9 +17,9 @@ from torch.utils import flop_counter
 from bench import train_step_sides as sides
 from bench.peers import grain_torch
 from grain_jax import flops as counter
-from grain_jax import mesh as meshes
-from grain_jax import steps
-from grain_jax.models import grain
+from grain_jax.models import grain, initial
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
 
 # Part of the step -> modules of it in grain_jax; all else is the last part.
 PARTS = {"image tower": ("image_tower",), "text tower": ("text_tower", "text_projection")}
@@ -49,7 +49,7 @@ def ours(config: ml_collections.ConfigDict) -> dict[str, float]:
   )
   with jax.set_mesh(mesh):
     step = steps.make_train_step(model, config, mesh, optimizer, shardings)
-    jaxpr = jax.make_jaxpr(step)(state, steps.dummy_batch(config, config.batch_size))
+    jaxpr = jax.make_jaxpr(step)(state, initial.dummy_batch(config, config.batch_size))
   return _by_part(counter.count(jaxpr.jaxpr), config.batch_size)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from bench import train_step_sides as sides
 from bench.train_step_gpu_sides import Case
+from grain_jax.models import initial
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -255,10 +256,11 @@ def flops_per_sample(recipe: str, *, batch: int, row_length: int) -> dict[str, f
   os.environ["JAX_PLATFORMS"] = "cpu"
   import jax
 
-  from grain_jax import flops, steps, utilization
-  from grain_jax import mesh as meshes
+  from grain_jax import flops
   from grain_jax.models import grain
   from grain_jax.plan import useful
+  from grain_jax.runtime import mesh as meshes
+  from grain_jax.training import steps, utilization
 
   config = Case("ours", batch, remat="none", attention="xla").config(
     recipe, row_length=row_length, seed=0
@@ -269,7 +271,7 @@ def flops_per_sample(recipe: str, *, batch: int, row_length: int) -> dict[str, f
       grain.build(config), config, mesh, total_steps=1000, steps_per_epoch=100
     )
     step = steps.make_train_step(grain.build(config), config, mesh, optimizer, shardings)
-    jaxpr = step.trace(state, steps.dummy_batch(config, batch)).jaxpr
+    jaxpr = step.trace(state, initial.dummy_batch(config, batch)).jaxpr
   mean = (sum(sides.CAPTION_TOKENS) / 2, sum(sides.DESCRIPTION_TOKENS) / 2)
   found = useful.useful(
     flops.count(jaxpr.jaxpr), config, batch=batch, caption=mean[0], description=mean[1]
@@ -281,7 +283,7 @@ def with_speed(line: dict[str, Any], flops: dict[str, float]) -> dict[str, Any]:
   """A result with samples a second and the two MFUs."""
   if "seconds_per_step" not in line:
     return line
-  from grain_jax import utilization
+  from grain_jax.training import utilization
 
   speed = line["batch"] / line["seconds_per_step"]
   line = {**line, "samples_per_s": speed}

@@ -61,9 +61,10 @@ class Ours:
   def __init__(self, config: ml_collections.ConfigDict, batch: Mapping[str, np.ndarray]):
     import jax
 
-    from grain_jax import distributed, steps
-    from grain_jax import mesh as meshes
     from grain_jax.models import grain
+    from grain_jax.runtime import distributed
+    from grain_jax.runtime import mesh as meshes
+    from grain_jax.training import steps
 
     distributed.keep_cpu_backend()
     self._jax, self._device = jax, jax.devices()[0]

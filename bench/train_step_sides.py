@@ -181,9 +181,9 @@ class Ours:
   def __init__(self, config: ml_collections.ConfigDict, batch: Mapping[str, np.ndarray]):
     import jax
 
-    from grain_jax import mesh as meshes
-    from grain_jax import steps
     from grain_jax.models import grain
+    from grain_jax.runtime import mesh as meshes
+    from grain_jax.training import steps
 
     self.mesh = meshes.create(config, jax.devices()[:1])
     with jax.set_mesh(self.mesh):
@@ -250,7 +250,7 @@ def work(side: str) -> None:
   """The worker's conversation on stdin and stdout."""
   config = configs.from_json(sys.stdin.readline())
   if side == "ours":
-    from grain_jax import steps  # noqa: F401
+    from grain_jax.training import steps  # noqa: F401
   else:
     from bench.peers import grain_torch  # noqa: F401
   imported = peak_bytes()

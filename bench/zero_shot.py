@@ -35,6 +35,7 @@ from absl import flags
 from grain_jax import cli
 from grain_jax import config as configs
 from grain_jax.evals import zero_shot
+from grain_jax.models import initial
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCABULARY = ROOT / "grain_jax" / "evals" / "vocabularies" / "imagenet.json"
@@ -92,12 +93,12 @@ def share_weights(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
   """
   import jax
 
-  from grain_jax import steps, trees
+  from grain_jax import trees
   from grain_jax.convert import hf_clip
   from grain_jax.models import grain
 
   model = grain.build(config)
-  params = jax.jit(lambda: steps.init_params(model, config))()
+  params = jax.jit(lambda: initial.init_params(model, config))()
   params = trees.map_with_name(
     lambda name, x: np.asarray(2 * x if name.endswith("kernel") else x), params
   )
@@ -113,10 +114,10 @@ def ours(folder: pathlib.Path, config: ml_collections.ConfigDict) -> Encode:
   import jax
 
   from grain_jax import encoders as encoders_lib
-  from grain_jax import mesh as meshes
   from grain_jax import tokenizer as tokenizers
   from grain_jax.convert import convert
   from grain_jax.models import grain
+  from grain_jax.runtime import mesh as meshes
 
   theirs, params = convert.read("hf_clip", folder)
   for key in ("width", "depth", "heads", "context", "activation", "norm_eps"):

@@ -38,13 +38,16 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import addresses, cli, distributed, schema, trees, weights
+from grain_jax import cli, schema, trees
 from grain_jax import encoders as encoders_lib
-from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
-from grain_jax.evals import pictures, retrieval
-from grain_jax.evals.encoders import Encoders
+from grain_jax.convert import weights
+from grain_jax.evals import retrieval
+from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain
+from grain_jax.runtime import addresses, distributed
+from grain_jax.runtime import mesh as meshes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _SAY_EVERY = 10.0  # seconds between lines of progress

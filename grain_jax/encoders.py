@@ -13,12 +13,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from grain_jax import mesh as meshes
-from grain_jax import steps, trees
 from grain_jax import tokenizer as tokenizers
-from grain_jax.evals.encoders import Encoders
-from grain_jax.evals.share import ALONE, Share
+from grain_jax import trees
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs.share import ALONE, Share
 from grain_jax.models import grain
+from grain_jax.runtime import mesh as meshes
+
+Array = jax.Array
 
 # Parameters that a text's embedding depends on, by the start of their names.
 _OF_TEXT = ("text_tower/", "text_projection/")
@@ -37,7 +39,7 @@ def make(
 
   They call `on_batch` after each.
   """
-  jitted = steps.make_encoders(model, mesh)
+  jitted = make_jitted(model, mesh)
   size = config.eval_batch_size
   sharding = meshes.batch_sharding(mesh)
 
@@ -77,6 +79,32 @@ def make(
     fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),
     share=_share(mesh),
   )
+
+
+def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]:
+  """Jitted encoders of global arrays, with whole (replicated) results.
+
+  Returns:
+    {'image': (params, u8 [B, H, W, 3]) -> [B, E],
+     'regions': (params, u8 [B, H, W, 3]) -> (regions [B, Q, E], boxes of the last layer [B, Q, 4]),
+     'patches': (params, u8 [B, H, W, 3]) -> [B, rows, columns, E],
+     'text': (params, tokens, segments, positions [B, L], ends [B, T]) -> [B, T, E]}
+  """
+  whole = meshes.replicated(mesh)
+
+  def apply(method: str, params: Any, *args: Array) -> Any:
+    return model.apply({"params": params}, *args, method=method)
+
+  def regions(params: Any, image: Array) -> tuple[Array, Array]:
+    _, embeddings, boxes = apply("encode_regions", params, image)
+    return embeddings, boxes[-1]
+
+  return {
+    "image": jax.jit(functools.partial(apply, "encode_image"), out_shardings=whole),
+    "regions": jax.jit(regions, out_shardings=whole),
+    "patches": jax.jit(functools.partial(apply, "encode_patches"), out_shardings=whole),
+    "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=whole),
+  }
 
 
 def _share(mesh: Mesh) -> Share:

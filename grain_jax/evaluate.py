@@ -22,15 +22,19 @@ import ml_collections
 from absl import flags
 from jax.sharding import Mesh
 
-from grain_jax import addresses, cli, distributed, metrics, trees, weights
+from grain_jax import cli, trees
 from grain_jax import encoders as encoders_lib
-from grain_jax import mesh as meshes
 from grain_jax import tokenizer as tokenizers
+from grain_jax.convert import weights
 from grain_jax.data import pipeline
-from grain_jax.evals import built, page, report, suite
+from grain_jax.evals import built
 from grain_jax.evals.built import EVALS, Outcome
-from grain_jax.evals.options import DEFAULTS, PROTOCOLS, Options
+from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
+from grain_jax.evals.page import page, report
+from grain_jax.evals.sets import suite
 from grain_jax.models import grain
+from grain_jax.runtime import addresses, distributed, metrics
+from grain_jax.runtime import mesh as meshes
 
 DIGITS = 6  # of results, after the point
 

@@ -47,8 +47,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   Raises:
     ValueError: no such format or checkpoint, or a model that the format has no place for.
   """
-  from grain_jax import weights
-  from grain_jax.convert import staging
+  from grain_jax.convert import staging, weights
 
   target, known = pathlib.Path(out), writers()
   if format not in known:

@@ -12,13 +12,14 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from grain_jax import encoders, schema, weights
-from grain_jax import mesh as meshes
+from grain_jax import encoders, schema
 from grain_jax import tokenizer as tokenizers
+from grain_jax.convert import weights
 from grain_jax.data import records, transforms
 from grain_jax.evals import zero_shot
-from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain
+from grain_jax.runtime import mesh as meshes
 
 # A picture: PIL, u8 [H, W, 3], or the path of a file.
 Picture = Image.Image | np.ndarray | str | os.PathLike

@@ -5,7 +5,8 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from grain_jax import addresses, cli
+from grain_jax import cli
+from grain_jax.runtime import addresses
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, FILE or FILE:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
@@ -14,11 +15,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
   address = addresses.from_flags()
-  from grain_jax import distributed  # after the flags: a wrong one answers at once
+  from grain_jax.runtime import distributed  # after the flags: a wrong one answers at once
 
   distributed.prepare(_CONFIG.value)
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
-    from grain_jax import train
+    from grain_jax.training import loop as train
 
     try:
       train.train(_CONFIG.value, _WORKDIR.value)

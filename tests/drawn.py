@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from grain_jax import steps, trees
-from grain_jax.models import grain
+from grain_jax import trees
+from grain_jax.models import grain, initial
 
 
 def params(config, *, seed=1):
@@ -16,4 +16,4 @@ def params(config, *, seed=1):
     return value.astype(leaf.dtype)
 
   model = grain.build(config)
-  return trees.map_with_name(draw, jax.eval_shape(lambda: steps.init_params(model, config)))
+  return trees.map_with_name(draw, jax.eval_shape(lambda: initial.init_params(model, config)))

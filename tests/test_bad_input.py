@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from bench import kills
-from grain_jax import train, weights
+from grain_jax.convert import weights
+from grain_jax.training import loop as train
 
 
 def command(module, *flags):

@@ -15,10 +15,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from bench import kills
-from grain_jax import embed, inference, steps, trees
+from grain_jax import embed, inference, trees
 from grain_jax.convert import native, run_folder
-from grain_jax.evals.encoders import Encoders
-from grain_jax.models import grain
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.models import grain, initial
 
 
 def draw(path, rng):
@@ -230,7 +230,7 @@ def model(tiny, tmp_path, rng):
   tiny.model.image.depth = tiny.model.text.depth = tiny.model.decoder.depth = 1
   params = trees.map_with_name(
     lambda name, leaf: np.asarray(0.2 * rng.normal(size=leaf.shape), np.float32),
-    jax.eval_shape(lambda: steps.init_params(grain.build(tiny), tiny)),
+    jax.eval_shape(lambda: initial.init_params(grain.build(tiny), tiny)),
   )
   run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
   return tiny, params, tmp_path / "run"

@@ -14,13 +14,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bench import kills
 from grain_jax import encoders as encoders_lib
-from grain_jax import evaluate, steps, trees, weights
-from grain_jax import mesh as meshes
+from grain_jax import evaluate, trees
 from grain_jax import tokenizer as tokenizers
-from grain_jax.convert import run_folder
+from grain_jax.convert import run_folder, weights
 from grain_jax.data import dataset
-from grain_jax.evals.options import Options
-from grain_jax.models import grain
+from grain_jax.evals.inputs.options import Options
+from grain_jax.models import grain, initial
+from grain_jax.runtime import mesh as meshes
 
 
 def run(*flags):
@@ -64,7 +64,7 @@ def clip_run(tiny_clip, tmp_path_factory):
   model = grain.build(tiny_clip)
   params = trees.map_with_name(
     lambda name, leaf: np.full(leaf.shape, 0.1, np.float32),
-    jax.eval_shape(lambda: steps.init_params(model, tiny_clip)),
+    jax.eval_shape(lambda: initial.init_params(model, tiny_clip)),
   )
   run_folder.write(folder, config=tiny_clip, params=params, source={})
   return folder
@@ -184,7 +184,7 @@ def test_encoders_take_any_number_of_rows(tiny, rng):
   model = grain.build(tiny)
   params = trees.map_with_name(
     lambda name, leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32),
-    jax.eval_shape(lambda: steps.init_params(model, tiny)),
+    jax.eval_shape(lambda: initial.init_params(model, tiny)),
   )
   tokenizer = tokenizers.Tokenizer(context=tiny.model.text.context)
   images = rng.integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)  # batches of 8: one and a part

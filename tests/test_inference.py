@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 import grain_jax
-from grain_jax import weights
+from grain_jax.convert import weights
 from grain_jax.models import grain
 
 pytestmark = pytest.mark.slow  # they share one finished run

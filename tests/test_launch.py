@@ -12,8 +12,8 @@ import time
 import pytest
 import yaml
 
-from grain_jax import addresses
-from grain_jax.watchdog import RESTART
+from grain_jax.runtime import addresses
+from grain_jax.runtime.watchdog import RESTART
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"

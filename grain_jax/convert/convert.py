@@ -11,7 +11,6 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import steps
 from grain_jax.convert import (
   foreign,
   grain_torch,
@@ -23,7 +22,7 @@ from grain_jax.convert import (
   run_folder,
   staging,
 )
-from grain_jax.models import grain
+from grain_jax.models import grain, initial
 
 # Name -> reader of a file or folder.
 FORMATS: dict[str, Callable[[pathlib.Path], foreign.Foreign]] = {
@@ -74,7 +73,7 @@ def read(
   found = load(pathlib.Path(path))
   config = _configure(found, recipe)
   model = grain.build(config)
-  abstract = jax.eval_shape(lambda: steps.init_params(model, config))
+  abstract = jax.eval_shape(lambda: initial.init_params(model, config))
   params = layout.read(found.rules(config), found.state, abstract, where=found.where)
   if recipe is not None:
     _check_facts(found, config, recipe)

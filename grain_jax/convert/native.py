@@ -11,15 +11,15 @@ import ml_collections
 import safetensors.numpy
 
 from grain_jax import config as configs
-from grain_jax import steps, trees
+from grain_jax import trees
 from grain_jax.convert import foreign, layout, state_dicts
-from grain_jax.models import grain
+from grain_jax.models import grain, initial
 
 
 def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
   """Every parameter under its own name, layers stacked."""
   model = grain.build(config)
-  abstract = jax.eval_shape(lambda: steps.init_params(model, config))
+  abstract = jax.eval_shape(lambda: initial.init_params(model, config))
   return [rule for name, _ in trees.named_leaves(abstract) for rule in layout.same(name, name)]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import ml_collections
 
 import grain_jax
-from grain_jax import checkpoint
 from grain_jax import config as configs
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import staging
+from grain_jax.runtime import checkpoint
 
 _COMMON = pathlib.Path(grain_jax.__file__).parent.parent / "configs" / "common.py"
 

@@ -1,1 +1,1 @@
-"""data of grain_jax."""
+"""From what people have to batches: sources, shards, the input pipeline. Never imports JAX."""

@@ -30,7 +30,7 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
   add("--shard_size", type=int, default=4096, help="records a shard")
   add("--workers", type=int, default=None, help="processes or threads; default: one per core")
   if source == "scenes":
-    from grain_jax.data import scenes
+    from grain_jax.data.scenes import scenes
 
     for field in dataclasses.fields(scenes.SceneSettings):
       default = field.default
@@ -73,7 +73,7 @@ def source(flags: argparse.Namespace) -> sources.Source:
   """The source that the flags describe."""
   values = vars(flags)
   if flags.source == "scenes":
-    from grain_jax.data import scenes
+    from grain_jax.data.scenes import scenes
 
     fields = {f.name for f in dataclasses.fields(scenes.SceneSettings)}
     settings = {name: values[name] for name in fields & values.keys()}

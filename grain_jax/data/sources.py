@@ -70,8 +70,8 @@ def scenes(settings: Any, *, workers: int | None = None) -> Source:
     settings: a `scenes.SceneSettings`.
     workers: processes; None takes one per CPU core.
   """
-  from grain_jax.data import concepts
-  from grain_jax.data import scenes as scenes_lib
+  from grain_jax.data.scenes import concepts
+  from grain_jax.data.scenes import scenes as scenes_lib
 
   sizes = scenes_lib.Scenes(settings).split_sizes
 

@@ -1,1 +1,1 @@
-"""evals of grain_jax."""
+"""What is measured of a model that is handed in as functions."""

@@ -20,8 +20,8 @@ from grain_jax.evals import (
   segmentation,
   zero_shot,
 )
-from grain_jax.evals.encoders import Encoders
-from grain_jax.evals.share import Share
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs.share import Share
 
 
 @dataclasses.dataclass(frozen=True)

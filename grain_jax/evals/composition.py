@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from grain_jax.data import scene_texts
-from grain_jax.evals import pictures, retrieval
-from grain_jax.evals.encoders import Encoders
+from grain_jax.data.scenes import texts as scene_texts
+from grain_jax.evals import retrieval
+from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs.encoders import Encoders
 
 # Colours of `data.scenes`.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "gray")

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from grain_jax.evals import grounding, instances, pictures, retrieval
-from grain_jax.evals.encoders import Encoders
+from grain_jax.evals import grounding, retrieval
+from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs.encoders import Encoders
 
 METHODS = ("crop", "query", "patches")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")

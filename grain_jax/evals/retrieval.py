@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax.evals import pictures
-from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs.encoders import Encoders
 
 EncodeImage = Callable[[np.ndarray], Any]  # u8 [b, H, W, 3] -> f32 [b, E], L2-normalised
 EncodeText = Callable[[list[str]], Any]  # N texts -> f32 [N, E], L2-normalised

@@ -1,1 +1,1 @@
-"""models of grain_jax."""
+"""Towers, decoder, and the model that they make."""

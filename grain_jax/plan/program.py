@@ -12,10 +12,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from grain_jax import mesh as meshes
-from grain_jax import steps
-from grain_jax.models import grain
+from grain_jax.models import grain, initial
 from grain_jax.plan.chips import Machine
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
 
 _REQUIREMENTS = "python -m pip install -r requirements-plan.txt"
 _GIB = 2**30
@@ -131,7 +131,7 @@ def trace(config: ml_collections.ConfigDict, devices: list[jax.Device]) -> Trace
   sharding = meshes.batch_sharding(mesh)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    for name, x in steps.dummy_batch(config, config.batch_size).items()
+    for name, x in initial.dummy_batch(config, config.batch_size).items()
   }
   with jax.set_mesh(mesh):
     step = steps.make_train_step(model, config, mesh, optimizer, shardings)

@@ -13,7 +13,7 @@ from bench import comparison as runs
 from bench import grain_vs_clip as bench
 from grain_jax import cli, tokenizer
 from grain_jax import config as configs
-from grain_jax.data import scenes
+from grain_jax.data.scenes import scenes
 
 R1 = ("retrieval/image_to_text/r1", "retrieval/text_to_image/r1")
 UNSEEN = "zero_shot/unseen/top1"

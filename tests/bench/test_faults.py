@@ -6,8 +6,9 @@ import time
 import pytest
 
 from bench import faults, kills, several
-from grain_jax import train, weights
-from grain_jax.watchdog import RESTART
+from grain_jax.convert import weights
+from grain_jax.runtime.watchdog import RESTART
+from grain_jax.training import loop as train
 
 
 @pytest.fixture

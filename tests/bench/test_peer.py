@@ -12,9 +12,10 @@ from numpy.testing import assert_allclose
 from bench import train_step_sides as sides
 from bench.peers import grain_torch, weights
 from grain_jax import config as configs
-from grain_jax import mesh as meshes
-from grain_jax import optim, steps, trees
-from grain_jax.models import grain
+from grain_jax import trees
+from grain_jax.models import grain, initial
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import optim, steps
 
 FORMS = ("padded", "trimmed")
 UPDATES = 3  # in the warm-up, at the peak, on the cosine
@@ -66,7 +67,7 @@ def random_params(config):
     return jnp.asarray(0.2 * rng.normal(size=leaf.shape) + name.endswith("scale"), leaf.dtype)
 
   model = grain.build(config)
-  return trees.map_with_name(draw, jax.eval_shape(lambda: steps.init_params(model, config)))
+  return trees.map_with_name(draw, jax.eval_shape(lambda: initial.init_params(model, config)))
 
 
 def to_peer(tree, config):
@@ -154,7 +155,7 @@ def test_dropout_works_in_training_alone(config, batch):
 
 def test_it_has_our_parameters_at_full_size():
   config = configs.resolve(configs.load("configs/cc12m.py"))
-  ours = jax.eval_shape(lambda: steps.init_params(grain.build(config), config))
+  ours = jax.eval_shape(lambda: initial.init_params(grain.build(config), config))
   with torch.device("meta"):
     model = grain_torch.GrainTorch(config)
   assert sum(p.numel() for p in model.parameters()) == trees.count(ours)

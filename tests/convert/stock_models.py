@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from grain_jax import config as configs
-from grain_jax import steps, trees, weights
 from grain_jax import tokenizer as tokenizers
-from grain_jax.convert import run_folder
-from grain_jax.models import grain
+from grain_jax import trees
+from grain_jax.convert import run_folder, weights
+from grain_jax.models import grain, initial
 
 CONTEXT = 16
 
@@ -244,7 +244,7 @@ def ours(config, params, method, *args):
 
 def random_run(folder, config, rng):
   """Writes a run of random weights; its parameters."""
-  abstract = jax.eval_shape(lambda: steps.init_params(grain.build(config), config))
+  abstract = jax.eval_shape(lambda: initial.init_params(grain.build(config), config))
   params = trees.map_with_name(
     lambda name, x: np.asarray(
       0.15 * rng.normal(size=x.shape) + name.endswith("scale"), np.float32

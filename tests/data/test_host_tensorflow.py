@@ -27,9 +27,10 @@ def test_nothing_else_imports_it():
   found = {path: names for path, names in found.items() if names}
   # clu imports TensorFlow; `writers` hides the GPUs before it makes a writer.
   assert found.pop("data/host_tensorflow.py") == {"tensorflow", "tensorflow_datasets"}
-  assert "grain_jax.data" in imported(PACKAGE / "writers.py") and found.pop("writers.py")
-  assert found == {"train.py": {"clu"}}  # for the type checker alone
-  assert "TYPE_CHECKING" in (PACKAGE / "train.py").read_text()
+  assert found.pop("runtime/writers.py") == {"clu"}
+  assert "grain_jax.data" in imported(PACKAGE / "runtime/writers.py")
+  assert found == {"training/loop.py": {"clu"}}  # for the type checker alone
+  assert "TYPE_CHECKING" in (PACKAGE / "training/loop.py").read_text()
 
 
 def test_gpus_are_hidden_or_it_is_said(monkeypatch, caplog):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grain_jax.evals.options import Options
+from grain_jax.evals.inputs.options import Options
 
 
 @pytest.fixture

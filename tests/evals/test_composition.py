@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from grain_jax.data import concepts, scene_texts, scenes
+from grain_jax.data.scenes import concepts, scenes
+from grain_jax.data.scenes import texts as scene_texts
 from grain_jax.evals import composition
 from grain_jax.evals.composition import Crop, Item
-from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.inputs.encoders import Encoders
 
 COLORS = composition.COLORS
 

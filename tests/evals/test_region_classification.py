@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
-from grain_jax.evals import pictures
 from grain_jax.evals import region_classification as rc
-from grain_jax.evals.encoders import Encoders
+from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs.encoders import Encoders
 
 
 def unit(values):

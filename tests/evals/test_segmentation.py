@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from sklearn.decomposition import PCA
 
-from grain_jax.evals import pictures, segmentation
+from grain_jax.evals import segmentation
+from grain_jax.evals.inputs import pictures
 
 SIZES = [
   ((3, 5), (17, 9)),

@@ -6,9 +6,9 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from grain_jax.evals import composition_sets as sets
-from grain_jax.evals.encoders import Encoders
-from grain_jax.evals.options import Options
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs.options import Options
+from grain_jax.evals.sets import composition as sets
 
 
 def random_unit(key):

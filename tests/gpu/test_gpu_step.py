@@ -13,10 +13,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import grain_jax
-from grain_jax import mesh as meshes
-from grain_jax import steps, trees
+from grain_jax import trees
 from grain_jax.models import grain
 from grain_jax.objectives import matching
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_both_matchers_choose_alike(gpu, narrow, synthetic, rng):
 @pytest.mark.parametrize("recipe", ["cc12m", "clip_cc12m"])
 def test_a_recipes_state_is_saved_and_goes_on(gpu, narrow, synthetic, recipe, tmp_path):
   pytest.importorskip("orbax.checkpoint")
-  from grain_jax import checkpoint
+  from grain_jax.runtime import checkpoint
 
   config = narrow(recipe)
   config.loss.matcher = "device"

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
-from grain_jax import mesh as meshes
-from grain_jax import steps
-from grain_jax.models import attention, fused_attention, grain
+from grain_jax.models import attention, fused_attention, grain, initial
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
 
 REAL = jax.nn.dot_product_attention
 
@@ -202,10 +202,10 @@ def test_the_model_names_its_parts_and_asks_nothing_to_make_parameters(tiny, cud
     assert not cudnn.calls
     step = steps.make_train_step(model, tiny, mesh, optimizer, shardings)
     with pytest.raises(ValueError, match="'cudnn' is impossible for the image tower"):
-      step.trace(state, steps.dummy_batch(tiny, tiny.batch_size))
+      step.trace(state, initial.dummy_batch(tiny, tiny.batch_size))
     tiny.model.attention = "auto"
     step = steps.make_train_step(grain.build(tiny), tiny, mesh, optimizer, shardings)
-    step.trace(state, steps.dummy_batch(tiny, tiny.batch_size))
+    step.trace(state, initial.dummy_batch(tiny, tiny.batch_size))
   assert attention.taken() == {
     "image tower": "XLA (cuDNN refuses: Unsupported sequence length Q 5)",
     "text tower": "XLA (masked)",

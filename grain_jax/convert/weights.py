@@ -1,0 +1,153 @@
+"""Weights from a folder: to use them as they are, or to start a run from somebody's towers."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from grain_jax import config as configs
+from grain_jax import trees
+from grain_jax.models import grain, initial
+from grain_jax.runtime import checkpoint
+from grain_jax.runtime import mesh as meshes
+
+# Parameters that `config.init.PART` carries over, by the start of their names.
+PARTS = {
+  "image": ("image_tower/",),
+  "text": ("text_tower/", "text_projection/"),
+}
+_INITIAL = ("model.image.init_std", "model.image.position_init")  # past, once there are weights
+
+
+def load(
+  path: str | os.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Any]:
+  """(configuration, parameters) of a folder; see `open_checkpoint`."""
+  return open_checkpoint(path, step=step)[:2]
+
+
+def open_checkpoint(
+  path: str | os.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Any, int | None]:
+  """(configuration, parameters, step) of a folder; the step of an export is None.
+
+  Args:
+    path: workdir of a run, or what `grain_jax.convert` wrote (config.json and checkpoints/), or a
+      safetensors export (config.json and model.safetensors).
+    step: which checkpoint of a run; the newest by default.
+
+  Raises:
+    ValueError: there is no model in the folder; one line.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
+      "checkpoint first (python -m grain_jax.convert --help)."
+    )
+  if not (folder / "model.safetensors").is_file():
+    return load_run(folder, step=step)
+  if step is not None:
+    raise ValueError(f"{folder} is an export of one checkpoint: it has no step {step}.")
+  from grain_jax.convert import convert
+
+  config, params = convert.read("safetensors", folder)
+  return _anywhere(config), params, None
+
+
+def _anywhere(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The configuration without what its run asked of its own machine, which may differ from this."""
+  config.model.attention = "auto"
+  return config
+
+
+def load_run(
+  workdir: str | os.PathLike, *, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, Any, int]:
+  """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
+
+  Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean. The mesh
+  of the configuration is set to whatever devices there are now, and the parameters are cut as in
+  the run where these allow it; else each device has all of them.
+  """
+  folder = pathlib.Path(workdir)
+  path = folder / "config.json"
+  if not path.is_file():
+    raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
+  config = configs.read(path)
+  _anywhere(config)
+  model = grain.build(config)
+  params = jax.eval_shape(lambda: initial.init_params(model, config))
+  cut = config.mesh.fsdp * config.mesh.tensor
+  if not (0 < cut <= jax.device_count() and jax.device_count() % cut == 0):
+    config.mesh.update(fsdp=1, tensor=1)
+  config.mesh.data = -1
+  mesh = meshes.create(config, batches=())
+  shardings = meshes.param_shardings(params, mesh, config.mesh.rules)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+  )
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
+  kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
+  state, meta = checkpoints.restore({kept: abstract}, step=step)
+  checkpoints.close()
+  return config, state[kept], meta["step"]
+
+
+def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:
+  """Fresh parameters with the towers of `config.init` in their place, sharded as they were.
+
+  Args:
+    config: whole, resolved configuration; `init.image` and `init.text` name folders or are empty.
+    params: fresh parameters of its model.
+
+  Raises:
+    ValueError: a folder without a model, a tower of another architecture, or weights that do not
+      fit; one line with the first difference.
+  """
+  for part, prefixes in PARTS.items():
+    path = config.init[part]
+    if not path:
+      continue
+    where = f"config.init.{part} = {path}"
+    try:
+      theirs, weights = load(path)
+    except ValueError as error:
+      raise ValueError(f"config.init.{part}: {error}") from error
+    _check_architecture(config, theirs, part, where=where)
+    found = dict(trees.named_leaves(weights))
+
+    def take(name: str, fresh: Any, prefixes=prefixes, found=found, where=where) -> Any:
+      if not name.startswith(prefixes):
+        return fresh
+      if name not in found or found[name].shape != fresh.shape:
+        there = list(found[name].shape) if name in found else "missing"
+        raise ValueError(f"{where}: {name} is {there} there and {list(fresh.shape)} here.")
+      value = np.asarray(found[name], fresh.dtype)
+      return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
+
+    params = trees.map_with_name(take, params)
+  return params
+
+
+def _check_architecture(ours: Any, theirs: Any, part: str, *, where: str) -> None:
+  """Raises for the first key of the tower that differs: shapes alone do not show them all."""
+  prefix = f"model.{part}."
+  a, b = dict(configs.flatten(configs.resolve(ours))), dict(configs.flatten(theirs))
+  for key, value in a.items():
+    if key.startswith(prefix) and key in b and key not in _INITIAL and key != f"{prefix}variant":
+      theirs_value = b[key]
+      if value != theirs_value:
+        hint = (
+          "Resize it: python -m grain_jax.convert --image_size."
+          if key == "model.image.size"
+          else "Set it to that."
+        )
+        raise ValueError(
+          f"{where}: config.{key} is {theirs_value!r} there and {value!r} here. {hint}"
+        )

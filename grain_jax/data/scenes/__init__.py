@@ -1,0 +1,1 @@
+"""The embedded set: drawn scenes with exact boxes, descriptions and masks."""

@@ -1,0 +1,1 @@
+"""What measures read: encoders, images, annotations."""

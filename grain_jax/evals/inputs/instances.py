@@ -1,0 +1,270 @@
+"""Annotated boxes in COCO's format: COCO, LVIS, FG-OVD, RefCOCO as MDETR wrote it, or one's own.
+
+A file is an object of `images`, `annotations` and `categories`. LVIS has `coco_url` in the place of
+`file_name`, no `iscrowd`, and says for each image which categories were looked for (Gupta et al.,
+CVPR 2019); FG-OVD adds to each annotation the captions that are wrong for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grain_jax.evals.inputs import annotations, pictures
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs.options import Options, find
+
+CLIP_TOLERANCE = 1.0  # pixels that a box may lie outside without being counted as clipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+  """Where the files of a dataset lie below --datasets."""
+
+  annotations: tuple[str, ...]
+  # Folder of pictures named without one; a name such as val2017/1.jpg starts at the folder above.
+  pictures: tuple[str, ...]
+  how: str  # to get it
+
+  def file(self, root: pathlib.Path, name: str) -> pathlib.Path:
+    """The file of a picture by its name in the annotations."""
+    folder = self.pictures[:-1] if "/" in name else self.pictures
+    return root.joinpath(*folder, name)
+
+
+_COCO = (
+  "Get val2017.zip and annotations_trainval2017.zip from cocodataset.org; unpack them into "
+  "DIR/coco, so that there are DIR/coco/val2017 and DIR/coco/annotations."
+)
+SETS: dict[str, Set] = {
+  "coco": Set(("coco", "annotations", "instances_val2017.json"), ("coco", "val2017"), _COCO),
+  "lvis": Set(
+    ("coco", "annotations", "lvis_v1_val.json"),
+    ("coco", "val2017"),
+    "Get lvis_v1_val.json.zip from lvisdataset.org into DIR/coco/annotations, and COCO's "
+    "train2017.zip and val2017.zip from cocodataset.org, unpacked into DIR/coco.",
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """An image with its R annotated boxes."""
+
+  id: int
+  name: str  # of its file, as the annotations give it
+  height: int  # pixels
+  width: int
+  boxes: np.ndarray  # (cx, cy, w, h) as fractions of the image, f64 [R, 4]
+  category: np.ndarray  # id, i64 [R]
+  area: np.ndarray  # of the object (not of the box) in pixels, f64 [R]
+  crowd: np.ndarray  # the box is around many objects, bool [R]
+  negatives: tuple[tuple[int, ...], ...]  # categories that are wrong for each box; R of them
+  absent: frozenset[int]  # categories known not to be in it (LVIS)
+  not_exhaustive: frozenset[int]  # categories of which some objects are not annotated (LVIS)
+  caption: str = ""  # of the whole image (RefCOCO: of its box)
+
+  def single(self) -> np.ndarray:
+    """Indices of the boxes around one object, i64 [<= R]."""
+    return np.flatnonzero(~self.crowd)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instances:
+  """What an annotation file holds."""
+
+  pictures: Sequence[Picture]
+  names: dict[int, str]  # id of a category -> its name in words, in the order of the file
+  frequency: dict[int, str]  # id -> r, c or f (LVIS); else empty
+  federated: bool  # not every category was looked for in every image
+  clipped: int  # boxes that reached out of their image by more than `CLIP_TOLERANCE` pixels
+  dropped: int  # boxes without area
+
+  def first(self, count: int) -> Instances:
+    """With the first so many pictures; 0 for all. The counts stay those of the whole file."""
+    return dataclasses.replace(self, pictures=self.pictures[:count]) if count else self
+
+
+def spec(name: str, sets: dict[str, Set] = SETS) -> Set:
+  """The set of that name, or one's own folder DIR/NAME with instances.json."""
+  return sets.get(name) or Set(
+    (name, "instances.json"),
+    (name, "images"),
+    f"Known sets are {', '.join(sets)}; for your own, write DIR/{name}/instances.json in COCO's "
+    f"format, with file names that start at DIR/{name} (bare ones at DIR/{name}/images).",
+  )
+
+
+def load(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS) -> Instances:
+  """The annotations of a set, `options.limit` applied; see `read` and `check`."""
+  own = spec(name, sets)
+  return read(find(options, *own.annotations, what=what, how=own.how)).first(options.limit)
+
+
+def check(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS) -> Instances:
+  """`load`; a one-line ValueError where boxes or all the pictures are missing."""
+  own, instances = spec(name, sets), load(name, options, what=what, sets=sets)
+  if not sum(len(picture.single()) for picture in instances.pictures):
+    raise ValueError(
+      f"{what}: {options.root.joinpath(*own.annotations)} has no box for its "
+      f"{len(instances.pictures)} images. Give a split with annotations."
+    )
+  files = [own.file(options.root, picture.name) for picture in instances.pictures]
+  check_files(files, what=what, how=own.how)
+  return instances
+
+
+def check_files(files: Sequence[pathlib.Path], *, what: str, how: str) -> None:
+  """Raises a one-line ValueError where none of the pictures is there (single ones are counted)."""
+  if not any(file.is_file() for file in files):
+    raise ValueError(f"{what}: none of its {len(files)} pictures is there, not {files[0]}. {how}")
+
+
+def read(file: pathlib.Path) -> Instances:
+  """An annotation file; boxes are clipped to their image, those without area dropped, both counted.
+
+  Raises:
+    ValueError: not JSON, not of COCO's format: one line with the entry that is wrong.
+  """
+  stat = file.stat()
+  return _read(file, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2)  # several families and their checks read the same large file
+def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
+  content = _content(file)
+  names, frequency = {}, {}
+  for i, entry in enumerate(content["categories"]):
+    where = f"{file}: categories[{i}]"
+    name = _field(entry, "name", str, where)
+    names[_field(entry, "id", int, where)] = name.replace("_", " ").strip()
+    if "frequency" in entry:
+      frequency[entry["id"]] = str(entry["frequency"])
+  own: dict[int, list[tuple[np.ndarray, dict[str, Any]]]] = {}
+  sizes: dict[int, tuple[int, int]] = {}
+  for i, image in enumerate(content["images"]):
+    where = f"{file}: images[{i}]"
+    key, width, height = (_field(image, k, int, where) for k in ("id", "width", "height"))
+    if key in own:
+      raise ValueError(f"{where}: id {key} stands there twice. Give each image its own.")
+    if min(width, height) < 1:
+      raise ValueError(f"{where}: {width} x {height} pixels. Give the size of the image.")
+    own[key], sizes[key] = [], (width, height)
+  clipped = dropped = 0
+  for i, annotation in enumerate(content["annotations"]):
+    where = f"{file}: annotations[{i}]"
+    image = _field(annotation, "image_id", int, where)
+    category = _field(annotation, "category_id", int, where)
+    if image not in own:
+      raise ValueError(f"{where}: there is no image {image}. Give the file with its images.")
+    if names and category not in names:
+      raise ValueError(f"{where}: there is no category {category}. Give the file with all of them.")
+    box, outside = _fractions(annotation.get("bbox"), *sizes[image], where)
+    if box is None:
+      dropped += 1
+      continue
+    clipped += outside > CLIP_TOLERANCE
+    own[image].append((box, annotation))
+  found = [_picture(image, own[image["id"]], f"{file}: images") for image in content["images"]]
+  keys = ("neg_category_ids", "not_exhaustive_category_ids")
+  federated = bool(found) and all(k in image for image in content["images"] for k in keys)
+  return Instances(found, names, frequency, federated, clipped, dropped)
+
+
+def batches(
+  encoders: Encoders,
+  files: Sequence[pictures.Source],
+  *,
+  what: str,
+  unreadable: pictures.Unreadable,
+  resize: str = "squash",
+) -> Iterator[pictures.Batch]:
+  """`pictures.batches` at the model's size, squashed so that fractions of the image hold.
+
+  Raises:
+    ValueError: at the end, none could be read.
+  """
+  read_any = False
+  for batch in pictures.batches(
+    files,
+    size=encoders.size,
+    resize=resize,
+    batch_size=encoders.batch_size,
+    unreadable=unreadable,
+    share=encoders.share,
+  ):
+    read_any = True
+    yield batch
+  if not read_any:
+    raise ValueError(f"{what}: {unreadable.line(len(files)) or 'there is no picture in it'}.")
+
+
+def warn(
+  what: str, total: int, unreadable: pictures.Unreadable, say: Callable[[str], None]
+) -> None:
+  """One line where pictures were left out."""
+  if unreadable:
+    say(f"{what}: {unreadable.line(total)}")
+
+
+def _content(file: pathlib.Path) -> dict[str, list[Any]]:
+  content = annotations.read_json(file)
+  for key in ("images", "annotations", "categories"):
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+      raise ValueError(
+        f"{file} is not of COCO's format: it has no list {key!r}. Give an object of images, "
+        "annotations and categories."
+      )
+  return content
+
+
+def _field(entry: Any, key: str, kind: type, where: str) -> Any:
+  value = entry.get(key) if isinstance(entry, dict) else None
+  if not isinstance(value, kind) or isinstance(value, bool):
+    raise ValueError(f"{where} has {key} = {value!r}, not {kind.__name__}. Give COCO's format.")
+  return value
+
+
+def _fractions(box: Any, width: int, height: int, where: str) -> tuple[np.ndarray | None, float]:
+  """(x, y, w, h) in pixels -> (cx, cy, w, h) in [0, 1] or None without area; pixels outside."""
+  numbers = isinstance(box, list) and len(box) == 4
+  if not numbers or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+    raise ValueError(f"{where}: bbox = {box!r} is no [x, y, width, height] in pixels. Mend it.")
+  x, y, w, h = box
+  left, top = max(x, 0), max(y, 0)
+  right, bottom = min(x + w, width), min(y + h, height)
+  if right <= left or bottom <= top:
+    return None, 0.0
+  outside = max(-x, -y, x + w - width, y + h - height)
+  corners = np.array([left / width, top / height, right / width, bottom / height])
+  return np.concatenate([(corners[:2] + corners[2:]) / 2, corners[2:] - corners[:2]]), outside
+
+
+def _picture(image: dict[str, Any], own: list[tuple[np.ndarray, dict]], where: str) -> Picture:
+  name = image.get("file_name")
+  if not name and isinstance(image.get("coco_url"), str):
+    name = "/".join(image["coco_url"].split("/")[-2:])  # .../val2017/1.jpg
+  if not isinstance(name, str) or not name:
+    raise ValueError(f"{where}: {image['id']} has neither file_name nor coco_url. Give one.")
+  boxes = np.array([box for box, _ in own], np.float64).reshape(-1, 4)
+  pixels = boxes[:, 2] * image["width"] * boxes[:, 3] * image["height"]
+  return Picture(
+    id=image["id"],
+    name=name,
+    height=image["height"],
+    width=image["width"],
+    boxes=boxes,
+    category=np.array([a["category_id"] for _, a in own], np.int64),
+    area=np.array([a.get("area", p) for (_, a), p in zip(own, pixels, strict=True)], np.float64),
+    crowd=np.array([bool(a.get("iscrowd")) for _, a in own], bool),
+    negatives=tuple(tuple(a.get("neg_category_ids", ())) for _, a in own),
+    absent=frozenset(image.get("neg_category_ids", ())),
+    not_exhaustive=frozenset(image.get("not_exhaustive_category_ids", ())),
+    caption=str(image.get("caption", "")),
+  )

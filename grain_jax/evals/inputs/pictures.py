@@ -1,0 +1,235 @@
+"""Pictures of any origin as the images a model sees, in batches; what cannot be read is counted.
+
+Every evaluation on files goes through here: pictures are decoded ahead by threads, one that cannot
+be read is left out and named in `Unreadable`, and results say how many of how many were used.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from grain_jax.data import records, transforms
+from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs.share import ALONE, Share
+
+# The path of a file, its bytes, a PIL image, or u8 [H, W, 3] (or [H, W], [H, W, 1]: grey).
+Source = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+# An image u8 [size, size, 3] with the (height, width) of its picture, or why that cannot be read.
+_Loaded = tuple[np.ndarray, tuple[int, int]] | str
+
+
+@dataclasses.dataclass
+class Unreadable:
+  """Pictures that could not be read."""
+
+  reasons: dict[int, str] = dataclasses.field(default_factory=dict)  # index of the picture -> why
+
+  def __len__(self) -> int:
+    return len(self.reasons)
+
+  def line(self, total: int) -> str:
+    """One line for the user; empty where all could be read."""
+    if not self.reasons:
+      return ""
+    index = min(self.reasons)
+    return (
+      f"{len(self)} of {total} pictures cannot be read and are left out; the first, number "
+      f"{index}: {self.reasons[index]}"
+    )
+
+
+class Batch(NamedTuple):
+  """Images that could be read, in order."""
+
+  index: np.ndarray  # of each in the pictures given, i64 [b]
+  image: np.ndarray  # u8 [b, size, size, 3]
+  original_size: np.ndarray  # (height, width) in pixels, i64 [b, 2]
+
+
+class Encoded(NamedTuple):
+  """Results of the pictures that could be read."""
+
+  index: np.ndarray  # of each in the pictures given, rising, i64 [n]
+  values: Any  # arrays of n rows, as the encoder gave them
+  total: int  # pictures given
+
+
+def open_picture(source: Source) -> Image.Image:
+  """A picture as RGB; a one-line ValueError where it cannot be read."""
+  if isinstance(source, Image.Image):
+    return source.convert("RGB")
+  if isinstance(source, np.ndarray):
+    grey = source.ndim == 2 or (source.ndim == 3 and source.shape[-1] == 1)
+    if source.dtype != np.uint8 or not (grey or (source.ndim == 3 and source.shape[-1] == 3)):
+      raise ValueError(f"{source.dtype} {list(source.shape)} is no u8 [H, W, 3] picture")
+    return Image.fromarray(source.reshape(source.shape[:2]) if grey else source).convert("RGB")
+  if isinstance(source, bytes):
+    return records.decode_image(source)
+  path = pathlib.Path(source)
+  try:
+    return records.decode_image(path.read_bytes())
+  except OSError as error:
+    raise ValueError(f"{path}: {error.strerror}") from error
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def batches(
+  pictures: Iterable[Source],
+  *,
+  size: int,
+  resize: str,
+  batch_size: int,
+  unreadable: Unreadable,
+  share: Share = ALONE,
+  threads: int = 0,
+) -> Iterator[Batch]:
+  """Batches of `batch_size` images (the last may be smaller) of those that can be read.
+
+  Args:
+    pictures: may be a generator; it is read as the batches are asked for, a little ahead.
+    size: side of the images in pixels.
+    resize: one of `transforms.RESIZES`.
+    batch_size: images a batch.
+    unreadable: filled in on the way.
+    share: of the pictures, that this process reads; all processes get all batches.
+    threads: that decode; 0 for one a core.
+  """
+
+  def load(numbered: tuple[int, Source]) -> _Loaded | None:
+    index, source = numbered
+    if not share.is_own(index % batch_size, batch_size):
+      return None
+    try:
+      picture = open_picture(source)
+    except ValueError as error:
+      return str(error)
+    return transforms.resize(picture, size, resize), (picture.height, picture.width)
+
+  waiting: list[tuple[int, np.ndarray, tuple[int, int]]] = []
+  threads = threads or os.cpu_count() or 1
+  with futures.ThreadPoolExecutor(threads) as pool:
+    ahead = 4 * threads * share.count + batch_size
+    own = _ahead(pool, load, enumerate(pictures), ahead=ahead)
+    for index, loaded in enumerate(_of_all(own, share, batch_size, size)):
+      if isinstance(loaded, str):
+        unreadable.reasons[index] = loaded
+        continue
+      waiting.append((index, *loaded))
+      if len(waiting) == batch_size:
+        yield _stack(waiting)
+        waiting = []
+  if waiting:
+    yield _stack(waiting)
+
+
+def encode(
+  encode_images: Callable[[np.ndarray], Any],
+  pictures: Iterable[Source],
+  encoders: Encoders,
+  *,
+  what: str,
+  resize: str | None = None,
+  warn: Callable[[str], None] = print,
+) -> Encoded:
+  """The results of an encoder of images for all pictures that can be read.
+
+  Args:
+    encode_images: `encoders.image`, `encoders.regions`, or what takes their place: u8
+      [b, size, size, 3] -> an array, or a tuple of arrays, of b rows.
+    pictures: pictures in any form.
+    encoders: whose images they are.
+    what: name of the evaluation, for messages.
+    resize: in the place of `encoders.resize`.
+    warn: gets one line where pictures could not be read.
+
+  Raises:
+    ValueError: there is no picture, or none that can be read.
+  """
+  unreadable, index, parts = Unreadable(), [], []
+  for batch in batches(
+    pictures,
+    size=encoders.size,
+    resize=resize or encoders.resize,
+    batch_size=encoders.batch_size,
+    unreadable=unreadable,
+    share=encoders.share,
+  ):
+    index.append(batch.index)
+    parts.append(encode_images(batch.image))
+  total = sum(map(len, index)) + len(unreadable)
+  if not total:
+    raise ValueError(f"{what}: there is no picture in it. Check the folder or the split.")
+  if not index:
+    raise ValueError(f"{what}: {unreadable.line(total)}.")
+  if unreadable:
+    warn(f"{what}: {unreadable.line(total)}")
+  if isinstance(parts[0], tuple):
+    values: Any = tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+  else:
+    values = np.concatenate(parts)
+  return Encoded(np.concatenate(index), values, total)
+
+
+def png(image: np.ndarray) -> bytes:
+  """u8 [H, W] or [H, W, 3] as a PNG file."""
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="png")
+  return buffer.getvalue()
+
+
+def _stack(rows: list[tuple[int, np.ndarray, tuple[int, int]]]) -> Batch:
+  index, image, original = zip(*rows, strict=True)
+  return Batch(np.asarray(index), np.stack(image), np.asarray(original))
+
+
+def _of_all(
+  own: Iterator[_Loaded | None], share: Share, batch_size: int, size: int
+) -> Iterator[_Loaded]:
+  """What the processes loaded, put together for every `batch_size` pictures; None: another's."""
+  if share.count == 1:
+    yield from own  # none of them is another's
+    return
+  part = share.rows(batch_size)
+  while loaded := list(itertools.islice(own, batch_size)):
+    mine = loaded[share.index * part : (share.index + 1) * part]
+    images = np.zeros((part, size, size, 3), np.uint8)
+    facts: list[Any] = [None] * part  # why it cannot be read, or its original size
+    for row, one in enumerate(mine):
+      if isinstance(one, str):
+        facts[row] = one
+      else:
+        images[row], facts[row] = one
+    all_images, all_facts = share.join(images, batch_size), share.join_lists(facts, batch_size)
+    for image, fact in zip(all_images[: len(loaded)], all_facts[: len(loaded)], strict=True):
+      yield fact if isinstance(fact, str) else (image, tuple(fact))
+
+
+def _ahead(
+  pool: futures.Executor, load: Callable[[Any], Any], items: Iterable[Any], *, ahead: int
+) -> Iterator[Any]:
+  """load(item) in order, so many begun before the first is asked for."""
+  begun: collections.deque[futures.Future] = collections.deque()
+  try:
+    for item in items:
+      begun.append(pool.submit(load, item))
+      if len(begun) > ahead:
+        yield begun.popleft().result()
+    while begun:
+      yield begun.popleft().result()
+  finally:
+    for future in begun:
+      future.cancel()

@@ -1,0 +1,378 @@
+"""What a run looks like: loss curves, a contact sheet of grounded pictures, a table of results."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import axes, figure, patches, ticker
+from matplotlib.backends import backend_agg
+
+from grain_jax.evals import grounding, segmentation
+from grain_jax.evals.page import figures
+
+_DPI = 100  # so that one point of layout below is one pixel
+# One colour a region, told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
+_COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
+_INK, _QUIET, _GRID = "#222222", "#6B6B6B", "#E3E3E3"
+_SMOOTHED_FROM = 120  # points from which a running mean is drawn over the raw line
+_FIGURE = {"facecolor": "white", "dpi": _DPI}
+
+
+def write(
+  figures_dir: str | pathlib.Path,
+  history: Sequence[Mapping[str, Any]],
+  *,
+  examples: Sequence[grounding.Example] = (),
+  segmented: Sequence[segmentation.Example] = (),
+  results: Mapping[str, float | int] | None = None,
+) -> list[pathlib.Path]:
+  """Draws what there is to draw into `figures_dir`, which is made if it does not exist.
+
+  Args:
+    figures_dir: folder of the figures.
+    history: objects with `step` and metrics by flat name (`metrics.read_jsonl`).
+    examples: images of `grounding.evaluate(..., keep=12)`.
+    segmented: images of `segmentation.evaluate_built(..., keep=8)`.
+    results: by flat name.
+
+  Returns:
+    Paths written: `loss_curves.png` if the history has a loss, `contact_sheet.png` and `masks.png`
+    if there are examples, `region_weights.png` if weights of regions were tried. Each appears whole
+    or not at all.
+  """
+  figures_dir = pathlib.Path(figures_dir)
+  figures_dir.mkdir(parents=True, exist_ok=True)
+  drawn = {}
+  if series(history, "train/loss"):
+    drawn["loss_curves.png"] = loss_curves(history)
+  if examples:
+    drawn["contact_sheet.png"] = contact_sheet(examples)
+  if segmented:
+    drawn["masks.png"] = figures.mask_sheet(segmented)
+  weights = figures.alpha_curves(results or {})
+  if weights is not None:
+    drawn["region_weights.png"] = weights
+  for name, picture in drawn.items():
+    partial = figures_dir / f".{name}.{os.getpid()}"
+    picture.savefig(partial, format="png", facecolor="white", dpi=_DPI)
+    os.replace(partial, figures_dir / name)
+  return [figures_dir / name for name in drawn]
+
+
+def series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+  """(step, value) of one metric by rising step; of a step written twice (a resumed run), the last.
+
+  Values that are not finite are left out.
+  """
+  points = {entry["step"]: entry[name] for entry in history if name in entry}
+  return sorted(
+    (step, float(v)) for step, v in points.items() if v is not None and math.isfinite(v)
+  )
+
+
+def format_table(results: Mapping[str, float | int]) -> str:
+  """Results as text for the terminal, a block an evaluation: fractions as per cent, counts as such.
+
+  Args:
+    results: flat names such as `zero_shot/seen/top1`; floats in [0, 1] are fractions, ints counts.
+
+  Returns:
+    Lines without a newline at the end.
+  """
+  if not results:
+    return "no results"
+  blocks: dict[str, list[tuple[str, str]]] = {}
+  for name, value in results.items():
+    head, _, rest = name.partition("/")
+    blocks.setdefault(head if rest else "", []).append((rest or head, _cell(value)))
+  width = max(len(name) for rows in blocks.values() for name, _ in rows)
+  right = max(len(text.rstrip(" %")) for rows in blocks.values() for _, text in rows)
+  lines = []
+  for head, rows in blocks.items():
+    lines += [head] if head else []
+    for name, text in rows:
+      number, _, unit = text.partition(" ")
+      indent, pad = ("  ", width) if head else ("", width + 2)
+      lines.append(f"{indent}{name:<{pad}}  {number:>{right}} {unit}".rstrip())
+  return "\n".join(lines)
+
+
+def _cell(value: float | int) -> str:
+  if isinstance(value, (bool, str)) or value is None:
+    return str(value)
+  if isinstance(value, (int, np.integer)):
+    return f"{value:,}"
+  if 0 <= value <= 1:
+    return f"{100 * value:.1f} %"
+  return f"{value:.4g}"
+
+
+def loss_curves(history: Sequence[Mapping[str, Any]]) -> figure.Figure:
+  """The losses, the evaluations (if there were any on the way) and the speed, over steps."""
+  names = sorted({name for entry in history for name in entry})
+  losses = ["train/loss"] + [n for n in names if n.startswith("train/loss_")]
+  scores = [n for n in _HEADLINES if len(series(history, n)) > 1]
+  speed = ["train/samples_per_second"] if series(history, "train/samples_per_second") else []
+  panels = [("loss", losses, 1.0)]
+  panels += [("evaluation, %", scores, 100.0)] if scores else []
+  panels += [("samples a second", speed, 1.0)] if speed else []
+
+  picture = figure.Figure(figsize=(5.0 * len(panels), 4.2), layout="constrained", **_FIGURE)
+  backend_agg.FigureCanvasAgg(picture)
+  for i, (title, shown, scale) in enumerate(panels):
+    ax = picture.add_subplot(1, len(panels), i + 1)
+    _panel(ax, title)
+    for j, name in enumerate(shown):
+      color = _INK if name == "train/loss" else _COLORS[j % len(_COLORS)]
+      _curve(ax, series(history, name), label=_label(name), color=color, scale=scale)
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    if len(shown) > 1:
+      ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=_INK)
+  return picture
+
+
+# What the middle panel of the loss curves shows, of what a run has evaluated.
+_HEADLINES = (
+  "zero_shot/seen/top1",
+  "zero_shot/unseen/top1",
+  "retrieval/image_to_text/r1",
+  "retrieval/text_to_image/r1",
+  "grounding/mean_iou",
+  "grounding/description_top1",
+)
+_LABELS = {
+  "train/loss": "total",
+  "zero_shot/seen/top1": "zero-shot, seen pairs",
+  "zero_shot/unseen/top1": "zero-shot, unseen pairs",
+  "retrieval/image_to_text/r1": "image to text R@1",
+  "retrieval/text_to_image/r1": "text to image R@1",
+  "grounding/mean_iou": "mean IoU",
+  "grounding/description_top1": "region to description",
+}
+
+
+def _label(name: str) -> str:
+  return _LABELS.get(name, name.removeprefix("train/loss_").replace("_", " "))
+
+
+def _panel(ax: axes.Axes, title: str) -> None:
+  ax.set_title(title, loc="left", fontsize=11, color=_INK)
+  ax.set_xlabel("step", color=_QUIET, fontsize=9)
+  ax.grid(axis="y", color=_GRID, linewidth=0.8)
+  ax.set_axisbelow(True)
+  ax.tick_params(colors=_QUIET, labelsize=9, length=0)
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5, integer=True))
+  ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+  for side, spine in ax.spines.items():
+    spine.set_visible(side == "bottom")
+    spine.set_color(_GRID)
+
+
+def _curve(
+  ax: axes.Axes, points: list[tuple[int, float]], *, label: str, color: str, scale: float
+) -> None:
+  """One line; a long one is drawn pale, with its running mean over it."""
+  if not points:
+    return
+  steps, values = (np.asarray(column, float) for column in zip(*points, strict=True))
+  values = values * scale
+  marker = "o" if len(points) < 30 else ""
+  if len(points) < _SMOOTHED_FROM:
+    ax.plot(steps, values, color=color, label=label, linewidth=1.6, marker=marker, markersize=3)
+    return
+  window = max(3, len(points) // 50)
+  mean = np.convolve(values, np.ones(window) / window, mode="valid")
+  middle = steps[(window - 1) // 2 : (window - 1) // 2 + len(mean)]
+  ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+  ax.plot(middle, mean, color=color, label=label, linewidth=1.6)
+
+
+# Layout of the contact sheet in pixels.
+_SIDE, _GAP, _TOP, _LINE, _HEADER = 288, 24, 8, 15, 64
+
+
+def contact_sheet(
+  examples: Sequence[grounding.Example], *, columns: int = 4, side: int = _SIDE
+) -> figure.Figure:
+  """Pictures with boxes, and under each the description that every region retrieves.
+
+  True boxes are white and dashed, predicted ones solid in the colour of their line of text. Under
+  a wrong description stands the true one, in grey.
+
+  Args:
+    examples: images to show, in this order.
+    columns: pictures a row.
+    side: longer side of a picture in pixels, after scaling.
+  """
+  columns = max(1, min(columns, len(examples)))
+  rows = [examples[i : i + columns] for i in range(0, len(examples), columns)]
+  heights = [
+    _TOP + side + 6 + _LINE * max(_lines(example) for example in row) + _GAP for row in rows
+  ]
+  width = columns * side + (columns + 1) * _GAP
+  height = _HEADER + sum(heights)
+  picture = figure.Figure(figsize=(width / _DPI, height / _DPI), **_FIGURE)
+  canvas = backend_agg.FigureCanvasAgg(picture)
+  sheet = _Sheet(picture, canvas.get_renderer(), width, height)
+  title, limit = "Regions and the descriptions they retrieve", width - 2 * _GAP
+  sheet.text(_GAP, 14, title, size=13, weight="bold", limit=limit)
+  sheet.text(
+    _GAP,
+    37,
+    "solid, in colour: predicted box    white, dashed: true box    "
+    "under a wrong description: the true one, in grey",
+    color=_QUIET,
+    limit=limit,
+  )
+  top = _HEADER
+  for row, row_height in zip(rows, heights, strict=True):
+    for column, example in enumerate(row):
+      _cell_of(sheet, example, _GAP + column * (side + _GAP), top + _TOP, side)
+    top += row_height
+  return picture
+
+
+class _Sheet:
+  """A figure addressed in pixels from its upper left corner."""
+
+  def __init__(self, picture: figure.Figure, renderer: Any, width: float, height: float):
+    self.picture, self.renderer, self.width, self.height = picture, renderer, width, height
+
+  def axes(self, left: float, top: float, width: float, height: float) -> axes.Axes:
+    bottom = self.height - top - height
+    box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+    return self.picture.add_axes(box)
+
+  def text(
+    self,
+    left: float,
+    top: float,
+    text: str,
+    *,
+    color: str = _INK,
+    size: float = 11,
+    weight: str = "normal",
+    limit: float = math.inf,
+  ) -> None:
+    """One line, `size` pixels high, cut with an ellipsis where it is wider than `limit` pixels."""
+    shown = self.picture.text(
+      left / self.width,
+      1 - top / self.height,
+      text,
+      color=color,
+      fontsize=size * 72 / _DPI,
+      fontweight=weight,
+      va="top",
+      parse_math=False,
+    )
+    while text and shown.get_window_extent(self.renderer).width > limit:
+      text = text[:-1]
+      shown.set_text(text.rstrip() + "…")
+
+
+def _lines(example: grounding.Example) -> int:
+  """Lines of text under a picture: one a region, two where the description is wrong."""
+  return sum(1 + _wrong(example, r) for r in range(len(example.boxes)))
+
+
+def _wrong(example: grounding.Example, region: int) -> bool:
+  true = example.descriptions[region]
+  return bool(true) and true != example.retrieved[region]
+
+
+def _cell_of(
+  sheet: _Sheet, example: grounding.Example, left: float, top: float, side: float
+) -> None:
+  """One picture with its boxes, and its lines of text."""
+  pixels_high, pixels_wide = example.image.shape[:2]
+  scale = side / max(pixels_high, pixels_wide)
+  wide, high = pixels_wide * scale, pixels_high * scale
+  ax = sheet.axes(left, top, wide, high)
+  ax.imshow(example.image, interpolation="bicubic", extent=(0, wide, high, 0), aspect="auto")
+  ax.set_axis_off()
+  for box in example.boxes:
+    _box(ax, box, wide, high, color="#00000090", width=3.2, style="-")
+    _box(ax, box, wide, high, color="white", width=1.6, style=(0, (4, 3)))
+  taken: list[tuple[float, float]] = []
+  for region, box in enumerate(example.predicted):
+    color = _COLORS[region % len(_COLORS)]
+    _box(ax, box, wide, high, color="white", width=3.4, style="-")
+    _box(ax, box, wide, high, color=color, width=2.0, style="-")
+  for region, box in enumerate(example.predicted):
+    _tag(
+      ax, box, wide, high, text=str(region + 1), color=_COLORS[region % len(_COLORS)], taken=taken
+    )
+  below = top + side + 6
+  for region in range(len(example.boxes)):
+    color = _COLORS[region % len(_COLORS)]
+    found = " ".join(example.retrieved[region].split()) or "(no descriptions)"
+    overlap = f"IoU {example.iou[region]:.2f}"
+    sheet.text(left, below, str(region + 1), color=color, weight="bold")
+    sheet.text(left + 14, below, found, color=color, weight="bold", limit=side - 14 - 62)
+    sheet.text(left + side - 54, below, overlap, color=_QUIET)
+    below += _LINE
+    if _wrong(example, region):
+      true = " ".join(example.descriptions[region].split())
+      sheet.text(left + 14, below, f"true: {true}", color=_QUIET, limit=side - 14)
+      below += _LINE
+
+
+def _box(
+  ax: axes.Axes, box: np.ndarray, wide: float, high: float, *, color: str, width: float, style: Any
+) -> None:
+  cx, cy, w, h = (float(v) for v in box)
+  ax.add_patch(
+    patches.Rectangle(
+      ((cx - w / 2) * wide, (cy - h / 2) * high),
+      w * wide,
+      h * high,
+      fill=False,
+      edgecolor=color,
+      linewidth=width * 72 / _DPI,
+      linestyle=style,
+      joinstyle="miter",
+    )
+  )
+
+
+def _tag(
+  ax: axes.Axes,
+  box: np.ndarray,
+  wide: float,
+  high: float,
+  *,
+  text: str,
+  color: str,
+  taken: list[tuple[float, float]],
+) -> None:
+  """The region's number in the first corner of its box where no other number stands."""
+  size = 15.0
+  cx, cy, w, h = (float(v) for v in box)
+  corners = [(cx - w / 2, cy - h / 2), (cx + w / 2, cy - h / 2)]
+  corners += [(cx - w / 2, cy + h / 2), (cx + w / 2, cy + h / 2)]
+  spots = [
+    (min(max(x * wide, size / 2), wide - size / 2), min(max(y * high, size / 2), high - size / 2))
+    for x, y in corners
+  ]
+  free = [s for s in spots if all(max(abs(s[0] - t[0]), abs(s[1] - t[1])) >= size for t in taken)]
+  x, y = (free or spots)[0]
+  taken.append((x, y))
+  ax.add_patch(
+    patches.Rectangle((x - size / 2, y - size / 2), size, size, facecolor=color, edgecolor="none")
+  )
+  ax.text(
+    x,
+    y,
+    text,
+    color="white",
+    fontsize=10 * 72 / _DPI,
+    fontweight="bold",
+    ha="center",
+    va="center_baseline",
+  )

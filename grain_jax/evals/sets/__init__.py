@@ -1,0 +1,1 @@
+"""Outside datasets, one file a family, found by name through `suite`."""

@@ -1,0 +1,320 @@
+"""Checkpoints by Orbax, behind four verbs: save, restore, latest, wait; and which of them are best.
+
+No barrier goes through the devices (Orbax's default), where it could meet a step of training.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from grain_jax import trees
+from grain_jax.runtime import distributed
+
+# A replicated array is written in parts, one by each replica, where a part has so many bytes at
+# least. Orbax's default is none, and each cut of each array is a program that is compiled.
+_LEAST_PART = 1 << 20
+
+
+class SaveError(ValueError):
+  """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which would otherwise ask about preemption itself, from a thread, at older steps."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
+class Checkpoints:
+  """The checkpoints of a workdir; each holds a state and a JSON description.
+
+  Saving is asynchronous and atomic: what is half-written when the process dies is never listed.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep: int | None = None,
+    best_metric: str = "",
+    keep_best: int = 0,
+    read_only: bool = False,
+  ):
+    """Opens (and creates) `directory`.
+
+    Args:
+      directory: of the checkpoints, the same for all processes.
+      keep: newest checkpoints kept; None: all.
+      best_metric: name of the result that `record` is told, greater is better; empty: none.
+      keep_best: checkpoints kept for their results, on top of `keep`.
+      read_only: leave everything as it is, as beside a run that goes on.
+    """
+    self._directory = pathlib.Path(directory).resolve()
+    if not read_only:
+      self._directory.mkdir(parents=True, exist_ok=True)
+    self._keep, self._best_metric, self._keep_best = keep, best_metric, keep_best
+    self._results = self._read_results()
+    processes = set(range(distributed.count())) if distributed.count() > 1 else None
+    multiprocessing = ocp.options.MultiprocessingOptions(active_processes=processes)
+    self._manager = _Manager(
+      self._directory,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=multiprocessing, type_handler_registry=_types()
+        ),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing),
+      },
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self,
+        cleanup_tmp_directories=not read_only,
+        create=False,
+        multiprocessing_options=multiprocessing,
+      ),
+    )
+    self._damaged: list[int] = []  # passed over by `restore`
+    self._saving: int | None = None
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Starts to write `state` and the JSON-able `meta` as checkpoint `step`.
+
+    Damaged checkpoints that `restore` passed over are first renamed to 'damaged-STEP': they would
+    be in the way of the step, and count among the newest that are kept.
+
+    Raises:
+      SaveError: this checkpoint, or the one before it, could not be written.
+    """
+    if self._damaged:
+      self._set_damaged_aside()
+    self.check()
+    self.wait()
+    self._saving = step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
+        force=True,
+      )
+    except Exception as error:  # Orbax and the file system raise many kinds
+      raise self._not_saved(error) from error
+
+  def _set_damaged_aside(self) -> None:
+    if distributed.index() == 0:
+      for step in self._damaged:
+        target, number = self._directory / f"damaged-{step}", 1
+        while target.exists():
+          target, number = self._directory / f"damaged-{step}-{number}", number + 1
+        (self._directory / str(step)).rename(target)
+    distributed.broadcast("damaged checkpoints set aside", "")
+    self._damaged = []
+    self._manager.reload()
+
+  def _not_saved(self, error: BaseException) -> SaveError:
+    reason = " ".join(str(error).split())[:300]
+    last = max((s for s in self._steps() if s != self._saving), default=None)
+    kept = "there is no earlier one" if last is None else f"checkpoint {last} is kept"
+    return SaveError(
+      f"checkpoint {self._saving} in {self._directory} could not be written ({reason}); {kept}. "
+      "Make room or mend the disk, and start again."
+    )
+
+  def check(self) -> None:
+    """Raises SaveError if the checkpoint being written has failed."""
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._not_saved(error) from error
+
+  def _steps(self) -> list[int]:
+    """Steps of all folders that look like checkpoints, whole or not, ascending."""
+    if not self._directory.is_dir():
+      return []
+    return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+
+  def latest(self) -> int | None:
+    """Step of the newest checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """(state, meta) of checkpoint `step`, or of the newest one that all processes can read.
+
+    Args:
+      abstract: ShapeDtypeStructs, with shardings, of the state or of a part of it.
+      step: a certain checkpoint; then a damaged one is an error.
+
+    Raises:
+      ValueError: no such checkpoint, none can be read, or one of another model.
+    """
+    listed = distributed.broadcast("checkpoints", json.dumps(self._steps()))
+    steps = json.loads(listed)[::-1]
+    if step is not None and step not in steps:
+      raise ValueError(f"{self._directory} has no checkpoint of step {step}; it has {steps[::-1]}.")
+    if not steps:
+      raise ValueError(f"{self._directory} holds no checkpoint. Train first, or check --workdir.")
+    reason, damaged = "", []
+    for candidate in steps if step is None else [step]:
+      restored, reason = self._read(candidate, abstract)
+      # A file that one process alone cannot read must not part it from the others.
+      reasons = distributed.gather("restored", reason)
+      reason = next(filter(None, reasons), "")
+      if not reason:
+        self._damaged = damaged
+        self._results = {s: v for s, v in self._results.items() if s <= candidate}
+        return restored
+      if reason.startswith(_OTHER_MODEL):
+        raise ValueError(f"{self._directory}: checkpoint {candidate} is {reason}")
+      damaged.append(candidate)
+      logging.warning(
+        "checkpoint %d in %s cannot be read and is passed over: %s",
+        candidate,
+        self._directory,
+        reason,
+      )
+    which = "none of the checkpoints" if step is None else f"checkpoint {step}"
+    raise ValueError(
+      f"{self._directory}: {which} of steps {steps[::-1]} can be read ({reason}). "
+      "Restore a copy, or start in a new workdir."
+    )
+
+  def _read(self, step: int, abstract: Any) -> tuple[Any, str]:
+    """((state, meta), '') of a checkpoint, or (None, why not); waits for no other process."""
+    here = distributed.index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    folder = epath.Path(self._directory) / str(step)
+    try:
+      # The handlers by themselves: what is around them would wait for the other processes.
+      handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+      saved = handler.metadata(folder / "state")
+      difference = _difference(saved.tree, abstract)
+      if difference:
+        return None, f"{_OTHER_MODEL}: {difference}. Use a new workdir, or the model's own config."
+      state = handler.restore(
+        folder / "state",
+        args=ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        ),
+      )
+      meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "meta")
+    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+      return None, " ".join(str(error).split())[:200] or type(error).__name__
+    return (state, meta), ""
+
+  def record(self, step: int, results: dict[str, float]) -> None:
+    """Notes the evaluation of checkpoint `step`, by which the best are kept.
+
+    Raises:
+      ValueError: `best_metric` is not among the results.
+    """
+    if not self._best_metric:
+      return
+    if self._best_metric not in results:
+      near = ", ".join(sorted(results))
+      raise ValueError(
+        f"config.checkpoint.best_metric = {self._best_metric!r} is not a result of config.evals. "
+        f"Choose one of {near}."
+      )
+    # Of process 0, so that all keep the same.
+    value = distributed.broadcast("best", repr(float(results[self._best_metric])))
+    self._results[step] = float(value)
+    if distributed.index() == 0:
+      path = self._directory / "best.json"
+      temporary = path.with_suffix(".tmp")
+      content = {"metric": self._best_metric, "best": self.best(), "results": self._results}
+      temporary.write_text(json.dumps(content, indent=2) + "\n")
+      temporary.replace(path)
+
+  def _read_results(self) -> dict[int, float]:
+    """{step: result} as `record` left it for the same metric."""
+    path = self._directory / "best.json"
+    if not self._best_metric or not path.is_file():
+      return {}
+    try:
+      content = json.loads(path.read_text())
+      same = content["metric"] == self._best_metric
+      return {int(step): float(value) for step, value in content["results"].items() if same}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+      logging.warning("%s is damaged and is begun anew: %s", path, error)
+      return {}
+
+  def best(self) -> int | None:
+    """Step of the best result on record, the earliest of equal ones; None without any."""
+    return min(self._ranked(), default=(0.0, None))[1]
+
+  def _ranked(self) -> list[tuple[float, int]]:
+    """(minus the result, step): best first when sorted; a result that is no number is none."""
+    return sorted((-v, s) for s, v in self._results.items() if np.isfinite(v))
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Orbax asks which of `checkpoints` (ascending) stay: the newest and the best."""
+    del context
+    steps = [info.step for info in checkpoints]
+    newest = steps if self._keep is None else steps[-self._keep :]
+    best = [step for _, step in self._ranked() if step in steps][: self._keep_best]
+    return [step in newest or step in best for step in steps]
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk.
+
+    Raises:
+      SaveError: it could not be written.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)  # Orbax would log the error and its stack too
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._not_saved(error) from error
+    finally:
+      logging.set_verbosity(before)
+
+  def close(self) -> None:
+    """Waits and lets go of the directory."""
+    self.wait()
+    self._manager.close()
+
+
+def _types() -> ocp.type_handlers.TypeHandlerRegistry:
+  """How the leaves of a state are written."""
+  handlers = ocp.type_handlers
+  arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+  scalars = handlers.ScalarHandler()
+  return handlers.create_type_handler_registry(
+    (jax.Array, arrays),
+    (np.ndarray, handlers.NumpyHandler()),
+    *((kind, scalars) for kind in (int, float, np.number)),
+  )
+
+
+_OTHER_MODEL = "of another model"
+
+
+def _difference(saved: Any, abstract: Any) -> str:
+  """The first array that a checkpoint and a model do not share, in words; '' if they match.
+
+  Compared are the parts (parameters, moments, ...) that `abstract` has.
+  """
+  parts = {name.split("/")[0] for name, _ in trees.named_leaves(abstract)}
+  theirs = {name: leaf for name, leaf in trees.named_leaves(saved) if name.split("/")[0] in parts}
+  ours = dict(trees.named_leaves(abstract))
+  for name, leaf in ours.items():
+    if name not in theirs:
+      return f"it has no {name!r} {list(leaf.shape)}"
+    if tuple(theirs[name].shape) != tuple(leaf.shape):
+      return (
+        f"its {name!r} has the shape {list(theirs[name].shape)}, the model's {list(leaf.shape)}"
+      )
+  for name, leaf in theirs.items():
+    if name not in ours:
+      return f"its {name!r} {list(leaf.shape)} is not in the model"
+  return ""

@@ -1,0 +1,298 @@
+"""Several processes as one run: joining, agreeing, being preempted, and ending together."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, NoReturn
+
+import jax
+import ml_collections
+from absl import flags
+from jax.experimental import multihost_utils
+
+from grain_jax import cli
+from grain_jax.runtime import addresses
+from grain_jax.runtime.watchdog import RESTART, Watchdog
+
+# Seconds after which JAX itself gives up on a process; `watchdog` is quicker and says more.
+_HEARTBEAT = 100
+
+# Seconds that a process which is done waits for the others, who may still write results.
+_END = 3600.0
+
+# Words of errors that come about when another process is lost in the middle of a collective.
+_LOST = re.compile(
+  r"gloo|nccl|unavailable|deadline|cancelled|aborted|coordination|heartbeat|socket|connection"
+)
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+_watchdog: Watchdog | None = None
+_rounds: collections.Counter[str] = collections.Counter()
+
+
+class Preempted(Exception):
+  """The machine is taken away: everything is saved, and a later start goes on."""
+
+  def __init__(self, step: int):
+    super().__init__(
+      f"stopped by SIGTERM: checkpoint {step} is saved; the same command goes on from it"
+    )
+
+
+def _state() -> Any:
+  """JAX's record of the processes, read without starting a backend as `jax.process_count` would."""
+  from jax._src import distributed as private  # no public way to the key-value store
+
+  return private.global_state
+
+
+def index() -> int:
+  """Number of this process."""
+  return _state().process_id if jax.distributed.is_initialized() else 0
+
+
+def count() -> int:
+  """Processes of the run."""
+  return _state().num_processes if jax.distributed.is_initialized() else 1
+
+
+def progress(phase: str, step: int) -> None:
+  """Tells the watchdog, if there is one, that this process begins `phase` of `step`."""
+  if _watchdog is not None:
+    _watchdog.at(phase, step)
+
+
+def keep_cpu_backend() -> None:
+  """Adds the CPU to JAX_PLATFORMS=cuda or tpu, last: callbacks to the host hand their arrays to it.
+
+  To be called before JAX's first use of a device.
+  """
+  platforms = jax.config.jax_platforms
+  if platforms and "cpu" not in platforms.split(","):
+    jax.config.update("jax_platforms", f"{platforms},cpu")
+
+
+def prepare(config: ml_collections.ConfigDict) -> None:
+  """Settings that JAX reads with its first program: to be called before processes join."""
+  keep_cpu_backend()
+  if config.compile_cache:
+    jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+  flags_of_xla = os.environ.get("XLA_FLAGS", "")
+  if config.deterministic and _DETERMINISTIC not in flags_of_xla:
+    os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_DETERMINISTIC}".strip()
+
+
+@contextlib.contextmanager
+def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterator[None]:
+  """Around all of a program: joins the others, watches, and ends with them.
+
+  With several processes an error on one ends all of them with its line. A run stopped by SIGTERM
+  ends with the exit code `RESTART`.
+
+  Args:
+    address: how to join; None: one process.
+    limit: longest time without progress, in seconds; 0: any.
+  """
+  global _watchdog
+  if address is not None:
+    _join(address)
+  store = _state().client if count() > 1 else None
+  _watchdog = Watchdog(store, index=index(), count=count(), limit=limit)
+  _watchdog.start()
+  try:
+    yield
+    code = 0
+  except Preempted as stop:
+    if index() == 0:
+      print(stop, file=sys.stderr, flush=True)
+    code = RESTART
+  except (Exception, KeyboardInterrupt) as error:
+    if count() > 1:
+      _fail(error, _watchdog)
+    if not of_machine(error):
+      _watchdog.stop()
+      raise
+    traceback.print_exc()
+    print(_line(error), file=sys.stderr, flush=True)
+    code = RESTART
+  _watchdog.done()
+  gather("end", "", seconds=_END)  # watched, so that none waits for a process that is lost
+  _watchdog.stop()
+  if count() > 1:
+    jax.distributed.shutdown()
+  if code:
+    # Threads of the input pipeline may still run; a process that unwinds around them can abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join(address: addresses.Address) -> None:
+  """Starts JAX's runtime over all processes, within `address.start_seconds`."""
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  options: dict[str, Any] = {}
+  if address.coordinator is not None:
+    options = {
+      "coordinator_address": address.coordinator,
+      "num_processes": address.num_processes,
+      "process_id": address.process_id,
+      "local_device_ids": None if address.local_device is None else [address.local_device],
+      "cluster_detection_method": "deactivate",
+    }
+  where = address.coordinator or "the TPU's coordinator"
+
+  def give_up() -> None:
+    sys.stderr.write(
+      f"error: not all processes ({address.source}) met at {where} within "
+      f"{address.start_seconds:g} s. Is each of them started, with the same number of processes, "
+      "and the address reachable? --start_seconds sets the wait.\n"
+    )
+    sys.stderr.flush()
+    os._exit(RESTART)
+
+  # JAX's own end of a wait is an abort with a stack trace.
+  timer = threading.Timer(address.start_seconds, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      initialization_timeout=round(address.start_seconds + 60),
+      heartbeat_timeout_seconds=_HEARTBEAT,
+      **options,
+    )
+  except RuntimeError as error:  # the port is taken, for example
+    text = " ".join(str(error).split())
+    raise ValueError(f"processes ({address.source}) cannot meet at {where}: {text}") from error
+  finally:
+    timer.cancel()
+  gather("start", "", seconds=address.start_seconds)
+  if jax.default_backend() == "cpu":  # connects them while all are here; it has 30 s for that
+    multihost_utils.sync_global_devices("start")
+
+
+def of_machine(error: BaseException) -> bool:
+  """Whether the runtime failed (a device lost, a link down), so that a new start may go well.
+
+  A program that asks for too much memory, or for what cannot be done, fails again. So does what a
+  callback to the host raises.
+  """
+  text = str(error)
+  again = re.match(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED", text) or re.search(
+    r"(?i)callback|out of memory", text
+  )
+  return isinstance(error, jax.errors.JaxRuntimeError) and not again
+
+
+def _line(error: BaseException) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
+  """Ends this process and all others with the line of `error`."""
+  text = str(error)
+  if not isinstance(error, cli.USER_ERRORS) or flags.FLAGS.traceback:
+    traceback.print_exc()
+  if _LOST.search(text.lower()):  # then the watchdog knows more, in a moment
+    watchdog.suspect()
+    time.sleep(watchdog.patience + 5)
+  code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
+  watchdog.end(RESTART if of_machine(error) else code, _line(error))
+  raise SystemExit(code)
+
+
+def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
+  """The `value` of every process, in their order; all must call it.
+
+  It goes through the key-value store, not through the devices.
+
+  Raises:
+    TimeoutError: a process did not call it within `seconds`.
+  """
+  if count() == 1:
+    return [value]
+  store = _state().client
+  key = f"grain_jax/gather/{name}/{_rounds[name]}"
+  _rounds[name] += 1
+  store.key_value_set(f"{key}/{index()}", f"={value}")
+  values = []
+  for process in range(count()):
+    try:
+      values.append(store.blocking_key_value_get(f"{key}/{process}", round(seconds * 1000))[1:])
+    except jax.errors.JaxRuntimeError as error:
+      raise TimeoutError(
+        f"process {process} did not come to '{name}' within {seconds:g} s; the others wait there."
+      ) from error
+  return values
+
+
+def broadcast(name: str, value: str) -> str:
+  """The `value` of process 0, on all; all must call it."""
+  return gather(name, value if index() == 0 else "")[0]
+
+
+def agree(name: str, values: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same `values`, by their hash; all must call it.
+
+  Raises:
+    ValueError: they have not; the same line on every process, with the first key that differs.
+  """
+  text = json.dumps(dict(values), default=str)
+  hashes = gather(f"{name} hash", hashlib.sha256(text.encode()).hexdigest())
+  odd = next((i for i, value in enumerate(hashes) if value != hashes[0]), None)
+  if odd is None:
+    return
+  texts = gather(f"{name} values", text if index() in (0, odd) else "")
+  ours, theirs = json.loads(texts[0]), json.loads(texts[odd])
+  key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
+  raise ValueError(
+    f"the processes have different {name}s: {key} is {ours.get(key)!r} on process 0 and "
+    f"{theirs.get(key)!r} on process {odd}. Start all with the same command."
+  )
+
+
+class Preemption:
+  """Whether SIGTERM asked the run to stop; a context.
+
+  With several processes JAX catches the signal and finds the step at which all stop. With one, this
+  class does; before `watch` the signal ends the process at once, since nothing is there to save.
+  """
+
+  def __init__(self):
+    self._noticed = False
+    self._before: Any = None
+
+  def watch(self) -> None:
+    """From here on SIGTERM is noticed instead of ending the process."""
+    if count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._notice)
+
+  def _notice(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._noticed = True
+
+  def reached(self, step: int) -> bool:
+    """Whether all processes are to stop after `step`; to be asked at every step by all."""
+    if count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._noticed
+
+  def __enter__(self) -> Preemption:
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+      self._before = None

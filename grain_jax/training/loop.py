@@ -1,0 +1,363 @@
+"""The training loop, from configuration to results, read from top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import json
+import pathlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from grain_jax import config as configs
+from grain_jax import evaluate, trees
+from grain_jax import tokenizer as tokenizers
+from grain_jax.convert import weights
+from grain_jax.data import pipeline, sampler
+from grain_jax.models import attention, grain
+from grain_jax.runtime import checkpoint, distributed, metrics
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps, utilization
+
+if TYPE_CHECKING:
+  from clu import metric_writers
+
+# Steps whose results the host may be behind; on CPUs of several processes one (see below).
+_IN_FLIGHT = 2
+
+# Parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+  """Trains `config` in `workdir`, from its latest checkpoint if there is one.
+
+  Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events, and at the end results.json
+  and figures/.
+
+  Returns:
+    The final evaluations, flat names such as 'zero_shot/top1' to fractions.
+
+  Raises:
+    ValueError: configuration, data, devices or workdir cannot work; one line.
+    FloatingPointError: loss or gradient is no longer finite; the last good checkpoint stays.
+    distributed.Preempted: SIGTERM came; everything is saved.
+  """
+  config = configs.resolve(config)
+  configs.check(config)
+  distributed.prepare(config)
+  dataset = pipeline.open_dataset(config.data.dir)
+  steps_per_epoch = sampler.steps_per_epoch(
+    dataset.num_records(config.data.split), config.batch_size
+  )
+  total_steps = config.steps or round(config.epochs * steps_per_epoch)
+  evaluate.check(config, dataset)
+  _check_best(config)
+  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  made_of = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  _agree(config, workdir, **made_of)
+  if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
+    logging.warning(
+      "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
+      "config.loss.matcher='host'. With 'device' it is kept too."
+    )
+  if jax.default_backend() == "cpu":
+    _keep_freed_memory()
+  mesh = meshes.create(config)
+  model = grain.build(config)
+  init, abstract, shardings, optimizer = steps.create_state(
+    model, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+  )
+
+  folder = pathlib.Path(workdir)
+  _check_workdir(folder, config)
+  checkpoints = checkpoint.Checkpoints(
+    folder / "checkpoints",
+    keep=config.keep_checkpoints,
+    best_metric=config.checkpoint.best_metric,
+    keep_best=config.checkpoint.keep_best,
+  )
+  from grain_jax.runtime import (
+    writers,  # loads TensorFlow, which takes seconds: after what may be wrong
+  )
+
+  with jax.set_mesh(mesh):
+    if checkpoints.latest() is None:
+      state = init()
+      if config.init.image or config.init.text:
+        state = state.replace(params=weights.start_from(config, state.params))
+        if state.ema is not None:
+          state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
+    else:
+      state, meta = checkpoints.restore(abstract)
+      _check_same(folder, meta, config, made_of)
+    _write_config(folder, config)
+    step = int(state.step)
+    train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
+    writer = writers.create_writer(folder, start_step=step)
+    several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+    _say(
+      f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
+      f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
+      f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
+    )
+
+    def run_evals(state: steps.TrainState) -> evaluate.Outcome:
+      at = int(state.step)
+      distributed.progress("evaluating", at)
+      return evaluate.run(
+        config, model, state.eval_params, dataset, mesh=mesh, tokenizer=tokenizer,
+        on_batch=lambda: distributed.progress("evaluating", at),
+      )  # fmt: skip
+
+    meta = {"config": config.to_dict(), **made_of}
+    if step < total_steps:
+      parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
+      batches = pipeline.train_batches(
+        dataset, config, start_step=step, host=parts, num_hosts=num_parts
+      )
+      profiler = metrics.Profiler(config.profile, folder / "profile")
+      with (
+        distributed.Preemption() as preemption,
+        contextlib.closing(batches),
+        contextlib.closing(profiler),
+      ):
+        state = _loop(
+          config, state, train_step, batches,
+          mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
+          run_evals=run_evals, meta=meta, preemption=preemption, profiler=profiler,
+          folder=folder,
+        )  # fmt: skip
+    results: dict[str, float] = {}
+    if config.evals:
+      began = time.monotonic()
+      outcome = run_evals(state)
+      results = outcome.results
+      _say(f"evaluated in {metrics.clock(time.monotonic() - began)}")
+      writer.write_scalars(total_steps, results)
+      writer.flush()
+      checkpoints.record(total_steps, results)
+      if distributed.index() == 0:
+        subject = evaluate.Subject(str(folder), config, state.eval_params, total_steps)
+        evaluate.write(folder, outcome, step=total_steps, facts=evaluate.describe(subject))
+    writer.close()
+    checkpoints.close()
+  return results
+
+
+def _loop(
+  config: ml_collections.ConfigDict,
+  state: steps.TrainState,
+  train_step: Any,
+  batches: pipeline.TrainBatches,
+  *,
+  mesh: jax.sharding.Mesh,
+  checkpoints: checkpoint.Checkpoints,
+  writer: metric_writers.MetricWriter,
+  total_steps: int,
+  run_evals: Any,
+  meta: dict[str, Any],
+  preemption: distributed.Preemption,
+  profiler: metrics.Profiler,
+  folder: pathlib.Path,
+) -> steps.TrainState:
+  """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
+  first = int(state.step)
+  progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
+  used = utilization.Utilization(config, mesh.size)
+  # Several CPU processes that run ahead of each other hang in the collectives.
+  lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
+  in_flight: collections.deque[Any] = collections.deque()
+  pending: list[metrics.Pairs] = []
+  # The line of a step is written when the next one is under way, so that no device waits for it.
+  late: tuple[int, list[metrics.Pairs]] | None = None
+
+  def report(step: int, values: list[metrics.Pairs]) -> None:
+    summary = metrics.summarize(values)  # waits for the step
+    _check_finite(summary, step, checkpoints)
+    if step > first + 1:
+      speed = progress.speed(step)
+      summary["train/samples_per_second"] = speed.samples_per_second
+      summary["train/data_wait_seconds"] = speed.waited
+      summary["train/data_wait_share"] = speed.waited_share
+      summary |= used.metrics(speed.samples_per_second) | utilization.memory()
+      _say(progress.line(step, summary, speed.left))
+    writer.write_scalars(step, summary)
+
+  def evaluate_now(step: int, state: steps.TrainState) -> None:
+    began = time.monotonic()
+    results = run_evals(state).results
+    writer.write_scalars(step, results)
+    checkpoints.record(step, results)
+    progress.pause(time.monotonic() - began)
+
+  every = config.eval_every or total_steps  # the last evaluation comes after the loop
+  if first and first % every == 0 and not _evaluated(folder, first):
+    evaluate_now(first, state)
+  for step in range(first + 1, total_steps + 1):
+    began = time.monotonic()
+    if step > first + 1:
+      distributed.progress("data", step)
+    batch = meshes.to_global(next(batches), mesh)
+    progress.waited(time.monotonic() - began)
+    distributed.progress("step" if step > first + 1 else "compiling", step)
+    if lockstep and step == first + 1:
+      # Gloo gives up on a process that still compiles: first all compile, then all begin.
+      train_step = train_step.lower(state, batch).compile()
+      distributed.gather("compiled", "", seconds=3600)
+    profiler.before(step)
+    state, values = train_step(state, batch)
+    pending.append(values)
+    in_flight.append(values["loss"])
+    if lockstep or len(in_flight) > _IN_FLIGHT:
+      jax.block_until_ready(in_flight.popleft())
+    profiler.after(step, values)
+    if step == first + 1:
+      jax.block_until_ready(values)
+      _say(f"first step after {metrics.clock(time.monotonic() - began)} of compilation")
+      if jax.default_backend() == "gpu":
+        _say(f"attention: {attention.summary()}")
+      progress.start(step)
+      preemption.watch()
+    stop = preemption.reached(step)
+    evals = step % every == 0 and step < total_steps
+    save = step % config.save_every == 0 or step == total_steps or stop
+    save = save or (evals and bool(config.checkpoint.best_metric))  # what is judged can be kept
+    if late is not None:
+      report(*late)
+      late = None
+    if step % config.log_every == 0 or save:
+      late, pending = (step, pending), []
+    if (save or evals) and late is not None:  # nothing that is not finite is saved
+      report(*late)
+      late = None
+    checkpoints.check()
+    if save:
+      began = time.monotonic()
+      distributed.progress("saving", step)
+      checkpoints.save(step, state, {**meta, "step": step})
+      progress.pause(time.monotonic() - began)
+    if stop and step < total_steps:
+      distributed.progress("closing", step)
+      batches.close()
+      checkpoints.close()
+      writer.close()
+      raise distributed.Preempted(step)
+    if evals:
+      evaluate_now(step, state)
+  distributed.progress("closing", total_steps)
+  batches.close()
+  distributed.progress("saving", total_steps)
+  checkpoints.wait()
+  writer.flush()
+  return state
+
+
+# What may differ from machine to machine.
+_OWN = frozenset({"data.dir", "data.threads", "data.prefetch", "compile_cache"})
+
+
+def _agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
+  """Ends a run whose processes were started differently, before it can hang."""
+  values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _OWN}
+  distributed.agree("configuration", {**values, "--workdir": workdir, **others})
+
+
+def _check_best(config: ml_collections.ConfigDict) -> None:
+  best = config.checkpoint.best_metric
+  if best and (best.split("/")[0] not in config.evals or not config.eval_every):
+    raise ValueError(
+      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
+      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
+    )
+
+
+def _evaluated(folder: pathlib.Path, step: int) -> bool:
+  """Whether the metrics hold an evaluation of `step`: a run may end between save and evaluation."""
+  lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.index() == 0 else []
+  found = any(line["step"] == step and "train/loss" not in line for line in lines)
+  return distributed.broadcast("evaluated", str(found)) == "True"
+
+
+def _check_finite(
+  summary: dict[str, float], step: int, checkpoints: checkpoint.Checkpoints
+) -> None:
+  """Stops before a state with a NaN in it can be saved."""
+  if summary["train/nonfinite"]:
+    checkpoints.wait()
+    last = checkpoints.latest()
+    kept = "there is no checkpoint yet" if last is None else f"checkpoint {last} is kept"
+    raise FloatingPointError(
+      f"loss or gradient is not finite by step {step}; {kept}. Lower config.optimizer.lr or set "
+      "config.optimizer.clip_norm, in a new workdir, or look at the data of these steps."
+    )
+
+
+def _check_workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """That a config.json which is there is of the same run."""
+  path = folder / "config.json"
+  if path.exists():
+    _check_config(folder, configs.read(path), config)
+
+
+def _write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  if distributed.index() == 0:
+    path = folder / "config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(configs.to_json(config))
+    temporary.replace(path)
+
+
+def _check_config(
+  folder: pathlib.Path, old: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> None:
+  difference = configs.first_difference(old, config)
+  if difference:
+    key, was, now = difference
+    raise ValueError(
+      f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
+      "Use a new workdir, or the config of the old one."
+    )
+
+
+def _check_same(
+  folder: pathlib.Path,
+  meta: dict[str, Any],
+  config: ml_collections.ConfigDict,
+  made_of: dict[str, str],
+) -> None:
+  """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
+  _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
+  for what, now in made_of.items():
+    was = meta.get(what, now)
+    if was != now:
+      raise ValueError(
+        f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not {now[:12]}; "
+        f"config.data.dir = {config.data.dir}). Use a new workdir, or what they were trained with."
+      )
+
+
+def _keep_freed_memory() -> None:
+  """Tells glibc to keep freed memory: a CPU step otherwise maps and clears its buffers anew.
+
+  Measured on 2 cores (gradient of the quickstart's image tower, median of 15, two processes):
+  193 and 203 ms instead of 240, and 5 and 7 ms in the kernel instead of 136. Nothing happens where
+  the C library is another.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+  if mallopt is not None:
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _say(line: str) -> None:
+  if distributed.index() == 0:
+    print(line, flush=True)
+  logging.debug(line)

@@ -1,0 +1,163 @@
+"""The training state and the train step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from grain_jax import objectives
+from grain_jax.models import grain, initial
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import accumulation, optim
+
+Array = jax.Array
+Batch = dict[str, Array]
+Metrics = dict[str, tuple[Array, Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes; what a checkpoint holds."""
+
+  step: Array  # i32 [], updates done
+  params: Any
+  opt_state: Any
+  ema: Any = None  # mean of the parameters, newer ones weighing more; None: not kept
+
+  @property
+  def eval_params(self) -> Any:
+    """The parameters to evaluate and to hand on: the mean where one is kept."""
+    return self.params if self.ema is None else self.ema
+
+
+def create_state(
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  *,
+  total_steps: int,
+  steps_per_epoch: int,
+) -> tuple[Callable[[], TrainState], TrainState, Any, optax.GradientTransformation]:
+  """How to make the state, without making it yet.
+
+  Returns:
+    (init, abstract, shardings, optimizer): `init()` gives the fresh state, born sharded, and is to
+    be called under `jax.set_mesh(mesh)`; `abstract` is its ShapeDtypeStructs with shardings, for
+    restoring a checkpoint.
+  """
+  # Traced once for all three: the shapes, the state's shapes, and the program that makes the state.
+  # All under the mesh: JAX traces again under a mesh what it has traced without.
+  make_params = jax.jit(lambda: initial.init_params(model, config))
+  with jax.set_mesh(mesh):
+    params = jax.eval_shape(make_params)
+  optimizer = optim.create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+  def init() -> TrainState:
+    params = make_params()
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(init)
+  shardings = meshes.state_shardings(abstract, mesh, config.mesh.rules)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+  )
+  return jax.jit(init, out_shardings=shardings), abstract, shardings, optimizer
+
+
+def encode(params: Any, batch: Batch, dropout_key: Array, *, model: grain.Grain) -> grain.Output:
+  """The model's output for a training batch, or for a part of one."""
+  return model.apply(
+    {"params": params},
+    batch,
+    num_regions=batch["boxes"].shape[1],
+    train=True,
+    rngs={"dropout": dropout_key},
+  )
+
+
+def objective(
+  output: grain.Output,
+  batch: Batch,
+  *,
+  config: ml_collections.ConfigDict,
+  batch_axes: tuple[str, ...] = (),
+) -> tuple[Array, Metrics]:
+  """(loss, its parts as (sum, weight) pairs) of the output for a whole batch."""
+  losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes)
+  scale = (jnp.exp(output.logit_scale), jnp.ones(()))
+  return losses.total, {**losses.parts, "logit_scale": scale}
+
+
+def loss_function(
+  params: Any,
+  batch: Batch,
+  dropout_key: Array,
+  *,
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  batch_axes: tuple[str, ...] = (),
+) -> tuple[Array, Metrics]:
+  """(loss, its parts as (sum, weight) pairs) of a training batch."""
+  output = encode(params, batch, dropout_key, model=model)
+  return objective(output, batch, config=config, batch_axes=batch_axes)
+
+
+def make_train_step(
+  model: grain.Grain,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  shardings: Any,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The jitted update: gradients -> optimiser -> clamp of the logit scale; the state is donated.
+
+  Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
+  gradient that is not finite shows in 'nonfinite'.
+  """
+  options = {"config": config, "batch_axes": meshes.BATCH_AXES}
+  gradients_of = jax.value_and_grad(
+    functools.partial(loss_function, model=model, **options), has_aux=True
+  )
+  if config.accumulate > 1:
+    gradients_of = accumulation.value_and_grad(
+      functools.partial(encode, model=model),
+      functools.partial(objective, **options),
+      parts=config.accumulate,
+      mesh=mesh,
+    )
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    (value, metrics), gradients = gradients_of(state.params, batch, dropout_key)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optim.clamp_logit_scale(
+      optax.apply_updates(state.params, updates), config.model.logit_scale_max
+    )
+    norm = optax.global_norm(gradients)
+    one = jnp.ones(())
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    metrics |= {"gradient_norm": (norm, one), "nonfinite": (1.0 - finite.astype(jnp.float32), one)}
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+  whole = meshes.replicated(mesh)
+  effort = config.get("compile_effort", 0.0)  # config.json of older runs lacks it
+  return jax.jit(
+    train_step,
+    in_shardings=(shardings, meshes.batch_sharding(mesh)),
+    out_shardings=(shardings, whole),
+    donate_argnums=0,
+    compiler_options={"exec_time_optimization_effort": effort} if effort else None,
+  )

@@ -1,0 +1,151 @@
+"""Starting a run from somebody's towers: what is carried over, stays fresh, is refused."""
+
+import shutil
+
+import drawn
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import grain_jax
+from grain_jax import config as configs
+from grain_jax import trees
+from grain_jax.convert import native, run_folder, weights
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import loop as train
+from grain_jax.training import steps
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tiny_clip, tmp_path_factory):
+  """A CLIP as `convert` leaves it, of other parameters than a fresh model of `tiny`; not to be
+  written to."""
+  folder = tmp_path_factory.mktemp("towers") / "clip"
+  params = drawn.params(tiny_clip, seed=7)
+  run_folder.write(folder, config=tiny_clip, params=params, source={})
+  return folder, dict(trees.named_leaves(params))
+
+
+def fresh(config):
+  """Parameters on all eight devices, the token embedding cut in two."""
+  config.mesh.update(fsdp=2, rules=(("token_embedding", ("fsdp",)),))
+  params = drawn.params(config)
+  state = steps.TrainState(np.int32(0), params, ())
+  shardings = meshes.state_shardings(state, meshes.create(config), config.mesh.rules)
+  return jax.device_put(params, shardings.params)
+
+
+def test_towers_are_carried_over_and_the_decoder_stays_fresh(tiny, clip_folder):
+  folder, theirs = clip_folder
+  params = fresh(tiny)
+  tiny.init.update(image=str(folder), text=str(folder))
+  got = dict(trees.named_leaves(weights.start_from(tiny, params)))
+  carried = [n for n in got if n.startswith(("image_tower/", "text_tower/", "text_projection/"))]
+  assert len(carried) > 20 and len(got) > len(carried) + 20
+  for name, before in trees.named_leaves(params):
+    assert_array_equal(got[name], theirs[name] if name in carried else before, err_msg=name)
+    assert got[name].sharding == before.sharding
+  kernels = [n for n in carried if n.endswith("kernel")]
+  assert all(np.any(theirs[n] != dict(trees.named_leaves(params))[n]) for n in kernels)
+
+
+def test_one_tower_alone(tiny, clip_folder):
+  folder, theirs = clip_folder
+  params = fresh(tiny)
+  tiny.init.text = str(folder)
+  got, before = (dict(trees.named_leaves(p)) for p in (weights.start_from(tiny, params), params))
+  assert_array_equal(got["text_projection/kernel"], theirs["text_projection/kernel"])
+  kernel = "image_tower/blocks/mlp/fc1/kernel"
+  assert_array_equal(got[kernel], before[kernel])
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "line"),
+  [
+    ("model.image.activation", "quick_gelu", "config.model.image.activation is 'gelu' there and"),
+    ("model.image.size", 48, "config.model.image.size is 32 there and 48 here. Resize it"),
+    ("model.image.qk_norm", False, "config.model.image.qk_norm is True there and False here"),
+    ("model.text.depth", 1, "config.model.text.depth is 2 there and 1 here"),
+    ("model.embed_dim", 8, r"text_projection/kernel is \[32, 16\] there and \[32, 8\] here"),
+  ],
+)
+def test_another_architecture_is_one_line(tiny, clip_folder, key, value, line):
+  folder, _ = clip_folder
+  configs.set_key(tiny, key, value)
+  params = fresh(tiny)
+  tiny.init.update(image=str(folder), text=str(folder))
+  with pytest.raises(ValueError, match=line) as caught:
+    weights.start_from(tiny, params)
+  assert "\n" not in str(caught.value) and str(caught.value).startswith("config.init.")
+
+
+def test_a_folder_without_a_model_names_the_key(tiny, tmp_path):
+  params = fresh(tiny)
+  tiny.init.image = str(tmp_path)
+  with pytest.raises(ValueError, match=r"config.init.image: .* holds no model"):
+    weights.start_from(tiny, params)
+
+
+@pytest.mark.parametrize(("fsdp", "cut"), [(2, True), (3, False)])
+def test_a_run_is_read_as_it_is_cut_where_the_devices_allow_it(tiny, tmp_path, fsdp, cut):
+  tiny.mesh.update(fsdp=fsdp, rules=(("token_embedding$", ("fsdp",)),))
+  params = drawn.params(tiny)
+  run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
+  config, got = weights.load(tmp_path / "run")
+  embedding = got["text_tower"]["token_embedding"]
+  assert config.mesh.fsdp == (2 if cut else 1)
+  assert {s.data.shape[0] for s in embedding.addressable_shards} == {49408 // config.mesh.fsdp}
+  assert_array_equal(embedding, params["text_tower"]["token_embedding"])
+
+
+def test_a_damaged_config_of_a_run_is_one_line(clip_folder, tmp_path):
+  folder = shutil.copytree(clip_folder[0], tmp_path / "run")
+  (folder / "config.json").write_text('{"seed": ')
+  with pytest.raises(ValueError, match=rf"{folder}/config.json is not JSON of a configuration"):
+    weights.load(folder)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_frozen_towers_and_leaves_them(
+  tiny, clip_folder, scenes_dir, tmp_path, monkeypatch
+):
+  """And no step waits for the metrics of the one before it: those are read behind its back."""
+  folder, theirs = clip_folder
+  tiny.data.dir, tiny.evals, tiny.method = str(scenes_dir), (), "clip"
+  tiny.init.update(image=str(folder), text=str(folder))
+  tiny.optimizer.update(freeze=("^image_tower/",), lr=0.1, warmup_steps=0, warmup_epochs=0.0)
+  tiny.log_every, tiny.steps, tiny.save_every = 1, 3, 3
+  calls, make, summarize = [], steps.make_train_step, train.metrics.summarize
+
+  def make_train_step(*args):
+    step = make(*args)
+    return lambda state, batch: calls.append("step") or step(state, batch)
+
+  monkeypatch.setattr(train.steps, "make_train_step", make_train_step)
+  monkeypatch.setattr(
+    train.metrics, "summarize", lambda pairs: calls.append("read") or summarize(pairs)
+  )
+  train.train(tiny, str(tmp_path / "run"))
+  assert calls == ["step", "step", "read", "step", "read", "read"]  # the last is saved
+  assert [line["step"] for line in train.metrics.read_jsonl(tmp_path / "run/metrics.jsonl")] == [
+    1, 2, 3,
+  ]  # fmt: skip
+  _, params = weights.load(tmp_path / "run")
+  got = dict(trees.named_leaves(jax.tree.map(np.asarray, params)))
+  for name in theirs:
+    if name.startswith("image_tower/"):
+      assert_array_equal(got[name], theirs[name], err_msg=name)
+  name = "text_tower/blocks/mlp/fc1/kernel"
+  assert np.any(got[name] != theirs[name])
+
+
+def test_attention_asked_for_by_name_is_the_runs_own_matter(tiny, tmp_path):
+  """A run on a GPU may ask for cuDNN; its model is read anywhere, and by a single patch."""
+  tiny.model.update(attention="cudnn", dtype="bfloat16")
+  native.save(
+    tmp_path / "export", config=tiny, params=jax.tree.map(np.asarray, drawn.params(tiny)), step=1
+  )
+  model = grain_jax.load(tmp_path / "export")
+  assert model.encode_text(["a red apple"]).shape == (1, 16)
+  assert model.encode_patches(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 2, 2, 16)

@@ -1,0 +1,97 @@
+"""Pictures of any origin, those that cannot be read counted; CLIP's crop against transformers."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from PIL import Image
+from transformers.models.clip import image_processing_pil_clip
+
+from grain_jax.data import transforms
+from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs.encoders import Encoders
+
+
+def encoders(size=8, batch_size=4):
+  return Encoders(
+    image=lambda x: x.reshape(len(x), -1).astype(np.float32),
+    text=lambda texts: np.ones((len(texts), 1), np.float32),
+    regions=lambda x: (x[:, :1, 0].astype(np.float32), x[:, :1, 0].astype(np.float32)),
+    size=size,
+    batch_size=batch_size,
+  )
+
+
+@hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=23).filter(any))
+def test_readable_pictures_keep_their_places_and_the_rest_is_counted(readable):
+  """The value of picture i is i: order, batches and places are seen in one."""
+  given = [
+    np.full((5, 7, 3), i, np.uint8) if ok else b"no picture" for i, ok in enumerate(readable)
+  ]
+  lines = []
+  found = pictures.encode(encoders().image, iter(given), encoders(), what="x", warn=lines.append)
+  places = np.flatnonzero(readable)
+  assert_array_equal(found.index, places)
+  assert_array_equal(found.values[:, 0], places)
+  assert found.total == len(readable)
+  bad = len(readable) - len(places)
+  assert len(lines) == (bad > 0)
+  if bad:
+    assert lines[0].startswith(f"x: {bad} of {len(readable)} pictures cannot be read")
+
+
+def test_tuples_are_joined_column_by_column():
+  given = [np.full((8, 8, 3), i, np.uint8) for i in range(6)]
+  found = pictures.encode(encoders().regions, given, encoders(), what="x")
+  assert_array_equal(found.values[1][:, 0, 0], np.arange(6))
+
+
+def test_all_kinds_of_pictures_are_the_same(tmp_path, rng):
+  pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  kinds = [
+    pixels,
+    Image.fromarray(pixels),
+    tmp_path / "a.png",
+    str(tmp_path / "a.png"),
+    (tmp_path / "a.png").read_bytes(),
+    pictures.png(pixels),
+  ]
+  found = pictures.encode(encoders().image, kinds, encoders(), what="x").values
+  assert_array_equal(found, np.repeat(pixels.reshape(1, -1), len(kinds), 0))
+  grey = pixels[..., 0]
+  found = pictures.encode(encoders().image, [grey, grey[..., None]], encoders(), what="x").values
+  assert_array_equal(found, np.repeat(np.repeat(grey.reshape(-1), 3)[None], 2, 0))
+
+
+@pytest.mark.parametrize(
+  ("given", "words"),
+  [
+    ([], "x: there is no picture in it"),
+    (["nowhere.png"], "x: 1 of 1 pictures .* nowhere.png: No such file"),
+    ([np.zeros((4, 4, 4), np.uint8)], r"uint8 \[4, 4, 4\] is no u8"),
+    ([np.zeros((4, 4, 3))], r"float64 \[4, 4, 3\] is no u8"),
+  ],
+)
+def test_nothing_to_read_is_one_line(given, words):
+  with pytest.raises(ValueError, match=words) as caught:
+    pictures.encode(encoders().image, given, encoders(), what="x")
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (24, 24), (100, 25), (24, 25), (25, 24)])
+def test_center_crop_is_clips(shape, rng):
+  """CLIP's processor in transformers: shorter side to 24 pixels, bicubic, the middle."""
+  image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+  theirs = image_processing_pil_clip.CLIPImageProcessorPil(
+    size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24},
+    do_normalize=False, do_rescale=False,
+  )(image, return_tensors="np")["pixel_values"][0]  # fmt: skip
+  ours = transforms.resize(image, 24, "center_crop")
+  assert_array_equal(ours, np.moveaxis(theirs, 0, -1))
+
+
+def test_an_unknown_resize_is_one_line():
+  with pytest.raises(ValueError, match="Choose from squash, center_crop"):
+    transforms.resize(Image.new("RGB", (4, 4)), 4, "stretch")

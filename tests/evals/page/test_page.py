@@ -1,0 +1,98 @@
+"""The page of a report: every figure in its row, published ones beside, nothing from elsewhere."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grain_jax.evals.page import page
+
+
+class Tables(html.parser.HTMLParser):
+  """Cells of all tables, row by row, and the addresses that the page loads."""
+
+  def __init__(self):
+    super().__init__()
+    self.rows, self.addresses, self.stack, self.text = [], [], [], ""
+
+  def handle_starttag(self, tag, attrs):
+    self.addresses += [value for name, value in attrs if name in ("src", "href")]
+    if tag not in ("img", "meta"):
+      self.stack.append(tag)
+    if tag == "tr":
+      self.rows.append([])
+    if tag in ("td", "th"):
+      self.text = ""
+
+  def handle_data(self, data):
+    self.text += data
+
+  def handle_endtag(self, tag):
+    assert self.stack.pop() == tag  # well formed
+    if tag in ("td", "th"):
+      self.rows[-1].append(self.text)
+
+
+def render(path, results, **kwargs):
+  page.write(path, results, title="a <b> run", facts={"model": "x & y"}, **kwargs)
+  parser = Tables()
+  text = path.read_text()
+  parser.feed(text)
+  return parser, text
+
+
+def test_each_result_stands_in_its_row_and_column(tmp_path):
+  results = {
+    "zero_shot/top1": 0.402, "zero_shot/rows": 1234,
+    "zero_shot/imagenet/top1": 0.45, "zero_shot/imagenet/top5": 0.7,
+    "zero_shot/imagenet/rows": 50000, "composition/swap_att": 0.5,
+    "composition/swap_att/examples": 12, "composition/average": 0.75,
+  }  # fmt: skip
+  tables, text = render(tmp_path / "report.html", results)
+  assert ["", "top-1, %", "top-5, %", "rows", "published, %"] in tables.rows
+  assert ["the built data", "40.2", "", "1,234", ""] in tables.rows
+  (row,) = [r for r in tables.rows if r and r[0] == "imagenet"]
+  assert row[1:4] == ["45.0", "70.0", "50,000"] and "CLIPpy ViT-B/16, CC-12M 45.3" in row[4]
+  assert ["", "accuracy, %", "average, %", "examples"] in tables.rows
+  assert ["swap attribute", "50.0", "", "12"] in tables.rows
+  assert ["the built data", "", "75.0", ""] in tables.rows
+  assert "a &lt;b&gt; run" in text and "x &amp; y" in text
+
+
+def test_pictures_are_in_the_page_and_nothing_is_fetched(tmp_path):
+  Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "masks.png")
+  tables, text = render(
+    tmp_path / "report.html", {"zero_shot/top1": 0.5}, figures=[tmp_path / "masks.png"],
+    warnings=["3 of 9 pictures cannot be read"],
+  )  # fmt: skip
+  assert len(tables.addresses) == 1 and tables.addresses[0].startswith("data:image/png;base64,")
+  assert "3 of 9 pictures cannot be read" in text
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["masks.png", "report.html"]
+
+
+def test_published_figures_are_those_of_the_papers():
+  """A hand-picked part: CE-CLIP's table 1 and its price, CLIPpy's table 1."""
+  found = {(f.key, f.system): f.value for f in page.published()}
+  assert found["composition/aro_relation/macro", "CE-CLIP ViT-B/32"] == 0.830
+  assert found["composition/sugarcrepe/swap", "CLIP ViT-B/32"] == 0.627
+  assert found["zero_shot/average11/top1", "CE-CLIP ViT-B/32"] == 0.457
+  assert found["segmentation/voc2012/miou", "CLIPpy ViT-B/16, CC-12M"] == 0.508
+  assert all(0 < f.value < 1 and f.source for f in page.published())
+  assert len(json.loads(page._PUBLISHED.read_text())["figures"]) == len(found)
+
+
+def test_published_figures_name_results_that_exist():
+  """A figure whose name no evaluation gives would never be shown."""
+  from grain_jax.evals.sets import suite
+
+  for figure in page.published():
+    family, name = figure.key.split("/")[:2]
+    assert name in suite.FAMILIES[family].SETS or name == "average11", figure.key
+
+
+@pytest.mark.parametrize("family", ["zero_shot", "own_family"])
+def test_a_family_without_published_figures_has_no_column_for_them(tmp_path, family):
+  tables, _ = render(tmp_path / "report.html", {f"{family}/x/top1": 0.5})
+  assert tables.rows == [["", "top-1, %"], ["x", "50.0"]]

@@ -1,0 +1,73 @@
+"""Names of evaluations, and the zero-shot average beside composition."""
+
+import pytest
+
+from grain_jax.evals.inputs.options import Options
+from grain_jax.evals.sets import classification, suite
+
+
+def test_names_and_groups_become_sets_each_once():
+  found = suite.parse(["zero_shot:food101", "zero_shot:paper", "composition:aro", "retrieval:mine"])
+  names = [f"{spec.family}:{spec.name}" for spec in found]
+  assert names[0] == "zero_shot:food101" and len(names) == 11 + 4 + 1 == len(set(names))
+  assert names[-1] == "retrieval:mine"  # a folder of one's own
+  assert names[-2].startswith("composition:aro_")
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("zeroshot:food101", "zeroshot:food101' is unknown. Families: zero_shot, retrieval"),
+    ("composition:sugarcrep", "Sets of composition: composition:sugarcrepe"),
+    ("waterbirds", "'waterbirds' is unknown. Sets of waterbirds: waterbirds:val"),
+  ],
+)
+def test_unknown_names_are_one_line_with_the_nearest(name, words):
+  with pytest.raises(ValueError, match=words) as caught:
+    suite.parse([name])
+  assert "\n" not in str(caught.value)
+
+
+class Fake:
+  """A family that knows any set but those said to be missing."""
+
+  def __init__(self, missing=()):
+    self.SETS, self.missing, self.ran = {}, missing, []
+
+  def check(self, name, options):
+    if name in self.missing:
+      raise ValueError(f"{name} is not here")
+
+  def run(self, encoders, name, options):
+    self.ran.append(name)
+    return {f"zero_shot/{name}/top1": 0.5}
+
+
+@pytest.mark.parametrize("missing", [(), ("dtd", "cub200")])
+def test_composition_is_never_without_the_zero_shot_average(monkeypatch, missing):
+  zero_shot, composition = Fake(missing), Fake()
+  monkeypatch.setattr(suite, "FAMILIES", {"zero_shot": zero_shot, "composition": composition})
+  monkeypatch.setattr(suite.classification, "check", zero_shot.check)
+  lines = []
+  specs = [suite.Spec("zero_shot", "food101"), suite.Spec("composition", "sugarcrepe")]
+  results = suite.run(specs, None, Options(warn=lines.append))
+  assert composition.ran == ["sugarcrepe"]
+  assert sorted(zero_shot.ran) == sorted(set(classification.PAPER) - set(missing))
+  assert zero_shot.ran.count("food101") == 1
+  assert ("zero_shot/average11/top1" in results) == (not missing)
+  assert bool(lines) == bool(missing)
+  if missing:
+    assert "2 of 11 sets are not at hand: dtd, cub200" in lines[0]
+
+
+def test_without_composition_nothing_else_is_evaluated(monkeypatch):
+  zero_shot = Fake()
+  monkeypatch.setattr(suite, "FAMILIES", {"zero_shot": zero_shot})
+  suite.run([suite.Spec("zero_shot", "dtd")], None, Options())
+  assert zero_shot.ran == ["dtd"]
+
+
+def test_a_missing_set_is_said_before_anything_is_encoded(tmp_path):
+  with pytest.raises(ValueError, match="composition:sugarcrepe") as caught:
+    suite.check(suite.parse(["composition:sugarcrepe"]), Options(root=tmp_path))
+  assert "github.com/RAIVNLab/sugar-crepe" in str(caught.value) and "\n" not in str(caught.value)

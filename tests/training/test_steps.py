@@ -1,0 +1,325 @@
+"""The train step on one device, on eight, and cut in other ways: the same loss and gradients."""
+
+import functools
+import re
+
+import drawn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+import scipy.special
+from numpy.testing import assert_allclose
+
+from grain_jax import encoders, trees
+from grain_jax.models import grain, initial
+from grain_jax.objectives import boxes
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
+
+BATCH = 16
+
+# Compiles in a quarter of the time.
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+# Plain descent that keeps the gradients as its state. (Adam's would not do for a comparison: it
+# divides a gradient by its own size, so that one which is 0 but for rounding becomes a whole step.)
+KEEP_GRADIENTS = optax.GradientTransformation(
+  init=lambda params: jax.tree.map(jnp.zeros_like, params),
+  update=lambda gradients, state, params=None: (
+    jax.tree.map(lambda g: -0.02 * g, gradients),
+    gradients,
+  ),
+)
+
+
+@pytest.fixture
+def config(tiny):
+  tiny.batch_size = BATCH
+  tiny.model.image.depth = tiny.model.text.depth = 1
+  tiny.model.text.vocab_size = 400
+  tiny.loss.aux_box_loss = True
+  assert tiny.model.decoder.dropout == 0.1
+  return tiny
+
+
+def gradients_of_step(config, batch, *, devices, updates_done=0):
+  """(metrics as pairs of floats, gradients by name) of the real train step on so many devices."""
+  return gradients_of_steps(config, [batch], devices=devices, updates_done=updates_done)[0]
+
+
+def gradients_of_steps(config, batches, *, devices, updates_done=0):
+  """The same of one step after the other, each on its own batch, the parameters moving."""
+  mesh = meshes.create(config, jax.devices()[:devices])
+  params = jax.tree.map(jnp.asarray, drawn.params(config))
+  state = steps.TrainState(jnp.int32(updates_done), params, KEEP_GRADIENTS.init(params))
+  shardings = meshes.state_shardings(state, mesh, config.mesh.rules)
+  with jax.set_mesh(mesh):
+    state = jax.device_put(state, shardings)
+    batches = [meshes.to_global(batch, mesh) for batch in batches]
+    train_step = steps.make_train_step(grain.build(config), config, mesh, KEEP_GRADIENTS, shardings)
+    train_step = train_step.lower(state, batches[0]).compile(compiler_options=FAST)
+    found = []
+    for batch in batches:
+      state, metrics = train_step(state, batch)
+      metrics = {k: (float(s), float(w)) for k, (s, w) in metrics.items()}
+      found.append((metrics, {k: np.asarray(v) for k, v in trees.named_leaves(state.opt_state)}))
+    assert int(state.step) == updates_done + len(batches)
+    return found
+
+
+def assert_same(ours, theirs):
+  """Loss parts to 1e-5; each gradient to 1e-5 of the largest of its parameter."""
+  (metrics, gradients), (their_metrics, their_gradients) = ours, theirs
+  assert metrics.keys() == their_metrics.keys()
+  for name in metrics:
+    assert_allclose(metrics[name], their_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+  norm = their_metrics["gradient_norm"][0]
+  for name, value in their_gradients.items():
+    # Some are 0 but for rounding: a key's bias cannot change a softmax.
+    scale = max(np.abs(value).max(), 1e-2 * norm)
+    assert_allclose(gradients[name] / scale, value / scale, atol=1e-5, err_msg=name)
+
+
+CUTS = {
+  "data=8": {},
+  "fsdp=8": {"fsdp": 8},
+  "tensor=2": {"tensor": 2},
+  "fsdp=2,tensor=2": {"fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.fixture
+def batch(config, make_batch):
+  """Two captions are equal, and one image has no region."""
+  batch = make_batch(config, rng=np.random.default_rng(0))
+  for name in ("tokens", "segments", "positions", "ends"):
+    batch[name][1] = batch[name][9]
+  batch["region_mask"][4] = batch["text_mask"][4, 1:] = False
+  return batch
+
+
+_KEPT = {}  # every test of this file begins with the same inputs
+
+
+@pytest.fixture
+def batches(batch, config, make_batch):
+  """Of three steps."""
+  return [batch, *(make_batch(config, rng=np.random.default_rng(i)) for i in (1, 2))]
+
+
+@pytest.fixture
+def one_device(config, batches):
+  """Of the device matcher."""
+  if "one" not in _KEPT:
+    _KEPT["one"] = gradients_of_steps(config, batches, devices=1)
+  return _KEPT["one"]
+
+
+@pytest.mark.parametrize(
+  ("devices", "cut", "solver"),
+  [
+    (1, "data=8", "host"),
+    (8, "data=8", "host"),
+    (8, "data=8", "device"),
+    (8, "fsdp=8", "host"),
+    (8, "tensor=2", "device"),
+    (8, "fsdp=2,tensor=2", "host"),
+  ],
+)
+def test_any_devices_and_either_matcher_give_the_losses_and_gradients_of_three_steps(
+  config, batches, one_device, devices, cut, solver
+):
+  """With dropout on."""
+  config.mesh.update(CUTS[cut])
+  config.loss.matcher = solver
+  if cut != "data=8":  # so that something is cut
+    shardings = meshes.state_shardings(
+      jax.eval_shape(lambda: steps.TrainState(0, drawn.params(config), ())),
+      meshes.create(config), config.mesh.rules,
+    )  # fmt: skip
+    assert not all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
+  losses = [metrics["loss"][0] for metrics, _ in one_device]
+  assert min(np.abs(np.diff(losses))) > 0.01 and one_device[0][0]["gradient_norm"][0] > 0.1
+  found = gradients_of_steps(config, batches, devices=devices)
+  for ours, theirs in zip(found, one_device, strict=True):
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+  ("devices", "cut", "parts"), [(1, "data=8", 4), (8, "data=8", 2), (8, "tensor=2", 2)]
+)
+def test_a_batch_encoded_in_parts_gives_the_gradient_of_the_whole(
+  config, batch, devices, cut, parts
+):
+  """Without dropout, of which each part draws its own."""
+  config.model.decoder.dropout = 0.0
+  config.loss.matcher = "device"
+  if "whole" not in _KEPT:
+    _KEPT["whole"] = gradients_of_step(config, batch, devices=1)
+  config.mesh.update(CUTS[cut])
+  config.accumulate = parts
+  assert_same(gradients_of_step(config, batch, devices=devices), _KEPT["whole"])
+
+
+def test_logits_in_chunks_over_eight_devices_are_those_of_one(config, batch, one_device):
+  config.loss.chunk = 5  # of 16 captions and 48 descriptions
+  assert_same(gradients_of_step(config, batch, devices=8), one_device[0])
+
+
+def test_dropout_differs_from_step_to_step(config, batch, one_device):
+  """Else the comparison above would hold without any."""
+  metrics, _ = gradients_of_step(config, batch, devices=1, updates_done=1)
+  first = one_device[0][0]["loss"][0]
+  assert abs(metrics["loss"][0] - first) > 1e-3 * first
+
+
+@pytest.mark.parametrize("negatives", ["local", "global"])
+def test_region_negatives_come_from_the_devices_own_part_or_from_all(config, batch, negatives):
+  """Against the loss worked out part by part in NumPy and SciPy."""
+  config.loss.region_negatives = negatives
+  config.loss.mask_duplicates = False
+  config.model.decoder.dropout = 0.0
+  metrics, _ = gradients_of_step(config, batch, devices=8)
+
+  model = grain.build(config)
+  output = jax.jit(lambda p, b: model.apply({"params": p}, b, num_regions=3))(
+    drawn.params(config), batch
+  )
+  cost = np.asarray(boxes.matching_cost(output.boxes[-1], batch["boxes"]))
+  matched, described = [], []
+  for i in range(BATCH):
+    place = np.flatnonzero(batch["region_mask"][i])
+    rows, queries = scipy.optimize.linear_sum_assignment(cost[i][:, place].T)
+    matched.append(np.asarray(output.regions)[i, queries])
+    described.append(np.asarray(output.descriptions)[i, place[rows]])
+  total = 0.0
+  size = BATCH // 8 if negatives == "local" else BATCH
+  for start in range(0, BATCH, size):
+    q = np.concatenate(matched[start : start + size])
+    d = np.concatenate(described[start : start + size])
+    logits = np.exp(float(output.logit_scale)) * (q @ d.T)
+    total -= np.trace(scipy.special.log_softmax(logits, axis=1))
+  assert_allclose(metrics["loss_region"], (total, batch["region_mask"].sum()), rtol=1e-4)
+
+
+def test_nothing_becomes_nan_without_regions_or_without_examples(config, batch):
+  config.loss.aux_box_loss = False
+  batch["region_mask"][:] = batch["text_mask"][:, 1:] = False
+  nothing = batch | {"example_mask": np.zeros_like(batch["example_mask"])}
+  found = gradients_of_steps(config, [batch, nothing], devices=8)
+  metrics, gradients = found[0]
+  assert metrics["loss_region"] == metrics["loss_box"] == (0.0, 0.0)
+  assert metrics["nonfinite"] == (0.0, 1.0) and metrics["loss"][0] > 0.1
+  assert all(np.isfinite(g).all() for g in gradients.values())
+  assert not gradients["box_head/fc0/kernel"].any()
+
+  metrics, gradients = found[1]
+  assert metrics["loss"] == (0.0, 1.0) and metrics["bad_examples"] == (BATCH, 1.0)
+  assert not any(g.any() for g in gradients.values())
+
+
+def test_a_loss_that_is_not_finite_is_counted(config, batch):
+  batch["boxes"][batch["region_mask"]] = np.nan
+  metrics, _ = gradients_of_step(config, batch, devices=1)
+  assert metrics["nonfinite"] == (1.0, 1.0)
+
+
+def test_encoders_give_what_the_model_gives_whole_on_every_device(config, batch):
+  model, params = grain.build(config), drawn.params(config)
+  mesh = meshes.create(config)
+  output = jax.jit(lambda p, b: model.apply({"params": p}, b, num_regions=3))(params, batch)
+  with jax.set_mesh(mesh):
+    encode, b = encoders.make_jitted(model, mesh), meshes.to_global(batch, mesh)
+    image = encode["image"](params, b["image"])
+    regions, last_boxes = encode["regions"](params, b["image"])
+    text = encode["text"](params, b["tokens"], b["segments"], b["positions"], b["ends"])
+  assert image.is_fully_replicated and image.shape == (BATCH, config.model.embed_dim)
+  assert_allclose(image, output.image, atol=1e-5)
+  assert_allclose(regions, output.regions, atol=1e-5)
+  assert_allclose(last_boxes, output.boxes[-1], atol=1e-5)
+  assert_allclose(text[:, 0], output.captions, atol=1e-5)
+  assert_allclose(text[:, 1:], output.descriptions, atol=1e-5)
+
+
+def test_ema_is_the_weighted_mean_of_the_parameters_so_far(tiny, make_batch, monkeypatch):
+  """After two steps: d^2 p0 + d (1 - d) p1 + (1 - d) p2, and the run itself is the same.
+
+  A state traces the model's init once, which is a second or more of each start.
+  """
+  traced, init_params = [], initial.init_params
+  monkeypatch.setattr(initial, "init_params", lambda *x: (traced.append(1), init_params(*x))[1])
+  tiny.method, tiny.model.text.vocab_size = "clip", 400
+  mesh = meshes.create(tiny, devices=jax.devices()[:1])
+  batch = meshes.to_global(make_batch(tiny), mesh)
+  model, runs = grain.build(tiny), []
+  tiny.optimizer.update(lr=0.1, warmup_steps=0, warmup_epochs=0.0)
+  for tiny.optimizer.ema_decay in (0.0, 0.75):
+    init, _, shardings, optimizer = steps.create_state(
+      model, tiny, mesh, total_steps=10, steps_per_epoch=2
+    )
+    step = steps.make_train_step(model, tiny, mesh, optimizer, shardings)
+    with jax.set_mesh(mesh):
+      state, seen = init(), []
+      for _ in range(3):
+        seen.append(jax.tree.map(np.array, state.params))
+        last = state.eval_params if state.ema is None else jax.tree.map(np.array, state.ema)
+        state, _ = step(state, batch)
+    runs.append(seen)
+  assert len(traced) == len(runs)
+  for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(runs[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  want = jax.tree.map(lambda a, b, c: 0.5625 * a + 0.1875 * b + 0.25 * c, *runs[1])
+  for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, make_batch):
+  """Parameters, moments, embeddings, losses and gradients stay float32; the loss is near."""
+  batch = jax.tree.map(jnp.asarray, make_batch(tiny))
+  tiny.model.image.depth = tiny.model.text.depth = tiny.model.decoder.depth = 1
+  tiny.model.text.vocab_size = 400
+  tiny.model.decoder.dropout = 0.0
+  found, halves, params = {}, {}, drawn.params(tiny)
+  for tiny.model.dtype in ("float32", "bfloat16"):
+    model = grain.build(tiny)
+    born = jax.eval_shape(lambda model=model: initial.init_params(model, tiny))
+    assert {x.dtype for x in jax.tree.leaves(born)} == {jnp.dtype("float32")}
+    apply = functools.partial(model.apply, num_regions=tiny.data.max_regions)
+    output = jax.eval_shape(apply, {"params": params}, batch)
+    assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    loss = lambda p, model=model: steps.loss_function(  # noqa: E731
+      p, batch, jax.random.key(0), model=model, config=tiny
+    )[0]
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+    found[tiny.model.dtype] = traced.lower().compile()(params)
+    products = re.findall(r"(\w+)\[[^\n]*= dot_general", str(traced.jaxpr))
+    halves[tiny.model.dtype] = products.count("bf16") / len(products)
+  # The scores of attention and the losses are products in float32.
+  assert halves["float32"] == 0 and halves["bfloat16"] > 0.6
+  (want, full), (got, half) = found["float32"], found["bfloat16"]
+  assert got.dtype == jnp.float32 and want != got
+  assert_allclose(got, want, rtol=2e-2)
+  assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+  norms = [float(optax.tree.norm(g)) for g in (full, half)]
+  assert_allclose(*norms, rtol=5e-2)
+
+
+def test_texts_cut_to_the_context_are_counted(tiny):
+  """A context beyond 77, captions of 3, 120 and 400 words; descriptions that fit."""
+  from grain_jax import schema, tokenizer
+
+  tiny.model.text.context, tiny.data.row_length, tiny.data.max_regions = 128, 160, 1
+  texts = [["dog " * n, "a dog"] for n in (3, 120, 400, 125)]
+  rows = tokenizer.Tokenizer(128).pack_batch(texts, row_length=160, scores=np.ones((4, 1)))
+  shapes = schema.batch_shapes(batch=4, image_size=32, row_length=160, regions=1)
+  batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+  batch |= {k: v for k, v in rows._asdict().items() if k in batch}
+  batch["example_mask"][:] = True
+  assert batch["text_mask"].all() and batch["positions"].max() == 127
+  model = grain.build(tiny)
+  loss = functools.partial(steps.loss_function, model=model, config=tiny)
+  _, parts = jax.jit(loss)(drawn.params(tiny), batch, jax.random.key(0))
+  assert float(parts["truncated_texts"][0]) == 1  # 402 tokens; 122 and 127 fit
