@@ -50,7 +50,7 @@ def test_missing_data_in_a_real_process(tmp_path):
 
 
 def test_tensorflow_which_loads_for_seconds_does_not_stand_before_what_may_be_wrong():
-  program = "import sys, grain_jax.train; sys.exit('tensorflow' in sys.modules)"
+  program = "import sys, grain_jax.training.loop; sys.exit('tensorflow' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", program], cwd=kills.ROOT).returncode == 0
 
 

@@ -89,7 +89,7 @@ atexit.register(lambda: print(gc.get_freeze_count() > 100_000))  # what the end 
 
 def main():
   import tensorflow_datasets
-  from grain_jax import writers
+  from grain_jax.runtime import writers
 
   writer = writers.create_writer(pathlib.Path(sys.argv[0]), start_step=0)
   writer.write_scalars(1, {"x": 0.5})

@@ -66,10 +66,27 @@ def test_one_is_timed_while_the_others_stand_still(tmp_path):
 
 
 def test_of_those_that_are_ready_the_more_important_comes_first(tmp_path):
-  plan = {1: (0.2, 1.5, ""), 2: (0.5, 0.1, ""), 3: (0.1, 0.1, "")}
-  assert [line["batch"] for line in run(tmp_path, plan, jobs=3)[0]][1:] in ([2, 1], [1, 2])
-  plan = {1: (0.8, 0.1, ""), 2: (0.8, 0.1, ""), 3: (0.2, 1.0, "")}
-  assert [line["batch"] for line in run(tmp_path, plan, jobs=3)[0]] == [3, 1, 2]
+  # Both get ready while the third is timed: its own words come back before theirs are heard.
+  told = []
+  found = bench.Bench(
+    {}, [Case("ours", 1), Case("ours", 2), Case("ours", 3)], jobs=3, seconds=9, folder=tmp_path,
+    emit=told.append,
+  )  # fmt: skip
+  workers = [bench._Worker(case, None, 0.0, stage="ready") for case in found._waiting]
+  found._alive = workers[::-1]
+  asked = []
+  for worker in workers:
+    worker.signal = lambda number: None
+    worker.end = lambda: None
+
+  def send(worker, line):
+    asked.append((worker.case.batch, line))
+    found._events.put((worker, {"timed": {"seconds_per_step": 1.0}}))
+
+  found._send = send
+  assert found._time_one() == []
+  assert asked == [(1, "time"), (2, "time"), (3, "time")]
+  assert [line["batch"] for line in told] == [1, 2, 3]
 
 
 def test_what_ran_out_of_memory_beside_others_is_tried_alone(tmp_path):

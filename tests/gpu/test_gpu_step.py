@@ -155,7 +155,8 @@ SCRIPT = """
 import hashlib, json, sys
 import jax, numpy as np
 from bench import train_step_sides as sides
-from grain_jax import distributed, config as configs
+from grain_jax import config as configs
+from grain_jax.runtime import distributed
 config = configs.from_json(sys.stdin.read())
 distributed.prepare(config)
 sys.path.insert(0, "tests/gpu")

@@ -255,8 +255,8 @@ import sys
 import jax
 import numpy as np
 from absl import flags
-from grain_jax import addresses, distributed, watchdog
-from grain_jax import mesh as meshes
+from grain_jax.runtime import addresses, distributed, watchdog
+from grain_jax.runtime import mesh as meshes
 
 class Busy(watchdog.Watchdog):
   def _sleep(self):

@@ -10,9 +10,10 @@ import pytest
 SCRIPT = """
 import json, time
 import jax
-from grain_jax.models import initial
-from grain_jax import config as configs, mesh as meshes, steps, trees
-from grain_jax.models import grain
+from grain_jax import config as configs, trees
+from grain_jax.models import grain, initial
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import steps
 
 began = time.monotonic()
 config = configs.resolve(configs.load("configs/cc12m.py"))

@@ -310,7 +310,7 @@ def test_a_worker_that_dies_is_named(monkeypatch, capfd):
 
 def test_making_scenes_imports_neither_jax_nor_tensorflow():
   code = (
-    "import sys; from grain_jax.data import scenes\n"
+    "import sys; from grain_jax.data.scenes import scenes\n"
     "scenes.Scenes().record('train', 0)\n"
     "sys.exit(' '.join({'jax', 'tensorflow', 'torch', 'emoji'} & set(sys.modules)))"
   )
