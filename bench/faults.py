@@ -11,6 +11,9 @@ scenes, in one process and in two, and does to it what machines do:
   full_disk     no file can grow while a checkpoint is written (RLIMIT_FSIZE)
   bad_shard     a shard of the data is overwritten between epochs, and mended
   elastic       SIGTERM to one of four processes; one, two and eight go on
+  unshared_workdir  two processes do not see one folder behind --workdir
+  two_runs      a second run is started in the workdir of one that goes on
+  stale_handle  one of two meets stale handles when it reads the newest checkpoint
 
 Each is started again as a launcher would, and must end with the arrays of the undisturbed run; on
 another number of processes, whose sums have another order, with its losses to 1e-4.
@@ -35,9 +38,9 @@ from typing import Any
 from absl import logging
 
 from bench import kills as runs
-from bench import several
+from bench import several, workdir_faults
+from grain_jax.failures import EXIT_RESTART
 from grain_jax.runtime import metrics
-from grain_jax.runtime.watchdog import RESTART
 
 # `grain_jax.main` whose records come for {batches} batches and no longer.
 _STUCK = """
@@ -58,11 +61,6 @@ examples.Examples.chunk = stuck
 cli.run(main.main)
 """
 Say = Callable[[str], None]
-
-
-def _line(text: str, word: str) -> str:
-  """The first line with `word` in it; '' if there is none."""
-  return next((line for line in text.splitlines() if word in line), "")
 
 
 class Faults:
@@ -88,7 +86,8 @@ class Faults:
       self._states[processes] = runs.final_state(workdir)
     return self._states[processes]
 
-  def _equal(self, workdir: pathlib.Path, processes: int) -> dict[str, Any]:
+  def compare(self, workdir: pathlib.Path, processes: int) -> dict[str, Any]:
+    """The final arrays of a run against those of an undisturbed one."""
     different = runs.differences(self.undisturbed(processes), runs.final_state(workdir))
     return {"equal": not different, "different": different[:5]}
 
@@ -118,7 +117,7 @@ class Faults:
         self.say(f"kill {done}: after step {at[-1]}, checkpoints {runs.saved_steps(workdir)}")
       process = runs.start(self.data, workdir, *several.FLAGS)
       runs.finish(process, workdir)
-      equal.append(self._equal(workdir, 1)["equal"])
+      equal.append(self.compare(workdir, 1)["equal"])
     return {"equal": all(equal), "kills": done, "runs": run, "killed_after": at}
 
   def preempted(self) -> dict[str, Any]:
@@ -132,9 +131,9 @@ class Faults:
     seconds, saved = time.monotonic() - began, runs.saved_steps(workdir)
     self.say(f"preempted: codes {codes} after {seconds:.1f} s, checkpoint {saved[-1:]}")
     several.finish_pair(self.data, workdir)
-    result = self._equal(workdir, 2)
+    result = self.compare(workdir, 2)
     result |= {"codes": codes, "seconds": round(seconds, 1), "saved": saved[-1]}
-    return result | {"equal": result["equal"] and codes == [RESTART, RESTART]}
+    return result | {"equal": result["equal"] and codes == [EXIT_RESTART, EXIT_RESTART]}
 
   def lost_process(self) -> dict[str, Any]:
     """SIGKILL of either of two: the other ends within a bounded time and says why."""
@@ -147,10 +146,10 @@ class Faults:
       began = time.monotonic()
       codes = several.end(pair)
       seconds, other = time.monotonic() - began, 1 - victim
-      line = _line(several.said(workdir, f"p{other}-"), "Start all again")
+      line = several.find_line(several.said(workdir, f"p{other}-"), "Start all again")
       self.say(f"process {victim} killed: the other ended with {codes[other]} in {seconds:.1f} s")
       several.finish_pair(self.data, workdir)
-      same = self._equal(workdir, 2)["equal"]
+      same = self.compare(workdir, 2)["equal"]
       result["equal"] &= same and bool(line) and codes[other] not in (0, -signal.SIGKILL)
       result[f"process_{victim}"] = {
         "code_of_other": codes[other], "seconds": round(seconds, 1), "line": line, "equal": same,
@@ -171,7 +170,7 @@ class Faults:
       time.sleep(0.5)
     codes = several.end(pair)
     self.say(f"slow process: codes {codes} after {stops} stops")
-    result = self._equal(workdir, 2)
+    result = self.compare(workdir, 2)
     return result | {
       "codes": codes, "stops": stops, "equal": result["equal"] and codes == [0, 0],
     }  # fmt: skip
@@ -184,29 +183,32 @@ class Faults:
     several.wait_for_step(4, workdir, *pair)
     began = time.monotonic()
     codes = several.end(pair)
-    seconds, line = time.monotonic() - began, _line(several.said(workdir, "p0-"), "is late")
+    seconds, line = (
+      time.monotonic() - began,
+      several.find_line(several.said(workdir, "p0-"), "is late"),
+    )
     self.say(f"late process: codes {codes} after {seconds:.1f} s: {line}")
     several.finish_several(self.data, workdir, 2, soon)
-    result = self._equal(workdir, 2)
+    result = self.compare(workdir, 2)
     named = "process 1 of 2" in line and "waits for the data" in line
     result |= {"codes": codes, "seconds": round(seconds, 1), "line": line}
-    return result | {"equal": result["equal"] and named and codes == [RESTART, RESTART]}
+    return result | {"equal": result["equal"] and named and codes == [EXIT_RESTART, EXIT_RESTART]}
 
   def full_disk(self) -> dict[str, Any]:
     """From the first checkpoint on no file can grow past 64 KiB, then there is room again."""
     workdir = self.folder / "full"
     process = runs.start(self.data, workdir, *several.FLAGS)
     several.wait_for_step(4, workdir, process)
-    while not runs.saved_steps(workdir) and process.poll() is None:
+    while not max(runs.saved_steps(workdir), default=0) and process.poll() is None:
       time.sleep(0.01)
     _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, hard))
     (code,), kept = several.end([process]), runs.saved_steps(workdir)
-    line = _line(several.said(workdir), "could not be written")
+    line = several.find_line(several.said(workdir), "could not be written")
     self.say(f"full disk: code {code}, checkpoints {kept}: {line}")
     runs.finish(runs.start(self.data, workdir, *several.FLAGS), workdir)
-    result = self._equal(workdir, 1)
-    whole = bool(line) and code == 1 and bool(kept)
+    result = self.compare(workdir, 1)
+    whole = bool(line) and code == EXIT_RESTART and bool(kept)
     return result | {"code": code, "kept": kept, "line": line, "equal": result["equal"] and whole}
 
   @contextlib.contextmanager
@@ -236,7 +238,8 @@ class Faults:
     with self._overwritten_shard(data):
       (code,) = several.end([process])
     line = (
-      _line(several.said(workdir), "BadRecord") or several.said(workdir).strip().rsplit("\n", 1)[-1]
+      several.find_line(several.said(workdir), "BadRecord")
+      or several.said(workdir).strip().rsplit("\n", 1)[-1]
     )
     self.say(f"bad shard: code {code}: {line}")
     runs.finish(runs.start(data, workdir, *stop), workdir)
@@ -275,7 +278,7 @@ class Faults:
       result[f"{count}_processes"] = far
       self.say(f"elastic: {count} process(es) went on from {saved}; losses within {far:.1e}")
     near = all(result[f"{count}_processes"] < 1e-4 for count in (1, 2, 8))
-    return result | {"equal": near and saved < max(want) and codes == [RESTART] * 4}
+    return result | {"equal": near and saved < max(want) and codes == [EXIT_RESTART] * 4}
 
 
 SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
@@ -287,6 +290,9 @@ SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
   "full_disk": Faults.full_disk,
   "bad_shard": Faults.bad_shard,
   "elastic": Faults.elastic,
+  "unshared_workdir": workdir_faults.unshared_workdir,
+  "two_runs": workdir_faults.two_runs,
+  "stale_handle": workdir_faults.stale_handle,
 }
 
 

@@ -36,6 +36,11 @@ def said(workdir: pathlib.Path, name: str = "*") -> str:
   return "".join(path.read_text() for path in sorted(workdir.glob(f"{name}err.txt")))
 
 
+def find_line(text: str, word: str) -> str:
+  """The first line with `word` in it; '' if there is none."""
+  return next((line for line in text.splitlines() if word in line), "")
+
+
 def start_several(
   data: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str, last: Sequence[str] = MAIN
 ) -> list[subprocess.Popen]:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from grain_jax import config as configs
+from grain_jax import failures
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
 # What a user's input can cause; anything else is a defect and shows its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, PermissionError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def fail(error: BaseException | str, code: int = 1) -> None:
@@ -102,9 +103,13 @@ def run(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       main()
-    except USER_ERRORS as error:
-      if _TRACEBACK.value:
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr, flush=True)
+      sys.exit(failures.EXIT_INTERRUPTED)
+    except Exception as error:
+      transient = failures.restart_helps(error)
+      if _TRACEBACK.value or not (transient or isinstance(error, USER_ERRORS)):
         raise
-      fail(error)
+      fail(error, failures.EXIT_RESTART if transient else 1)
 
   app.run(guarded, flags_parser=_parse)

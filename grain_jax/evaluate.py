@@ -29,6 +29,7 @@ from grain_jax.convert import weights
 from grain_jax.data import pipeline
 from grain_jax.evals import built
 from grain_jax.evals.built import EVALS, Outcome
+from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.evals.page import page, report
 from grain_jax.evals.sets import suite
@@ -84,13 +85,19 @@ def run(
     config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
   )
   ours, outside = _sort(config.evals)
-  outcome = built.run(ours, config, encoders, dataset)
-  found = suite.run(suite.parse(outside), encoders, options, say=say)
+  attempt = attempts.Attempts(options.warn, _agree)
+  outcome = built.run(ours, config, encoders, dataset, attempt=attempt)
+  found = suite.run(suite.parse(outside), encoders, options, say=say, attempt=attempt)
   results = {
     name: round(value, DIGITS) if isinstance(value, float) else value
     for name, value in (outcome.results | found).items()
   }
-  return dataclasses.replace(outcome, results=results)
+  return dataclasses.replace(outcome, results=results, errors=attempt.errors)
+
+
+def _agree(name: str, line: str) -> list[str]:
+  """What each process says of an evaluation; one that failed does not wait long for the others."""
+  return distributed.gather(f"evaluation {name}", line, seconds=60 if line else 3600)
 
 
 def write(
@@ -263,6 +270,8 @@ def _main(flag: flags.FlagValues) -> None:
     if options.limit:
       facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
     write(out, outcome, step=subject.step, facts=facts, warnings=warnings)
+  if error := attempts.error_of(outcome.errors, kept=str(out / "results.json")):
+    raise error
 
 
 if __name__ == "__main__":

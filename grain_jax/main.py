@@ -19,12 +19,9 @@ def main() -> None:
 
   distributed.prepare(_CONFIG.value)
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
-    from grain_jax.training import loop as train
+    from grain_jax.training import loop
 
-    try:
-      train.train(_CONFIG.value, _WORKDIR.value)
-    except OSError as error:  # a full disk, a lost mount
-      raise ValueError(str(error)) from error
+    loop.train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":

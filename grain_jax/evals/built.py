@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
-from grain_jax.data import pipeline
+from grain_jax.data import pipeline, records
 from grain_jax.evals import (
   composition,
   detection,
@@ -20,17 +22,29 @@ from grain_jax.evals import (
   segmentation,
   zero_shot,
 )
+from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.share import Share
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Results of evaluations by flat name, and pictures for the report."""
+  """Results of evaluations by flat name, images for the report, and what failed."""
 
   results: dict[str, float | int]
   examples: Sequence[grounding.Example] = ()
   segmented: Sequence[segmentation.Example] = ()
+  errors: Mapping[str, Exception] = dataclasses.field(default_factory=dict)  # by evaluation
+
+  def merge(self, other: Outcome) -> Outcome:
+    """Both together; images of the later one where it has some."""
+    return Outcome(
+      self.results | other.results,
+      other.examples or self.examples,
+      other.segmented or self.segmented,
+      {**self.errors, **other.errors},
+    )
 
 
 def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
@@ -112,17 +126,35 @@ class Eval(NamedTuple):
 
   run: Callable[[Any, Encoders, pipeline.Dataset], Outcome]
   section: str
+  serves: Callable[[records.Parsed], Any]  # whether it can use a record
+  needs: str  # what such a record has
   regions: bool = False  # it needs region queries
 
 
+def _described(record: records.Parsed) -> bool:
+  return any(text.strip() for text in record.descriptions)
+
+
+def _composable(record: records.Parsed) -> list[Any]:
+  return composition.from_captions([text.decode() for text in record.captions])
+
+
 EVALS: dict[str, Eval] = {
-  "zero_shot": Eval(_zero_shot, "zero_shot"),
-  "retrieval": Eval(_retrieval, "retrieval"),
-  "grounding": Eval(_grounding, "grounding", regions=True),
-  "composition": Eval(_composition, "composition"),
-  "segmentation": Eval(_segmentation, "segmentation"),
-  "detection": Eval(_detection, "grounding", regions=True),
-  "region_classification": Eval(_region_classification, "grounding"),
+  "zero_shot": Eval(_zero_shot, "zero_shot", lambda r: r.label >= 0, "a label"),
+  "retrieval": Eval(_retrieval, "retrieval", lambda r: any(r.captions), "a caption"),
+  "grounding": Eval(_grounding, "grounding", _described, "a described region", regions=True),
+  "composition": Eval(
+    _composition,
+    "composition",
+    _composable,
+    "a caption that names coloured objects, as those of the scenes do ('a red apple above a blue "
+    "cat')",
+  ),
+  "segmentation": Eval(_segmentation, "segmentation", lambda r: r.mask, "a mask"),
+  "detection": Eval(_detection, "grounding", _described, "a described region", regions=True),
+  "region_classification": Eval(
+    _region_classification, "grounding", _described, "a described region"
+  ),
 }
 
 
@@ -132,25 +164,49 @@ def split_of(config: ml_collections.ConfigDict, section: str) -> str:
 
 
 def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
-  """Raises a one-line ValueError where the evaluation lacks a split, prompts or descriptors."""
+  """Raises a one-line ValueError where the data cannot serve the evaluation.
+
+  It may lack the split, prompts, descriptors, or a single record with what is needed: records are
+  read up to the first that will do.
+  """
   evaluation = EVALS[name]
-  if evaluation.regions and config.method == "clip":
+  if not _wanted(evaluation, config):
     return
   section = evaluation.section
   split = split_of(config, section)
+  leave_out = f"leave {name!r} out of config.evals"
   if name == "segmentation" and not dataset.mask_names:
-    raise ValueError(f"{config.data.dir} has no masks: leave 'segmentation' out of config.evals.")
+    raise ValueError(f"{config.data.dir} has no masks: {leave_out}.")
   if split not in dataset.splits:
     raise ValueError(
       f"config.{section}.split = {split!r} is not in {config.data.dir}, which has "
-      f"{', '.join(dataset.splits)}. Set it, or leave {name!r} out of config.evals."
+      f"{', '.join(dataset.splits)}. Set it, or {leave_out}."
     )
+  if evaluation.serves is _described and not config.data.max_regions:
+    raise ValueError(f"{name} needs regions and config.data.max_regions = 0: {leave_out}.")
   if name == "zero_shot" and dataset.class_names:
     try:
       zero_shot.class_prompts(dataset.class_names, config.zero_shot.templates)
       _descriptors(config, dataset)
     except ValueError as error:
       raise ValueError(f"config.zero_shot: {error}") from error
+  if not any(map(evaluation.serves, _readable(dataset, split))):
+    raise ValueError(
+      f"{name}: none of the {dataset.num_records(split)} records of split {split!r} in "
+      f"{config.data.dir} has {evaluation.needs}. Set config.{section}.split, or {leave_out}."
+    )
+
+
+def _readable(dataset: pipeline.Dataset, split: str) -> Iterator[records.Parsed]:
+  """The records of a split that are whole, in their order."""
+  for index in range(dataset.num_records(split)):
+    with contextlib.suppress(ValueError):  # a bad record: counted when it is evaluated
+      yield dataset.parse(split, index)
+
+
+def _wanted(evaluation: Eval, config: ml_collections.ConfigDict) -> bool:
+  """A model without region queries is not asked for regions."""
+  return not evaluation.regions or (config.method != "clip" and config.data.max_regions > 0)
 
 
 def run(
@@ -158,20 +214,17 @@ def run(
   config: ml_collections.ConfigDict,
   encoders: Encoders,
   dataset: pipeline.Dataset | None,
+  *,
+  attempt: Attempt = attempts.once,
 ) -> Outcome:
   """All evaluations named; a model without region queries is not asked for regions."""
-  whole = Outcome({})
+  outcome = Outcome({})
   for name in names:
     evaluation = EVALS[name]
-    if evaluation.regions and (config.method == "clip" or not config.data.max_regions):
-      continue
-    found = evaluation.run(config, encoders, dataset)
-    whole = Outcome(
-      whole.results | found.results,
-      found.examples or whole.examples,
-      found.segmented or whole.segmented,
-    )
-  return whole
+    if _wanted(evaluation, config):
+      found = attempt(name, functools.partial(evaluation.run, config, encoders, dataset))
+      outcome = outcome if found is None else outcome.merge(found)
+  return outcome
 
 
 def _batches(

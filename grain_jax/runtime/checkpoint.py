@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,20 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grain_jax import trees
-from grain_jax.runtime import distributed
+from grain_jax import failures, trees
+from grain_jax.runtime import distributed, orbax_noise
 
 # A replicated array is written in parts, one by each replica, where a part has so many bytes at
 # least. Orbax's default is none, and each cut of each array is a program that is compiled.
 _LEAST_PART = 1 << 20
 
 
-class SaveError(ValueError):
+# Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
+# is tried again: what a network file system needs to get over a stale handle.
+WAITS = (1.0, 5.0, 15.0)
+
+
+class SaveError(failures.TransientError):
   """A checkpoint could not be written; the earlier ones are as they were."""
 
 
@@ -60,8 +66,10 @@ class Checkpoints:
       read_only: leave everything as it is, as beside a run that goes on.
     """
     self._directory = pathlib.Path(directory).resolve()
+    self._read_only = read_only
     if not read_only:
       self._directory.mkdir(parents=True, exist_ok=True)
+      orbax_noise.silence()
     self._keep, self._best_metric, self._keep_best = keep, best_metric, keep_best
     self._results = self._read_results()
     processes = set(range(distributed.count())) if distributed.count() > 1 else None
@@ -83,20 +91,21 @@ class Checkpoints:
     )
     self._damaged: list[int] = []  # passed over by `restore`
     self._saving: int | None = None
+    self._failure: SaveError | None = None  # of the checkpoint being written
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts to write `state` and the JSON-able `meta` as checkpoint `step`.
 
     Damaged checkpoints that `restore` passed over are first renamed to 'damaged-STEP': they would
-    be in the way of the step, and count among the newest that are kept.
+    be in the way of the step, and count among the newest that are kept. A checkpoint before this
+    one that could not be written is warned about: this one is the next try. All must call it.
 
     Raises:
-      SaveError: this checkpoint, or the one before it, could not be written.
+      SaveError: this one cannot even be begun.
     """
     if self._damaged:
       self._set_damaged_aside()
-    self.check()
-    self.wait()
+    self._settle()
     self._saving = step
     try:
       self._manager.save(
@@ -106,6 +115,23 @@ class Checkpoints:
       )
     except Exception as error:  # Orbax and the file system raise many kinds
       raise self._not_saved(error) from error
+
+  def save_surely(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Writes checkpoint `step` and waits for it, trying again some times; all must call it.
+
+    Raises:
+      SaveError: it could not be written; on all processes.
+    """
+    for wait in (0.0, *WAITS):
+      time.sleep(wait)
+      try:
+        self.save(step, state, meta)
+      except SaveError as error:  # of this process alone, perhaps: the others are told below
+        self._failure = error
+      failure = self._settle()
+      if failure is None:
+        return
+    raise SaveError(f"{failure}. Make room or mend the storage, and start again.")
 
   def _set_damaged_aside(self) -> None:
     if distributed.index() == 0:
@@ -119,20 +145,38 @@ class Checkpoints:
     self._manager.reload()
 
   def _not_saved(self, error: BaseException) -> SaveError:
-    reason = " ".join(str(error).split())[:300]
+    reason = failures.one_line(error, limit=300)
     last = max((s for s in self._steps() if s != self._saving), default=None)
     kept = "there is no earlier one" if last is None else f"checkpoint {last} is kept"
     return SaveError(
-      f"checkpoint {self._saving} in {self._directory} could not be written ({reason}); {kept}. "
-      "Make room or mend the disk, and start again."
+      f"checkpoint {self._saving} in {self._directory} could not be written ({reason}); {kept}"
     )
 
   def check(self) -> None:
-    """Raises SaveError if the checkpoint being written has failed."""
+    """Warns where the checkpoint being written has failed; waits for nothing."""
     try:
       self._manager.check_for_errors()
     except Exception as error:
-      raise self._not_saved(error) from error
+      self._fail(error)
+
+  def _fail(self, error: BaseException) -> None:
+    """Notes that the checkpoint being written has failed, and says it once."""
+    if self._failure is None:
+      self._failure = self._not_saved(error)
+      self._failure.__cause__ = error
+      logging.warning("%s; the next save is the next try", self._failure)
+
+  def _settle(self) -> SaveError | None:
+    """Waits for what is being written, on all processes; why it failed, on whichever it did."""
+    for call in (self._manager.check_for_errors, self._manager.wait_until_finished):
+      try:
+        call()
+      except Exception as error:  # Orbax and the file system raise many kinds
+        self._fail(error)
+    own, self._failure = self._failure, None
+    told = [json.loads(x) for x in distributed.gather("saved", json.dumps(own and str(own)))]
+    line = next(filter(None, told), None)
+    return own or (SaveError(line) if line else None)
 
   def _steps(self) -> list[int]:
     """Steps of all folders that look like checkpoints, whole or not, ascending."""
@@ -141,8 +185,15 @@ class Checkpoints:
     return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
 
   def latest(self) -> int | None:
-    """Step of the newest checkpoint, or None."""
+    """Step of the newest checkpoint that this process sees, or None."""
     return self._manager.latest_step()
+
+  def agree_on_latest(self) -> int | None:
+    """Step of the newest checkpoint that process 0 sees, on all; all must call it.
+
+    The listing of a network file system may lag on one machine, and must not part the processes.
+    """
+    return json.loads(distributed.broadcast("newest", json.dumps(self.latest())))
 
   def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """(state, meta) of checkpoint `step`, or of the newest one that all processes can read.
@@ -162,10 +213,7 @@ class Checkpoints:
       raise ValueError(f"{self._directory} holds no checkpoint. Train first, or check --workdir.")
     reason, damaged = "", []
     for candidate in steps if step is None else [step]:
-      restored, reason = self._read(candidate, abstract)
-      # A file that one process alone cannot read must not part it from the others.
-      reasons = distributed.gather("restored", reason)
-      reason = next(filter(None, reasons), "")
+      restored, reason = self._read_again(candidate, abstract)
       if not reason:
         self._damaged = damaged
         self._results = {s: v for s, v in self._results.items() if s <= candidate}
@@ -185,8 +233,39 @@ class Checkpoints:
       "Restore a copy, or start in a new workdir."
     )
 
-  def _read(self, step: int, abstract: Any) -> tuple[Any, str]:
-    """((state, meta), '') of a checkpoint, or (None, why not); waits for no other process."""
+  def _read_again(self, step: int, abstract: Any) -> tuple[Any, str]:
+    """`_read` by all processes together, tried again before a checkpoint counts as damaged.
+
+    Raises:
+      TransientError: storage failed every time, so that the checkpoint may be whole.
+    """
+    restored, reason, storage, told = None, "", False, []
+    for number, wait in enumerate((0.0, *WAITS)):
+      if number > 1 and not any(failed for _, failed in told):
+        return None, reason  # damage does not go away; one more look is for what has other names
+      if wait:
+        logging.warning(
+          "checkpoint %d in %s cannot be read (%s); trying again in %g s",
+          step, self._directory, reason, wait,
+        )  # fmt: skip
+        time.sleep(wait)
+      if restored is None:
+        restored, own, storage = self._read(step, abstract)
+      # A file that one process alone cannot read must not part it from the others.
+      told = [json.loads(x) for x in distributed.gather("restored", json.dumps([own, storage]))]
+      reason = next((r for r, _ in told if r), "")
+      if not reason or reason.startswith(_OTHER_MODEL):
+        return restored, reason
+    raise failures.TransientError(
+      f"{self._directory}: checkpoint {step} cannot be read ({reason}), though it may be whole. "
+      "Mend the storage, and start again."
+    )
+
+  def _read(self, step: int, abstract: Any) -> tuple[Any, str, bool]:
+    """((state, meta), '', False) of a checkpoint, or (None, why not, whether storage failed).
+
+    It waits for no other process.
+    """
     here = distributed.index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     folder = epath.Path(self._directory) / str(step)
@@ -196,7 +275,8 @@ class Checkpoints:
       saved = handler.metadata(folder / "state")
       difference = _difference(saved.tree, abstract)
       if difference:
-        return None, f"{_OTHER_MODEL}: {difference}. Use a new workdir, or the model's own config."
+        why = f"{_OTHER_MODEL}: {difference}. Use a new workdir, or the model's own config."
+        return None, why, False
       state = handler.restore(
         folder / "state",
         args=ocp.args.PyTreeRestore(
@@ -207,8 +287,8 @@ class Checkpoints:
       )
       meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "meta")
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
-      return None, " ".join(str(error).split())[:200] or type(error).__name__
-    return (state, meta), ""
+      return None, failures.one_line(error, limit=200), failures.is_transient(error)
+    return (state, meta), "", False
 
   def record(self, step: int, results: dict[str, float]) -> None:
     """Notes the evaluation of checkpoint `step`, by which the best are kept.
@@ -259,28 +339,25 @@ class Checkpoints:
     """Orbax asks which of `checkpoints` (ascending) stay: the newest and the best."""
     del context
     steps = [info.step for info in checkpoints]
-    newest = steps if self._keep is None else steps[-self._keep :]
-    best = [step for _, step in self._ranked() if step in steps][: self._keep_best]
+    later = [step for step in steps if step] or steps  # the fresh state goes with the first one
+    newest = later if self._keep is None else later[-self._keep :]
+    best = [step for _, step in self._ranked() if step in later][: self._keep_best]
     return [step in newest or step in best for step in steps]
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk.
+    """Returns when everything saved is on disk; all must call it.
 
     Raises:
-      SaveError: it could not be written.
+      SaveError: it could not be written; on all processes.
     """
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax would log the error and its stack too
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._not_saved(error) from error
-    finally:
-      logging.set_verbosity(before)
+    failure = self._settle()
+    if failure is not None:
+      raise failure
 
   def close(self) -> None:
     """Waits and lets go of the directory."""
-    self.wait()
+    if not self._read_only:
+      self.wait()
     self._manager.close()
 
 

@@ -8,13 +8,11 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any, NoReturn
 
 import jax
@@ -22,9 +20,10 @@ import ml_collections
 from absl import flags
 from jax.experimental import multihost_utils
 
-from grain_jax import cli
-from grain_jax.runtime import addresses
-from grain_jax.runtime.watchdog import RESTART, Watchdog
+from grain_jax import cli, failures
+from grain_jax.failures import EXIT_RESTART as RESTART
+from grain_jax.runtime import addresses, preemption
+from grain_jax.runtime.watchdog import Watchdog
 
 # Seconds after which JAX itself gives up on a process; `watchdog` is quicker and says more.
 _HEARTBEAT = 100
@@ -41,15 +40,6 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 _watchdog: Watchdog | None = None
 _rounds: collections.Counter[str] = collections.Counter()
-
-
-class Preempted(Exception):
-  """The machine is taken away: everything is saved, and a later start goes on."""
-
-  def __init__(self, step: int):
-    super().__init__(
-      f"stopped by SIGTERM: checkpoint {step} is saved; the same command goes on from it"
-    )
 
 
 def _state() -> Any:
@@ -100,7 +90,8 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
   """Around all of a program: joins the others, watches, and ends with them.
 
   With several processes an error on one ends all of them with its line. A run stopped by SIGTERM
-  ends with the exit code `RESTART`.
+  ends with the exit code `RESTART`, as does one whose storage or machine failed; after Ctrl-C it is
+  130.
 
   Args:
     address: how to join; None: one process.
@@ -113,19 +104,21 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
   _watchdog = Watchdog(store, index=index(), count=count(), limit=limit)
   _watchdog.start()
   try:
-    yield
+    with preemption.interruptible(_watchdog.end, several=count() > 1):
+      yield
     code = 0
-  except Preempted as stop:
+  except preemption.Preempted as stop:
     if index() == 0:
       print(stop, file=sys.stderr, flush=True)
-    code = RESTART
+    code = stop.code
   except (Exception, KeyboardInterrupt) as error:
     if count() > 1:
       _fail(error, _watchdog)
-    if not of_machine(error):
+    if not of_machine(error) and not failures.restart_helps(error):
       _watchdog.stop()
       raise
-    traceback.print_exc()
+    if of_machine(error):
+      traceback.print_exc()
     print(_line(error), file=sys.stderr, flush=True)
     code = RESTART
   _watchdog.done()
@@ -203,13 +196,15 @@ def _line(error: BaseException) -> str:
 def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   """Ends this process and all others with the line of `error`."""
   text = str(error)
-  if not isinstance(error, cli.USER_ERRORS) or flags.FLAGS.traceback:
+  again = of_machine(error) or failures.restart_helps(error)
+  known = isinstance(error, cli.USER_ERRORS) or failures.restart_helps(error)
+  if not known or flags.FLAGS.traceback:
     traceback.print_exc()
   if _LOST.search(text.lower()):  # then the watchdog knows more, in a moment
     watchdog.suspect()
     time.sleep(watchdog.patience + 5)
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
-  watchdog.end(RESTART if of_machine(error) else code, _line(error))
+  watchdog.end(RESTART if again else code, _line(error))
   raise SystemExit(code)
 
 
@@ -219,7 +214,7 @@ def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
   It goes through the key-value store, not through the devices.
 
   Raises:
-    TimeoutError: a process did not call it within `seconds`.
+    TransientError: a process did not call it within `seconds`.
   """
   if count() == 1:
     return [value]
@@ -232,7 +227,7 @@ def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
     try:
       values.append(store.blocking_key_value_get(f"{key}/{process}", round(seconds * 1000))[1:])
     except jax.errors.JaxRuntimeError as error:
-      raise TimeoutError(
+      raise failures.TransientError(
         f"process {process} did not come to '{name}' within {seconds:g} s; the others wait there."
       ) from error
   return values
@@ -261,38 +256,3 @@ def agree(name: str, values: Mapping[str, Any]) -> None:
     f"the processes have different {name}s: {key} is {ours.get(key)!r} on process 0 and "
     f"{theirs.get(key)!r} on process {odd}. Start all with the same command."
   )
-
-
-class Preemption:
-  """Whether SIGTERM asked the run to stop; a context.
-
-  With several processes JAX catches the signal and finds the step at which all stop. With one, this
-  class does; before `watch` the signal ends the process at once, since nothing is there to save.
-  """
-
-  def __init__(self):
-    self._noticed = False
-    self._before: Any = None
-
-  def watch(self) -> None:
-    """From here on SIGTERM is noticed instead of ending the process."""
-    if count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._notice)
-
-  def _notice(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
-    self._noticed = True
-
-  def reached(self, step: int) -> bool:
-    """Whether all processes are to stop after `step`; to be asked at every step by all."""
-    if count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._noticed
-
-  def __enter__(self) -> Preemption:
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
-      self._before = None

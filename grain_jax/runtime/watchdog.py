@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers start the run again, and it goes on
+from grain_jax.failures import EXIT_RESTART as RESTART
+
 _BEATS, _FAILED, _GONE = "grain_jax/beats/", "grain_jax/failed/", "grain_jax/gone/"
 _LINGER = 10.0  # seconds that the coordinator waits for the others to read why it ends
 _AGAIN = "Start all again: they go on from the last checkpoint."

@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import json
 import pathlib
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import ml_collections
@@ -20,10 +19,12 @@ from grain_jax import evaluate, trees
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.data import pipeline, sampler
+from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, grain
-from grain_jax.runtime import checkpoint, distributed, metrics
+from grain_jax.runtime import checkpoint, distributed, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import steps, utilization
+from grain_jax.training import provenance, steps, utilization
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -47,7 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   Raises:
     ValueError: configuration, data, devices or workdir cannot work; one line.
     FloatingPointError: loss or gradient is no longer finite; the last good checkpoint stays.
-    distributed.Preempted: SIGTERM came; everything is saved.
+    preemption.Preempted: SIGTERM or Ctrl-C came; everything is saved.
+    failures.TransientError: storage failed; the same command may succeed later.
   """
   config = configs.resolve(config)
   configs.check(config)
@@ -76,79 +78,135 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
 
   folder = pathlib.Path(workdir)
-  _check_workdir(folder, config)
-  checkpoints = checkpoint.Checkpoints(
-    folder / "checkpoints",
-    keep=config.keep_checkpoints,
-    best_metric=config.checkpoint.best_metric,
-    keep_best=config.checkpoint.keep_best,
-  )
-  from grain_jax.runtime import (
-    writers,  # loads TensorFlow, which takes seconds: after what may be wrong
-  )
-
-  with jax.set_mesh(mesh):
-    if checkpoints.latest() is None:
-      state = init()
-      if config.init.image or config.init.text:
-        state = state.replace(params=weights.start_from(config, state.params))
-        if state.ema is not None:
-          state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
-    else:
-      state, meta = checkpoints.restore(abstract)
-      _check_same(folder, meta, config, made_of)
-    _write_config(folder, config)
-    step = int(state.step)
-    train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
-    writer = writers.create_writer(folder, start_step=step)
-    several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
-    _say(
-      f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
-      f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
-      f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
+  provenance.check_workdir(folder, config)
+  folder.mkdir(parents=True, exist_ok=True)
+  with workdirs.hold(folder), preemption.Preemption(several=distributed.count() > 1) as stopping:
+    workdirs.prove_shared(folder)
+    checkpoints = checkpoint.Checkpoints(
+      folder / "checkpoints",
+      keep=config.keep_checkpoints,
+      best_metric=config.checkpoint.best_metric,
+      keep_best=config.checkpoint.keep_best,
     )
-
-    def run_evals(state: steps.TrainState) -> evaluate.Outcome:
-      at = int(state.step)
-      distributed.progress("evaluating", at)
-      return evaluate.run(
-        config, model, state.eval_params, dataset, mesh=mesh, tokenizer=tokenizer,
-        on_batch=lambda: distributed.progress("evaluating", at),
-      )  # fmt: skip
-
     meta = {"config": config.to_dict(), **made_of}
-    if step < total_steps:
-      parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
-      batches = pipeline.train_batches(
-        dataset, config, start_step=step, host=parts, num_hosts=num_parts
+    failed: dict[str, Exception] = {}  # evaluations, by name and step
+    with jax.set_mesh(mesh):
+      state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)
+      provenance.write_config(folder, config)
+      step = int(state.step)
+      train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
+      # Loads TensorFlow, which takes seconds: after what may be wrong.
+      from grain_jax.runtime import writers
+
+      writer = writers.create_writer(folder, start_step=step)
+      several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+      _say(
+        f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
+        f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
+        f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
       )
-      profiler = metrics.Profiler(config.profile, folder / "profile")
-      with (
-        distributed.Preemption() as preemption,
-        contextlib.closing(batches),
-        contextlib.closing(profiler),
-      ):
-        state = _loop(
-          config, state, train_step, batches,
-          mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
-          run_evals=run_evals, meta=meta, preemption=preemption, profiler=profiler,
-          folder=folder,
+
+      def run_evals(state: steps.TrainState) -> evaluate.Outcome:
+        at = int(state.step)
+
+        def on_batch() -> None:
+          distributed.progress("evaluating", at)
+          stopping.check()
+
+        distributed.progress("evaluating", at)
+        outcome = evaluate.run(
+          config, model, state.eval_params, dataset,
+          mesh=mesh, tokenizer=tokenizer, on_batch=on_batch, options=Options(warn=_warn),
         )  # fmt: skip
-    results: dict[str, float] = {}
-    if config.evals:
-      began = time.monotonic()
-      outcome = run_evals(state)
-      results = outcome.results
-      _say(f"evaluated in {metrics.clock(time.monotonic() - began)}")
-      writer.write_scalars(total_steps, results)
-      writer.flush()
-      checkpoints.record(total_steps, results)
-      if distributed.index() == 0:
-        subject = evaluate.Subject(str(folder), config, state.eval_params, total_steps)
-        evaluate.write(folder, outcome, step=total_steps, facts=evaluate.describe(subject))
-    writer.close()
-    checkpoints.close()
+        failed.update({f"{name} at step {at}": e for name, e in outcome.errors.items()})
+        best = config.checkpoint.best_metric
+        if best in outcome.results or not outcome.errors:
+          checkpoints.record(at, outcome.results)
+        return outcome
+
+      if step < total_steps:
+        parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
+        batches = pipeline.train_batches(
+          dataset, config, start_step=step, host=parts, num_hosts=num_parts
+        )
+        profiler = metrics.Profiler(config.profile, folder / "profile")
+        with contextlib.closing(batches), contextlib.closing(profiler):
+          state = _loop(
+            config, state, train_step, batches,
+            mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
+            run_evals=run_evals, meta=meta, stopping=stopping, profiler=profiler, folder=folder,
+          )  # fmt: skip
+      results = _evaluate_last(
+        config, state, run_evals, writer=writer, folder=folder, stopping=stopping
+      )
+      writer.close()
+      checkpoints.close()
+  if error := attempts.error_of(failed, kept=f"{folder}, and so is the model"):
+    raise error
   return results
+
+
+def _start(
+  config: ml_collections.ConfigDict,
+  init: Any,
+  abstract: Any,
+  checkpoints: checkpoint.Checkpoints,
+  *,
+  folder: pathlib.Path,
+  meta: dict[str, Any],
+) -> steps.TrainState:
+  """The fresh state, or that of the newest checkpoint; the workdir has taken a checkpoint of it."""
+  distributed.progress("saving", 0)
+  if checkpoints.agree_on_latest() is not None:
+    state, found = checkpoints.restore(abstract)
+    others = {name: value for name, value in meta.items() if name != "config"}
+    provenance.check_checkpoint(folder, found, config, others)
+    workdirs.prove_saving(folder, lambda: workdirs.save_probe(folder, state))
+    return state
+  state = init()
+  if config.init.image or config.init.text:
+    state = state.replace(params=weights.start_from(config, state.params))
+    if state.ema is not None:
+      state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
+
+  def save() -> None:
+    checkpoints.save(0, state, {**meta, "step": 0})
+    checkpoints.wait()
+
+  workdirs.prove_saving(folder, save)
+  return state
+
+
+def _evaluate_last(
+  config: ml_collections.ConfigDict,
+  state: steps.TrainState,
+  run_evals: Any,
+  *,
+  writer: metric_writers.MetricWriter,
+  folder: pathlib.Path,
+  stopping: preemption.Preemption,
+) -> dict[str, float]:
+  """Results of the evaluations at the end of a run, written down."""
+  if not config.evals:
+    return {}
+  step, began = int(state.step), time.monotonic()
+  try:
+    outcome = run_evals(state)
+  except preemption.StopRequested:
+    raise _stopped(step, stopping) from None
+  _say(f"evaluated in {metrics.clock(time.monotonic() - began)}")
+  writer.write_scalars(step, outcome.results)
+  writer.flush()
+  if distributed.index() == 0:
+    subject = evaluate.Subject(str(folder), config, state.eval_params, step)
+    evaluate.write(folder, outcome, step=step, facts=evaluate.describe(subject))
+  return outcome.results
+
+
+def _stopped(step: int, stopping: preemption.Preemption) -> preemption.Preempted:
+  """The end of a run that was told to stop and is saved, the same on all processes."""
+  told = distributed.gather("interrupted", str(stopping.interrupted))
+  return preemption.Preempted(step, interrupted="True" in told)
 
 
 def _loop(
@@ -163,7 +221,7 @@ def _loop(
   total_steps: int,
   run_evals: Any,
   meta: dict[str, Any],
-  preemption: distributed.Preemption,
+  stopping: preemption.Preemption,
   profiler: metrics.Profiler,
   folder: pathlib.Path,
 ) -> steps.TrainState:
@@ -194,12 +252,24 @@ def _loop(
     began = time.monotonic()
     results = run_evals(state).results
     writer.write_scalars(step, results)
-    checkpoints.record(step, results)
     progress.pause(time.monotonic() - began)
 
+  def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
+    distributed.progress("saving", step)
+    if not saved:
+      checkpoints.save_surely(step, state, {**meta, "step": step})
+    distributed.progress("closing", step)
+    batches.close()
+    checkpoints.close()
+    writer.close()
+    raise _stopped(step, stopping)
+
   every = config.eval_every or total_steps  # the last evaluation comes after the loop
-  if first and first % every == 0 and not _evaluated(folder, first):
-    evaluate_now(first, state)
+  if first and first % every == 0 and not provenance.has_evaluation(folder, first):
+    try:
+      evaluate_now(first, state)
+    except preemption.StopRequested:
+      stop(first, state, saved=True)
   for step in range(first + 1, total_steps + 1):
     began = time.monotonic()
     if step > first + 1:
@@ -224,10 +294,10 @@ def _loop(
       if jax.default_backend() == "gpu":
         _say(f"attention: {attention.summary()}")
       progress.start(step)
-      preemption.watch()
-    stop = preemption.reached(step)
+      stopping.watch()
+    told = stopping.reached()
     evals = step % every == 0 and step < total_steps
-    save = step % config.save_every == 0 or step == total_steps or stop
+    save = step % config.save_every == 0 or step == total_steps or told
     save = save or (evals and bool(config.checkpoint.best_metric))  # what is judged can be kept
     if late is not None:
       report(*late)
@@ -238,23 +308,22 @@ def _loop(
       report(*late)
       late = None
     checkpoints.check()
+    if told and (step < total_steps or config.evals):
+      stop(step, state, saved=False)
     if save:
       began = time.monotonic()
       distributed.progress("saving", step)
-      checkpoints.save(step, state, {**meta, "step": step})
+      last = step == total_steps
+      keep = checkpoints.save_surely if last else checkpoints.save
+      keep(step, state, {**meta, "step": step})
       progress.pause(time.monotonic() - began)
-    if stop and step < total_steps:
-      distributed.progress("closing", step)
-      batches.close()
-      checkpoints.close()
-      writer.close()
-      raise distributed.Preempted(step)
     if evals:
-      evaluate_now(step, state)
+      try:
+        evaluate_now(step, state)
+      except preemption.StopRequested:
+        stop(step, state, saved=save)
   distributed.progress("closing", total_steps)
   batches.close()
-  distributed.progress("saving", total_steps)
-  checkpoints.wait()
   writer.flush()
   return state
 
@@ -278,13 +347,6 @@ def _check_best(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _evaluated(folder: pathlib.Path, step: int) -> bool:
-  """Whether the metrics hold an evaluation of `step`: a run may end between save and evaluation."""
-  lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.index() == 0 else []
-  found = any(line["step"] == step and "train/loss" not in line for line in lines)
-  return distributed.broadcast("evaluated", str(found)) == "True"
-
-
 def _check_finite(
   summary: dict[str, float], step: int, checkpoints: checkpoint.Checkpoints
 ) -> None:
@@ -299,50 +361,6 @@ def _check_finite(
     )
 
 
-def _check_workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """That a config.json which is there is of the same run."""
-  path = folder / "config.json"
-  if path.exists():
-    _check_config(folder, configs.read(path), config)
-
-
-def _write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  if distributed.index() == 0:
-    path = folder / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(configs.to_json(config))
-    temporary.replace(path)
-
-
-def _check_config(
-  folder: pathlib.Path, old: ml_collections.ConfigDict, config: ml_collections.ConfigDict
-) -> None:
-  difference = configs.first_difference(old, config)
-  if difference:
-    key, was, now = difference
-    raise ValueError(
-      f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
-      "Use a new workdir, or the config of the old one."
-    )
-
-
-def _check_same(
-  folder: pathlib.Path,
-  meta: dict[str, Any],
-  config: ml_collections.ConfigDict,
-  made_of: dict[str, str],
-) -> None:
-  """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
-  _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
-  for what, now in made_of.items():
-    was = meta.get(what, now)
-    if was != now:
-      raise ValueError(
-        f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not {now[:12]}; "
-        f"config.data.dir = {config.data.dir}). Use a new workdir, or what they were trained with."
-      )
-
-
 def _keep_freed_memory() -> None:
   """Tells glibc to keep freed memory: a CPU step otherwise maps and clears its buffers anew.
 
@@ -355,6 +373,10 @@ def _keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _warn(line: str) -> None:
+  _say(f"warning: {line}")
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from bench import faults, kills, several
 from grain_jax.convert import weights
-from grain_jax.runtime.watchdog import RESTART
+from grain_jax.failures import EXIT_RESTART as RESTART
 from grain_jax.training import loop as train
 
 
@@ -50,7 +50,7 @@ def test_what_the_scenarios_look_at(tmp_path):
   (tmp_path / "p0-err.txt").write_text("a\n")
   (tmp_path / "p1-err.txt").write_text("b\n")
   assert (several.said(tmp_path), several.said(tmp_path, "p1-")) == ("a\nb\n", "b\n")
-  assert faults._line("x\na lost b\nlost", "lost") == "a lost b"
+  assert several.find_line("x\na lost b\nlost", "lost") == "a lost b"
 
 
 def test_an_overwritten_shard_is_whole_again(scenarios, scenes_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints there and back, on other devices, in part, and when damaged."""
 
+import errno
 import json
 import resource
 import shutil
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
 
+from grain_jax import failures
 from grain_jax.runtime import checkpoint
 
 
@@ -247,3 +249,92 @@ def test_reading_beside_a_run_leaves_what_it_writes(tmp_path, state):
   assert reader.restore(abstract(state, mesh_of(1)))[1]["step"] == 1
   reader.close()
   assert half.exists()
+
+
+def stale(monkeypatch, times, *, error=None):
+  """The first `times` reads of a state fail as on a network file system."""
+  monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
+  restore, calls = checkpoint.ocp.PyTreeCheckpointHandler.restore, []
+
+  def failing(*arguments, **named):
+    calls.append(1)
+    if len(calls) <= times:
+      raise error or OSError(errno.ESTALE, "Stale file handle")
+    return restore(*arguments, **named)
+
+  monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", failing)
+  return calls
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_read_that_fails_is_tried_again_before_a_checkpoint_is_passed_over(
+  tmp_path, state, monkeypatch, times
+):
+  save(tmp_path, state, 1, 2).close()
+  calls = stale(monkeypatch, times)
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  assert checkpoints.restore(abstract(state, mesh_of(1)))[1]["step"] == 2
+  assert len(calls) == times + 1
+
+
+def test_storage_that_fails_every_time_is_no_damage(tmp_path, state, monkeypatch):
+  save(tmp_path, state, 1, 2).close()
+  stale(monkeypatch, 1000, error=ValueError("DATA_LOSS: x [OS error 5: EIO Input/output error]"))
+  with pytest.raises(failures.TransientError, match="checkpoint 2 cannot be read .* may be whole"):
+    checkpoint.Checkpoints(tmp_path).restore(abstract(state, mesh_of(1)))
+
+
+def test_a_save_that_fails_warns_and_the_next_one_is_the_next_try(tmp_path, state, caplog):
+  """As where a disk was full for a while."""
+  checkpoints = save(tmp_path, state, 1)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+  try:
+    checkpoints.save(2, {**state, "step": jnp.int32(2)}, {"step": 2})
+    while not checkpoints._failure:
+      checkpoints.check()
+    checkpoints.check()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  checkpoints.save(3, {**state, "step": jnp.int32(3)}, {"step": 3})
+  checkpoints.wait()
+  said = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
+  assert len(said) == 1 and "checkpoint 2 in" in said[0] and "the next try" in said[0]
+  assert checkpoint.Checkpoints(tmp_path).restore(abstract(state, mesh_of(1)))[1]["step"] == 3
+
+
+def test_the_last_checkpoint_is_tried_several_times(tmp_path, state, monkeypatch):
+  checkpoints = save(tmp_path, state, 1)
+  monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
+  real, left = checkpoints._manager.save, [2]
+
+  def failing(*arguments, **named):
+    if left[0]:
+      left[0] -= 1
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return real(*arguments, **named)
+
+  monkeypatch.setattr(checkpoints._manager, "save", failing)
+  checkpoints.save_surely(2, {**state, "step": jnp.int32(2)}, {"step": 2})
+  assert left == [0] and checkpoints.latest() == 2
+  left[0] = 3
+  with pytest.raises(checkpoint.SaveError, match="No space left .* Make room or mend") as error:
+    checkpoints.save_surely(3, {**state, "step": jnp.int32(3)}, {"step": 3})
+  assert failures.restart_helps(error.value) and left == [0]
+
+
+def test_the_fresh_state_does_not_count_among_those_kept(tmp_path, state):
+  checkpoints = save(tmp_path, state, 0, keep=2)
+  assert checkpoints._steps() == [0]
+  for step, kept in ((2, [2]), (4, [2, 4]), (6, [4, 6])):
+    checkpoints.save(step, {**state, "step": jnp.int32(step)}, {"step": step})
+    checkpoints.wait()
+    assert [s for s in checkpoints._steps() if s] == kept
+  assert 0 not in checkpoints._steps()
+
+
+def test_one_process_decides_where_a_run_begins(tmp_path, state, monkeypatch):
+  """A listing that lags on another machine must not part it from the others."""
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(checkpoint.distributed, "broadcast", lambda name, value: "7")
+  assert checkpoints.latest() is None and checkpoints.agree_on_latest() == 7

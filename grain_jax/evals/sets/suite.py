@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 from grain_jax.evals.sets import classification, waterbirds
@@ -123,6 +126,7 @@ def run(
   options: Options,
   *,
   say: Callable[[str], None] = lambda line: None,
+  attempt: Attempt = attempts.once,
 ) -> Results:
   """Results of all sets; with composition always the zero-shot average beside it.
 
@@ -135,7 +139,8 @@ def run(
   results: Results = {}
   for i, spec in enumerate(wanted):
     say(f"evaluating {spec.family}:{spec.name} ({i + 1} of {len(wanted)})")
-    results |= FAMILIES[spec.family].run(encoders, spec.name, options)
+    call = functools.partial(FAMILIES[spec.family].run, encoders, spec.name, options)
+    results |= attempt(f"{spec.family}:{spec.name}", call) or {}
   return results | classification.average(results)
 
 

@@ -1,0 +1,136 @@
+"""The folder of a run: held by one run at a time, and one and the same for all of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import filelock
+from absl import logging
+
+from grain_jax import failures
+from grain_jax.runtime import checkpoint, distributed
+
+_LOCK = ".lock"
+_HOLDER = ".lock.json"
+# Seconds that a run waits for one that is ending: a launcher may be quicker than its predecessor.
+LOCK_SECONDS = 30.0
+# Seconds until a network file system shows what another machine has written: it may remember for a
+# while that a file was not there.
+SHARED_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir for this run, which process 0 does for all.
+
+  The lock is the operating system's (or a file, where there is none), so a dead process holds
+  nothing.
+
+  Raises:
+    ValueError: another run holds it; one line that names it.
+  """
+  if distributed.index() != 0:
+    yield
+    return
+  lock = filelock.FileLock(folder / _LOCK)
+  try:
+    lock.acquire(timeout=0)
+  except filelock.Timeout:
+    print(f"{folder} is held by {_holder(folder)}; waiting for its end", flush=True)
+    try:
+      lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout:
+      raise ValueError(
+        f"{folder} is held by {_holder(folder)}. Wait for its end, or use another --workdir."
+      ) from None
+  holder = {"host": socket.gethostname(), "pid": os.getpid()}
+  holder["since"] = datetime.now().astimezone().isoformat(timespec="seconds")
+  (folder / _HOLDER).write_text(json.dumps(holder) + "\n")
+  try:
+    yield
+  finally:
+    (folder / _HOLDER).unlink(missing_ok=True)
+    lock.release()
+
+
+def _holder(folder: pathlib.Path) -> str:
+  """Who holds a workdir, in words."""
+  try:
+    holder = json.loads((folder / _HOLDER).read_text())
+    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+  except (OSError, ValueError, KeyError, TypeError):
+    return "another run"
+
+
+def prove_shared(folder: pathlib.Path, *, seconds: float | None = None) -> None:
+  """Checks that every process sees in `folder` what process 0 writes there; all must call it.
+
+  Raises:
+    ValueError: a process does not, within `seconds` (SHARED_SECONDS); the same line on all.
+  """
+  if distributed.count() == 1:
+    return
+  seconds = SHARED_SECONDS if seconds is None else seconds
+  name = distributed.broadcast("proof", f".shared-{secrets.token_hex(8)}")
+  if distributed.index() == 0:
+    (folder / name).write_text(name)
+  distributed.broadcast("proof written", "")
+  until = time.monotonic() + seconds
+  while not (seen := _reads(folder / name, name)) and time.monotonic() < until:
+    time.sleep(min(1.0, seconds / 10))
+  all_seen = distributed.gather("proof", str(seen), seconds=seconds + 600)
+  if distributed.index() == 0:
+    (folder / name).unlink(missing_ok=True)
+  blind = [i for i, value in enumerate(all_seen) if value != "True"]
+  if blind:
+    raise ValueError(
+      f"--workdir={folder} is not one folder for all processes: what process 0 writes there, "
+      f"process {', '.join(map(str, blind[:8]))} of {distributed.count()} does not see within "
+      f"{seconds:.0f} s. Name a folder that all machines share."
+    )
+
+
+def _reads(path: pathlib.Path, content: str) -> bool:
+  try:
+    return path.read_text() == content
+  except OSError:
+    return False
+
+
+def prove_saving(folder: pathlib.Path, save: Callable[[], None]) -> None:
+  """Calls `save`, which writes a checkpoint and waits for it; all must call it.
+
+  Raises:
+    ValueError: rights are missing; one line.
+    TransientError: there is no room, or the storage fails; one line.
+  """
+  try:
+    save()
+  except checkpoint.SaveError as error:
+    line = f"--workdir={folder} takes no checkpoint: {error}. Make room, or name another folder."
+    if failures.is_transient(error.__cause__):
+      raise failures.TransientError(line) from None
+    raise ValueError(line) from None
+
+
+def save_probe(folder: pathlib.Path, state: Any) -> None:
+  """Writes `state` as a checkpoint beside the run's own, and removes it; all must call it."""
+  place = folder / ".probe"
+  probe = checkpoint.Checkpoints(place)
+  probe.save(0, state, {"step": 0})
+  probe.close()
+  distributed.broadcast("probe written", "")
+  if distributed.index() == 0:
+    shutil.rmtree(place, ignore_errors=True)
+    if place.exists():
+      logging.warning("%s could not be removed; it is no part of the run", place)

@@ -1,0 +1,136 @@
+"""Evaluations within a run: told to stop there, failing there, impossible from the start."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import kills
+from grain_jax import config as configs
+from grain_jax import evaluate, failures
+from grain_jax.data import dataset
+from grain_jax.evals import built
+from grain_jax.runtime import metrics, preemption
+from grain_jax.training import loop
+
+pytestmark = pytest.mark.slow  # each trains a few steps
+
+
+@pytest.fixture
+def config(scenes_dir):
+  """Four steps, evaluated after the second and the last, saved after the last alone."""
+  c = configs.load(f"configs/quickstart.py:{kills.TINY}")
+  c.data.dir, c.method, c.data.max_regions = str(scenes_dir), "clip", 0
+  c.steps, c.eval_every, c.save_every, c.evals = 4, 2, 100, ("zero_shot", "retrieval")
+  c.mesh.update(data=-1)
+  return c
+
+
+def test_a_signal_within_an_evaluation_is_answered_at_its_next_batch(config, tmp_path, monkeypatch):
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  loop.train(config, str(whole))
+  real, inside = preemption.Preemption.check, []
+
+  def check(self):
+    inside.append(1)
+    if len(inside) == 2:
+      self._noticed = True
+    real(self)
+
+  monkeypatch.setattr(preemption.Preemption, "check", check)
+  with pytest.raises(preemption.Preempted, match="checkpoint 2 is saved"):
+    loop.train(config, str(stopped))
+  assert len(inside) == 2 and kills.saved_steps(stopped) == [2]
+  assert not [x for x in metrics.read_jsonl(stopped / "metrics.jsonl") if "train/loss" not in x]
+  results = {"step": 4, **loop.train(config, str(stopped))}
+  assert results == json.loads((whole / "results.json").read_text())
+  assert kills.differences(kills.final_state(whole), kills.final_state(stopped)) == []
+  lines = metrics.read_jsonl(stopped / "metrics.jsonl")
+  assert [line["step"] for line in lines if "train/loss" not in line] == [2, 4]
+
+
+@pytest.mark.parametrize(
+  ("error", "kind"),
+  [
+    (ValueError("no caption was found"), ValueError),
+    (OSError(5, "Input/output error"), failures.TransientError),
+  ],
+)
+def test_an_evaluation_that_fails_costs_its_own_results_and_the_code(
+  config, tmp_path, monkeypatch, capsys, error, kind
+):
+  def fail(*arguments):
+    raise error
+
+  broken = built.EVALS["zero_shot"]._replace(run=fail)
+  monkeypatch.setitem(built.EVALS, "zero_shot", broken)
+  with pytest.raises(kind, match="2 evaluations failed .zero_shot at step 2, zero_shot at step 4."):
+    loop.train(config, str(tmp_path))
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert "retrieval/image_to_text/r1" in results and "zero_shot/top1" not in results
+  assert kills.saved_steps(tmp_path)[-1] == 4
+  said = capsys.readouterr().out
+  assert said.count("warning: evaluation zero_shot failed: ") == 2
+
+
+def test_the_best_checkpoint_waits_for_an_evaluation_that_works(config, tmp_path, monkeypatch):
+  config.checkpoint.best_metric = "zero_shot/top1"
+  broken = built.EVALS["zero_shot"]._replace(run=lambda *x: (_ for _ in ()).throw(KeyError("x")))
+  monkeypatch.setitem(built.EVALS, "zero_shot", broken)
+  with pytest.raises(ValueError, match="evaluations failed"):
+    loop.train(config, str(tmp_path))
+  assert not (tmp_path / "checkpoints" / "best.json").exists()
+
+
+NEEDS = {
+  "grounding": "a described region",
+  "detection": "a described region",
+  "region_classification": "a described region",
+  "composition": "a caption that names coloured objects",
+  "retrieval": "a caption",
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_its_data_cannot_serve_is_said_before_the_first_step(
+  name, config, tmp_path, monkeypatch
+):
+  config.method, config.data.max_regions, config.evals = "grain", 3, (name,)
+  parse = dataset.Dataset.parse
+
+  def bare(self, split, index):
+    return parse(self, split, index)._replace(
+      captions=[b""] if name == "retrieval" else [b"a photo"], descriptions=[b" "]
+    )
+
+  monkeypatch.setattr(dataset.Dataset, "parse", bare)
+  match = f"{name}: none of the 24 records of split 'val' .* has {NEEDS[name]}"
+  with pytest.raises(ValueError, match=match) as error:
+    loop.train(config, str(tmp_path / "run"))
+  assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+  monkeypatch.undo()
+  evaluate.check(configs.resolve(config), dataset.open_dataset(config.data.dir))
+
+
+def test_no_regions_by_config_is_said_too(config):
+  config.method, config.evals, config.data.max_regions = "grain", ("region_classification",), 0
+  with pytest.raises(ValueError, match="needs regions and config.data.max_regions = 0"):
+    evaluate.check(configs.resolve(config), dataset.open_dataset(config.data.dir))
+
+
+def test_a_process_that_fails_alone_ends_the_run():
+  """The others wait for it in a collective: it cannot go on without them."""
+  from grain_jax.evals.inputs import attempts
+
+  def alone(name, line):
+    raise failures.TransientError("process 1 did not come")
+
+  attempt = attempts.Attempts(print, alone)
+  with pytest.raises(KeyError, match="mine"):
+    attempt("retrieval", lambda: {}["mine"])
+  with pytest.raises(failures.TransientError):
+    attempt("retrieval", lambda: 1)
+  told = []
+  attempt = attempts.Attempts(told.append, lambda name, line: [line, "KeyError: theirs"])
+  assert attempt("retrieval", lambda: np.ones(2)) is None
+  assert told == ["evaluation retrieval failed: KeyError: theirs"]
