@@ -232,7 +232,7 @@ def open_encoders(
 
   Args:
     config: of the model.
-    params: its parameters, whole.
+    params: its parameters, sharded or not.
     batch_size: images, or rows of text, a call; rounded up to a multiple of the devices.
     on_batch: called after each.
   """
@@ -245,7 +245,7 @@ def open_encoders(
   encoders = encoders_lib.make(
     config,
     grain.build(config),
-    jax.device_put(params, meshes.replicated(mesh)),
+    meshes.replicate(params, mesh),
     mesh=mesh,
     tokenizer=tokenizers.Tokenizer(context=config.model.text.context),
     on_batch=on_batch,
@@ -254,13 +254,16 @@ def open_encoders(
 
 
 def fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
-  """Hex digest of a model: of its configuration and all of its parameters."""
+  """Hex digest of a model: of its configuration and all of its parameters.
+
+  All processes that hold shards of them must call it.
+  """
   digest = hashlib.blake2b(digest_size=16)
   digest.update(json.dumps(config.model.to_dict(), sort_keys=True, default=str).encode())
   digest.update(config.method.encode())
   for name, leaf in trees.named_leaves(params):
     digest.update(name.encode())
-    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    digest.update(np.ascontiguousarray(meshes.to_host(leaf)).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -130,5 +130,5 @@ def _fingerprint(
   for name, leaf in trees.named_leaves(params):
     if name.startswith(_OF_TEXT):
       digest.update(name.encode())
-      digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+      digest.update(np.ascontiguousarray(meshes.to_host(leaf)).view(np.uint8).data)
   return digest.hexdigest()

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import jax
 import ml_collections
-import numpy as np
 from absl import flags
 
 from grain_jax import cli
@@ -48,6 +47,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
     ValueError: no such format or checkpoint, or a model that the format has no place for.
   """
   from grain_jax.convert import staging, weights
+  from grain_jax.runtime import mesh as meshes
 
   target, known = pathlib.Path(out), writers()
   if format not in known:
@@ -57,7 +57,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   config.data.dir = ""  # of this machine
   config.compile_cache = ""
   with staging.staged(target) as path:
-    known[format](path, config=config, params=jax.tree.map(np.asarray, params), step=step)
+    known[format](path, config=config, params=jax.tree.map(meshes.to_host, params), step=step)
   return step
 
 

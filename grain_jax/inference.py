@@ -44,7 +44,7 @@ class Model:
     self.tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
     self._mesh = meshes.create(self._of_batch(1), devices=jax.local_devices()[:1])
     self._model = grain.build(config)
-    self._params = jax.device_put(params, meshes.replicated(self._mesh))
+    self._params = meshes.replicate(params, self._mesh)
     self._encoders: dict[int, Encoders] = {}
 
   def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from grain_jax import config as configs
 from grain_jax import trees
@@ -128,7 +127,7 @@ def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:
       if name not in found or found[name].shape != fresh.shape:
         there = list(found[name].shape) if name in found else "missing"
         raise ValueError(f"{where}: {name} is {there} there and {list(fresh.shape)} here.")
-      value = np.asarray(found[name], fresh.dtype)
+      value = meshes.to_host(found[name]).astype(fresh.dtype)
       return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
 
     params = trees.map_with_name(take, params)

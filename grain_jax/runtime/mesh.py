@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import trees
@@ -247,6 +247,35 @@ def _shardings(tree: Any, params: Any, mesh: Mesh, rules: Any) -> Any:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return trees.map_with_name(place, tree)
+
+
+def to_host(array: Any) -> np.ndarray:
+  """All of an array, wherever its shards are.
+
+  Where other processes hold some of them it is gathered over their links: all must call it then.
+  """
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return np.asarray(array)
+  if array.is_fully_replicated:
+    return np.asarray(array.addressable_data(0))
+  with jax.set_mesh(array.sharding.mesh):  # not the one around the caller
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Copies of all arrays on each device of `mesh`; as of `to_host`, all processes must call it."""
+  sharding = replicated(mesh)
+
+  def copy(leaf: Any) -> jax.Array:
+    value = to_host(leaf)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+  def is_near(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+  if not mesh.is_multi_process and all(map(is_near, jax.tree.leaves(tree))):
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(copy, tree)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

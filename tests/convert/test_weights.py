@@ -1,16 +1,21 @@
 """Starting a run from somebody's towers: what is carried over, stays fresh, is refused."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import drawn
 import jax
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import grain_jax
+from bench import kills
 from grain_jax import config as configs
-from grain_jax import trees
+from grain_jax import embed, trees
 from grain_jax.convert import native, run_folder, weights
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import loop as train
@@ -104,6 +109,71 @@ def test_a_damaged_config_of_a_run_is_one_line(clip_folder, tmp_path):
   (folder / "config.json").write_text('{"seed": ')
   with pytest.raises(ValueError, match=rf"{folder}/config.json is not JSON of a configuration"):
     weights.load(folder)
+
+
+TWO = """
+import json, sys
+import jax
+import numpy as np
+from absl import flags
+import grain_jax
+from grain_jax import config as configs
+from grain_jax import embed, trees
+from grain_jax.convert import weights
+from grain_jax.models import grain, initial
+from grain_jax.runtime import addresses, distributed
+from grain_jax.runtime import mesh as meshes
+
+run, address, index, out = sys.argv[1:]
+flags.FLAGS(sys.argv[:1])
+with distributed.session(addresses.Address("flags", address, 2, int(index))):
+  config, params = weights.load(run)
+  name, cut = "text_tower/token_embedding", params["text_tower"]["token_embedding"]
+  assert not cut.is_fully_addressable and not cut.is_fully_replicated
+  said = {"fingerprint": embed.fingerprint(config, params)}
+  encoders, mesh = embed.open_encoders(config, params, batch_size=2)
+  with jax.set_mesh(mesh):
+    said["embed"] = encoders.text(["a red apple"]).tolist()
+  said["load"] = grain_jax.load(run).encode_text("a red apple").tolist()
+
+  new = configs.from_json(configs.to_json(config))
+  new.mesh.update(data=2, fsdp=1)
+  new.init.update(image=run, text=run)
+  mesh = meshes.create(new, batches=())
+  with jax.set_mesh(mesh):
+    fresh = jax.jit(
+      lambda: initial.init_params(grain.build(new), new), out_shardings=meshes.replicated(mesh)
+    )()
+    started = dict(trees.named_leaves(weights.start_from(new, fresh)))
+  names = (name, "text_projection/kernel")
+  said["start"] = {n: np.asarray(started[n], np.float64).sum() for n in names}
+  if index == "0":
+    open(out, "w").write(json.dumps(said))
+"""
+
+
+def test_a_run_with_fsdp_over_two_processes_is_read_whole(tiny, tmp_path):
+  """By `config.init`, `embed` and `load`: each process holds half of the token embedding."""
+  tiny.mesh.update(data=-1, fsdp=2, rules=(("token_embedding$", ("fsdp",)),))
+  tiny.model.update(dtype="float32")
+  params = drawn.params(tiny)
+  run_folder.write(tmp_path / "run", config=tiny, params=params, source={})
+  address, out = f"127.0.0.1:{kills.free_port()}", tmp_path / "said.json"
+  xla = f"{kills.XLA_FLAGS} --xla_force_host_platform_device_count=1"
+  env = os.environ | {"XLA_FLAGS": xla, "PYTHONPATH": str(kills.ROOT)}
+  pair = [
+    subprocess.Popen([sys.executable, "-c", TWO, tmp_path / "run", address, str(i), out], env=env)
+    for i in range(2)
+  ]
+  assert [process.wait(200) for process in pair] == [0, 0]
+  said = json.loads(out.read_text())
+  assert said["fingerprint"] == embed.fingerprint(tiny, params)
+  alone = grain_jax.load(tmp_path / "run").encode_text("a red apple")
+  assert_allclose(said["load"], alone, atol=1e-6)
+  assert_allclose(said["embed"], alone, atol=1e-6)
+  theirs = dict(trees.named_leaves(params))
+  for name, total in said["start"].items():
+    assert_allclose(total, np.asarray(theirs[name], np.float64).sum())
 
 
 @pytest.mark.slow
