@@ -10,10 +10,11 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 
 from grain_jax import config as configs
-from grain_jax import failures
+from grain_jax import failures, places
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
@@ -54,11 +55,21 @@ def _check_overrides(argv: Sequence[str]) -> None:
         raise ValueError(configs.unknown_key(config, key))
 
 
+def _check_places() -> None:
+  """Raises the line for a flag of the command line, or a key of a config, that is an address."""
+  for name, flag in flags.FLAGS.flag_values_dict().items():
+    if isinstance(flag, ml_collections.ConfigDict):
+      configs.check_places(flag)
+    elif flags.FLAGS[name].present:
+      places.check_all({f"--{name}": flag})
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     argv = _joined(argv)
     _check_overrides(argv)
     rest = flags.FLAGS(argv)
+    _check_places()
     if len(rest) > 1:
       raise ValueError(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
     return rest

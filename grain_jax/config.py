@@ -14,6 +14,8 @@ from typing import Any
 
 import ml_collections
 
+from grain_jax import places
+
 # Image towers by name: (width, depth, heads, patch size in pixels).
 VARIANTS = {
   "Ti/16": (192, 12, 3, 16),
@@ -164,6 +166,7 @@ def set_from_text(config: ml_collections.ConfigDict, assignment: str) -> None:
 
 def load(path: str) -> ml_collections.ConfigDict:
   """The ConfigDict of 'configs/cc12m.py' or 'configs/cc12m.py:argument'."""
+  places.check(path, "--config")
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
@@ -182,6 +185,11 @@ def load(path: str) -> ml_collections.ConfigDict:
     if line is None:
       raise
     raise ValueError(f"--config={path}: {line}") from error
+
+
+def check_places(config: ml_collections.ConfigDict) -> None:
+  """Raises for the first key whose value is an address such as gs://bucket; see `places`."""
+  places.check_all({f"config.{key}": value for key, value in flatten(config)})
 
 
 def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
@@ -219,6 +227,7 @@ def _not_a_choice(key: str, value: Any) -> str:
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a one-line ValueError for the first thing that cannot work in a resolved config."""
+  check_places(config)
   flat = dict(flatten(config))
   for key, choices in CHOICES.items():
     if flat[key] not in choices:

@@ -38,7 +38,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, schema, trees
+from grain_jax import cli, places, schema, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
@@ -73,6 +73,7 @@ def find(images: str, *, labels: str = "") -> Inputs:
   Raises:
     ValueError: there is nothing there, or no picture in it; one line.
   """
+  places.check(images, "--images")
   path = pathlib.Path(images)
   if labels and not path.is_dir():
     raise ValueError(f"--labels={labels} is for a folder of pictures, and --images={path} is none.")
@@ -91,6 +92,7 @@ def find(images: str, *, labels: str = "") -> Inputs:
     )
   if not names:
     raise ValueError(f"--images={path} names no picture. Write the path of one into each line.")
+  places.check_all({f"--images={path}: image": names})
   found = Inputs([path.parent / name for name in names], names)
   return found if own is None else dataclasses.replace(found, **_numbered(own))
 
@@ -276,6 +278,7 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
   Raises:
     ValueError: the file exists, or nothing can be written there; one line.
   """
+  places.check(path, "--out")
   out = pathlib.Path(path)
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
   try:

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from grain_jax import cli
+from grain_jax import cli, places
 
 
 class Writer(Protocol):
@@ -49,6 +49,8 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   from grain_jax.convert import staging, weights
   from grain_jax.runtime import mesh as meshes
 
+  places.check(workdir, "--workdir")
+  places.check(out, "--out")
   target, known = pathlib.Path(out), writers()
   if format not in known:
     raise ValueError(f"--format={format} is unknown. Choose from {', '.join(known)}.")

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from grain_jax import encoders, schema
+from grain_jax import encoders, places, schema
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.data import records, transforms
@@ -180,6 +180,7 @@ def _texts(texts: str | Sequence[str], name: str) -> list[str]:
 def _picture(picture: Any, index: int) -> Image.Image:
   """RGB; one line about what cannot be read."""
   if isinstance(picture, (str, os.PathLike)):
+    places.check(picture, f"images[{index}]")
     file = pathlib.Path(picture)
     if not file.is_file():
       raise ValueError(f"images[{index}]: there is no file {file}.")

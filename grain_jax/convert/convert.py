@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
+from grain_jax import places
 from grain_jax.convert import (
   foreign,
   grain_torch,
@@ -59,6 +60,7 @@ def read(
   """
   if source not in FORMATS:
     raise ValueError(f"--from={source} is unknown. Choose from {', '.join(FORMATS)}.")
+  places.check(path, "--input")
   if not pathlib.Path(path).exists():
     raise ValueError(f"--input={path} does not exist.")
   load = FORMATS[source]
@@ -97,6 +99,7 @@ def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collectio
   Raises:
     ValueError: as `read`, or `out` exists; one line, and nothing is left in `out`.
   """
+  places.check(out, "--out")
   target = pathlib.Path(out)
   staging.refuse_existing(target)
   config, params = read(source, path, **options)

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import trees
+from grain_jax import places, trees
 from grain_jax.models import grain, initial
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime import mesh as meshes
@@ -43,6 +43,7 @@ def open_checkpoint(
   Raises:
     ValueError: there is no model in the folder; one line.
   """
+  places.check(path, "path")
   folder = pathlib.Path(path)
   if not (folder / "config.json").is_file():
     raise ValueError(
@@ -74,6 +75,7 @@ def load_run(
   of the configuration is set to whatever devices there are now, and the parameters are cut as in
   the run where these allow it; else each device has all of them.
   """
+  places.check(workdir, "--workdir")
   folder = pathlib.Path(workdir)
   path = folder / "config.json"
   if not path.is_file():

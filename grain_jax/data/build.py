@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-from grain_jax import schema
+from grain_jax import places, schema
 from grain_jax.data import build_flags, dataset, records, sources
 
 _EXAMPLES = 10  # keys of each kind of loss that the manifest lists
@@ -102,6 +102,7 @@ def build(
   """
   if shard_size < 1:
     raise ValueError(f"--shard_size = {shard_size}: a shard holds at least one record. Raise it.")
+  places.check(out, "--out")
   out = pathlib.Path(out).expanduser()
   settings = json.loads(json.dumps({**source.settings, "source": source.name}))
   present = _present(out, settings, overwrite)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from grain_jax import places
 from grain_jax.data import sources
 
 
@@ -66,7 +67,13 @@ def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   first.add_argument("--source", nargs="?")
   kind = first.parse_known_args(arguments)[0].source
-  return _parser(kind, description).parse_args(arguments)
+  parser = _parser(kind, description)
+  found = parser.parse_args(arguments)
+  try:
+    places.check_all({f"--{name}": value for name, value in vars(found).items()})
+  except ValueError as error:
+    parser.error(str(error).removesuffix("."))
+  return found
 
 
 def source(flags: argparse.Namespace) -> sources.Source:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grain_jax import places as named_places
 from grain_jax.data import records
 
 MANIFEST = "manifest.json"
@@ -153,6 +154,7 @@ def open_dataset(directory: str | pathlib.Path) -> Dataset:
   how = "Build it: python -m grain_jax.data.build --source=scenes --out="
   if not str(directory):
     raise ValueError(f"config.data.dir is empty: no data to read. {how}DIR, and set it to DIR.")
+  named_places.check(directory, "data directory")
   path = pathlib.Path(directory).expanduser()
   file = path / MANIFEST
   if not file.is_file():

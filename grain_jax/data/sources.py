@@ -34,7 +34,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grain_jax import schema
+from grain_jax import places, schema
 from grain_jax.data import records
 
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
@@ -326,6 +326,7 @@ def _annotations(root: pathlib.Path, given: str | pathlib.Path | None) -> pathli
 
 
 def _existing(path: str | pathlib.Path, flag: str) -> pathlib.Path:
+  places.check(path, flag)
   found = pathlib.Path(path).expanduser().resolve()
   if not str(path) or not found.exists():
     raise ValueError(f"{flag} = {path}: there is no such file or folder. Correct the path.")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grain_jax import places
+
 # C of scikit-learn, 1 / strength: 8 a decade, 1e-6 to 1e6.
 CS = tuple(np.logspace(-6, 6, 97).tolist())
 _COARSE = 7  # points of the first pass, at least
@@ -151,6 +153,7 @@ def search(score: Callable[[int], float], count: int) -> tuple[int, float]:
 
 def load(path: str, flag: str) -> Features:
   """Labelled features of a file of `grain_jax.embed`; a one-line ValueError where it is none."""
+  places.check(path, flag)
   file = pathlib.Path(path)
   if not file.is_file():
     raise ValueError(f"{flag}={path}: there is no such file. Make it with grain_jax.embed.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from grain_jax import places
 from grain_jax.evals import retrieval
 
 _IS = ("a", "an", "used")  # first words that "which is" goes before
@@ -295,6 +296,7 @@ def load_descriptors(path: str | pathlib.Path, classes: Sequence[str]) -> dict[s
 
 def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
   """A JSON file {class: [descriptor, ...]}, whatever its classes; a one-line ValueError if none."""
+  places.check(path, "descriptors")
   path = pathlib.Path(path)
   try:
     descriptors = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import ml_collections
 from absl import logging
 
 from grain_jax import config as configs
-from grain_jax import evaluate, trees
+from grain_jax import evaluate, places, trees
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.data import pipeline, sampler
@@ -51,6 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     preemption.Preempted: SIGTERM or Ctrl-C came; everything is saved.
     failures.TransientError: storage failed; the same command may succeed later.
   """
+  places.check(workdir, "--workdir")
   config = configs.resolve(config)
   configs.check(config)
   distributed.prepare(config)

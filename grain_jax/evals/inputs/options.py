@@ -6,6 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
+from grain_jax import places
+
 PROTOCOLS = ("name", "templates", "descriptors", "regions")
 
 
@@ -24,6 +26,9 @@ class Options:
   warn: Callable[[str], None] = print  # gets one line where something was left out
 
   def __post_init__(self):
+    places.check_all(
+      {"--datasets": self.root, "--tfds_dir": self.tfds_dir, "--descriptors": self.descriptors}
+    )
     for protocol in self.protocols:
       if protocol not in PROTOCOLS:
         raise ValueError(f"protocols: {protocol!r} is unknown. Choose from {', '.join(PROTOCOLS)}.")
