@@ -4,9 +4,12 @@
 # or with N processes, each with its own GPU where there are any:
 #   launch/local.sh N --config=... --workdir=...
 # When one process fails all end. Started again, up to RESTARTS times (3), is what ended with 75
-# (preempted, or a process was lost) or was killed, but not what this script was told to end. DRY_RUN=1 prints the commands instead.
+# (preempted, or a process was lost) or was killed, but not what this script was told to end; see
+# launch/restarts.sh. Ctrl-C saves a checkpoint and ends with 130; a second one ends at once.
+# DRY_RUN=1 prints the commands instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/restarts.sh
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 
@@ -22,18 +25,43 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 
 pids=()
-stopped=0
+signals=0 # that came
+stopped=0 # of them, those that end the run
+interrupted=0
+# Sends a signal to all processes. What does not end by a second one is killed soon after.
 # shellcheck disable=SC2329  # by the trap
 pass_on() {
-  stopped=1
+  signals=$((signals + 1)) stopped=1
+  [ "$1" != INT ] || interrupted=$((interrupted + 1))
+  ((${#pids[@]})) || return 0
   kill "-$1" "${pids[@]}" 2>/dev/null || true
+  ((interrupted < 2)) || kill_after 3
 }
 trap 'pass_on TERM' TERM
+trap 'pass_on TERM' HUP # a terminal is closed
 trap 'pass_on INT' INT
+
+# Ctrl-Z: what is in another process group is not stopped by it.
+# shellcheck disable=SC2329  # by the trap
+suspend() {
+  signals=$((signals + 1))
+  ((!${#pids[@]})) || kill -STOP "${pids[@]}" 2>/dev/null || true
+  kill -STOP $$
+  ((!${#pids[@]})) || kill -CONT "${pids[@]}" 2>/dev/null || true
+}
+trap suspend TSTP
+
+# kill_after SECONDS: kills all processes that are left by then.
+killers=()
+kill_after() {
+  { sleep "$1"; kill -KILL "${pids[@]}"; } </dev/null >/dev/null 2>&1 &
+  killers+=($!)
+  disown $!
+}
 
 # Starts all processes; returns the exit code of the first that fails, when none is left.
 run() {
-  local command=("$python" -m grain_jax.main "$@") first=0 killer="" port=55527 before code i
+  local command=("$python" -m grain_jax.main "$@") first=0 port=55527 before code i
   if ((processes > 1)); then
     [ "${DRY_RUN:-0}" != 0 ] ||
       port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -47,32 +75,42 @@ run() {
       printf '%q ' "${one[@]}"
       echo
     else
+      # In a process group of its own: Ctrl-C comes to it once, from here. Without `set -m` bash
+      # would have it ignore SIGINT.
+      set -m
       "${one[@]}" &
       pids+=($!)
+      set +m
     fi
   done
   while ((${#pids[@]})); do
-    before=$stopped code=0
+    before=$signals code=0
     wait -n || code=$?
-    ((stopped == before)) || continue  # a signal came, no process ended
+    ((signals == before)) || continue  # a signal came, no process ended
     ((code != 127)) || break           # none is left
     if ((code && !first)); then
       first=$code
       ((code != 2)) || kill -TERM "${pids[@]}" 2>/dev/null || true # wrong flags: the others wait
       # The others notice by themselves and say why; this is for one that does not.
-      { sleep 90; kill -KILL "${pids[@]}"; } </dev/null >/dev/null 2>&1 &
-      killer=$!
-      disown "$killer"
+      kill_after 90
     fi
   done
-  [ -z "$killer" ] || kill "$killer" 2>/dev/null || true
+  ((!${#killers[@]})) || kill "${killers[@]}" 2>/dev/null || true
+  killers=() pids=()
+  ((first != 137 || !interrupted)) || first=130 # killed here
   return "$first"
 }
 
-for ((attempt = 0; ; attempt++)); do
+watch_workdir "$@"
+for ((restarts = 0; ; restarts++)); do
   code=0
   run "$@" || code=$?
-  case $code in 75 | 134 | 137 | 143) ;; *) exit "$code" ;; esac
-  ((!stopped && attempt < ${RESTARTS:-3})) || exit "$code"
-  echo "launch/local.sh: ended with code $code, starting again" >&2
+  ((!stopped)) && can_restart "$code" || exit "$code"
+  made_progress "$restarts" || exit 1
+  ((restarts < ${RESTARTS:-3})) || exit "$code"
+  pause=$(restart_pause)
+  echo "launch/local.sh: ended with code $code, starting again in $pause s" >&2
+  rest "$pause"
+  ((!interrupted)) || exit 130
+  ((!stopped)) || exit "$code"
 done

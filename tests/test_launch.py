@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import pty
+import re
 import shlex
 import shutil
 import signal
@@ -17,13 +19,17 @@ from grain_jax.runtime.watchdog import RESTART
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("local.sh", "slurm_gpu.sbatch", "tpu_pod.sh")
+SCRIPTS = ("local.sh", "slurm_gpu.sbatch", "tpu_pod.sh", "k8s_wait.sh", "restarts.sh")
 
 
 def run(script, *arguments, **environment):
   command = ["bash", LAUNCH / script, *arguments]
   environment = {**os.environ, **environment}
   return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def text(script):
+  return (LAUNCH / script).read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -53,6 +59,11 @@ def test_dry_runs_print_the_command():
   assert shlex.split(slurm)[0] == "srun" and shlex.split(slurm)[-4:] == [
     "-m", "grain_jax.main", *flags,
   ]  # fmt: skip
+  # Since Slurm 22.05 srun does not read the SLURM_CPUS_PER_TASK of the batch job.
+  (asked,) = re.findall(r"^#SBATCH (--cpus-per-task=\d+)$", text("slurm_gpu.sbatch"), re.MULTILINE)
+  assert asked in shlex.split(slurm)
+  slurm = run("slurm_gpu.sbatch", *flags, DRY_RUN="1", SLURM_CPUS_PER_TASK="7").stdout
+  assert "--cpus-per-task=7" in shlex.split(slurm)
   tpu = run("tpu_pod.sh", *flags, DRY_RUN="1", TPU_NAME="pod", ZONE="z").stdout
   *gcloud, remote = shlex.split(tpu)
   assert gcloud == shlex.split("gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all")
@@ -67,8 +78,11 @@ def test_what_is_missing_is_said_in_one_line():
 
 
 @pytest.fixture
-def house(tmp_path):
-  """A copy of launch/ beside a `python` that ends as the file `script` says; it notes each call."""
+def house(tmp_path, monkeypatch):
+  """A copy of launch/ beside a `python` that ends as the file `script` says; it notes each call.
+
+  A `sleep` of its own notes how long the launcher wants to wait, and does not.
+  """
   shutil.copytree(LAUNCH, tmp_path / "launch")
   python = tmp_path / ".venv" / "bin" / "python"
   python.parent.mkdir(parents=True)
@@ -78,19 +92,232 @@ def house(tmp_path):
     f". {tmp_path}/script\n"
   )
   python.chmod(0o755)
+  (tmp_path / "calls").write_text("")
+  sleep = tmp_path / "bin" / "sleep"
+  sleep.parent.mkdir()
+  # The 3 and 90 seconds are those of a killer; 1, 50 and tenths those of the scripts here.
+  sleep.write_text(
+    f'#!/bin/sh\ncase $1 in 1 | 3 | 50 | 90 | *.*) exec /bin/sleep "$1" ;; esac\n'
+    f'echo "$1" >> {tmp_path}/waits\n'
+  )
+  sleep.chmod(0o755)
+  monkeypatch.setenv("PATH", f"{sleep.parent}:{os.environ['PATH']}")
+  monkeypatch.delenv("RESTARTS", raising=False)
 
-  def launch(script, *arguments, **environment):
+  def launch(script, *arguments, launcher="local.sh", **environment):
     (tmp_path / "script").write_text(script)
     (tmp_path / "calls").write_text("")
+    (tmp_path / "waits").write_text("")
     began = time.monotonic()
     done = subprocess.run(
-      ["bash", tmp_path / "launch" / "local.sh", *arguments],
+      ["bash", tmp_path / "launch" / launcher, *arguments],
       env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+    launch.said = done.stderr.splitlines()
+    launch.waits = [int(line) for line in (tmp_path / "waits").read_text().split()]
     calls = (tmp_path / "calls").read_text().splitlines()
     return done.returncode, calls, time.monotonic() - began
 
   return launch
+
+
+NUMBER = "n=$(wc -l < calls); "  # of the start, from 1
+SAVE = "mkdir -p w/checkpoints/"
+
+
+def test_local_waits_longer_each_time_and_ends_after_three_restarts_in_vain(house):
+  code, calls, _ = house(f"exit {RESTART}", "--workdir=w", RESTARTS="20")
+  assert (code, len(calls), house.waits) == (1, 4, [10, 60, 300])
+  assert "3 restarts in a row made no new checkpoint in w" in house.said[-1]
+  assert house.said[0] == f"launch/local.sh: ended with code {RESTART}, starting again in 10 s"
+  house("kill -KILL $$", "--workdir", "w", RESTARTS="20", RESTART_SECONDS="2")
+  assert house.waits == [2, 12, 60]
+
+
+def test_a_new_checkpoint_makes_the_count_begin_anew(house, tmp_path):
+  code, calls, _ = house(f"{NUMBER} {SAVE}${{n}}0; exit {RESTART}", "--workdir=w", RESTARTS="6")
+  assert (code, len(calls), house.waits) == (RESTART, 7, [10] * 6)
+  # The third and the sixth start save; older checkpoints go.
+  shutil.rmtree(tmp_path / "w")
+  script = f"{NUMBER} if ((n % 3 == 0)); then rm -rf w; {SAVE}$n; fi; exit {RESTART}"
+  code, calls, _ = house(script, "--workdir=w", RESTARTS="7")
+  assert (code, len(calls), house.waits) == (RESTART, 8, [10, 60, 10, 60, 300, 10, 60])
+
+
+@pytest.mark.parametrize("left", ["0", "12.orbax-checkpoint-tmp", "damaged-7", "-p w/8"])
+def test_what_is_no_checkpoint_is_no_progress(house, left):
+  script = f"{NUMBER} mkdir -p w/checkpoints/n$n; {SAVE}{left}; exit {RESTART}"
+  assert house(script, "--workdir=w", RESTARTS="20")[0] == 1
+
+
+def started(tmp_path, script, *arguments, processes=2):
+  """The launcher, when all its processes are up; each notes the signals that `script` traps."""
+  (tmp_path / "script").write_text(
+    f"note() {{ echo x >> {tmp_path}/$1-$me; }}\n{script}\ntouch {tmp_path}/up-$me\n"
+    "for i in {1..300}; do sleep 0.1; done"
+  )
+  command = ["bash", tmp_path / "launch" / "local.sh", str(processes), *arguments]
+  launcher = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+  wait_until_up(tmp_path, launcher, processes)
+  return launcher
+
+
+def wait_until_up(tmp_path, launcher, processes=2):
+  until = time.monotonic() + 30
+  while not all((tmp_path / f"up-{i}").exists() for i in range(processes)):
+    assert (launcher is None or launcher.poll() is None) and time.monotonic() < until
+    time.sleep(0.05)
+
+
+def signals(tmp_path, name):
+  return [(tmp_path / f"{name}-{i}").read_text().count("x") for i in range(2)]
+
+
+def test_local_hands_ctrl_c_on_once_and_ends_with_130(house, tmp_path):
+  launcher = started(tmp_path, "trap 'note int; exit 130' INT")
+  launcher.send_signal(signal.SIGINT)
+  assert launcher.wait(10) == 130 and signals(tmp_path, "int") == [1, 1]
+  assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+def test_ctrl_c_of_a_terminal_comes_once_too(house, tmp_path):
+  """A terminal sends it to the whole group in front, and the launcher would add a second one."""
+  (tmp_path / "script").write_text(
+    f"trap 'echo x >> {tmp_path}/int-$me; exit 130' INT; touch {tmp_path}/up-$me\n"
+    "for i in {1..300}; do sleep 0.1; done"
+  )
+  launcher, terminal = pty.fork()
+  if launcher == 0:
+    os.execvp("bash", ["bash", str(tmp_path / "launch" / "local.sh"), "2"])
+  try:
+    wait_until_up(tmp_path, None)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(launcher, 0)
+  finally:
+    os.close(terminal)
+  assert os.waitstatus_to_exitcode(status) == 130 and signals(tmp_path, "int") == [1, 1]
+
+
+@pytest.mark.parametrize(
+  "script", ["trap 'c=$((c + 1)); ((c < 2)) || exit 130' INT", "trap '' INT"]
+)
+def test_a_second_ctrl_c_ends_at_once(house, tmp_path, script):
+  launcher = started(tmp_path, script)
+  launcher.send_signal(signal.SIGINT)
+  time.sleep(0.5)
+  assert launcher.poll() is None
+  launcher.send_signal(signal.SIGINT)
+  assert launcher.wait(8) == 130
+
+
+def test_ctrl_z_stops_all_and_fg_goes_on(house, tmp_path):
+  launcher = started(tmp_path, f"echo $$ > {tmp_path}/pid-$me; trap 'exit 0' USR1")
+  children = [int((tmp_path / f"pid-{i}").read_text()) for i in range(2)]
+
+  def wait_for(stopped):
+    until = time.monotonic() + 10
+    while [
+      pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+      for pid in [launcher.pid, *children]
+    ] != [stopped] * 3:
+      assert time.monotonic() < until
+      time.sleep(0.05)
+
+  launcher.send_signal(signal.SIGTSTP)
+  wait_for(True)
+  launcher.send_signal(signal.SIGCONT)
+  wait_for(False)
+  for pid in children:
+    os.kill(pid, signal.SIGUSR1)
+  assert launcher.wait(10) == 0
+
+
+def test_python_does_not_start_with_ctrl_c_ignored(house, tmp_path):
+  """It would leave the signal ignored: no KeyboardInterrupt."""
+  program = "import signal; print(signal.getsignal(signal.SIGINT))"
+  house(f"{sys.executable} -c '{program}' > {tmp_path}/handler")
+  assert "default_int_handler" in (tmp_path / "handler").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, RESTART)])
+def test_local_can_be_ended_while_it_waits(house, tmp_path, monkeypatch, number, code):
+  monkeypatch.setenv("PATH", os.environ["PATH"].partition(":")[2])  # the true `sleep`
+  (tmp_path / "script").write_text(f"exit {RESTART}")
+  command = ["bash", tmp_path / "launch" / "local.sh", "--workdir=w"]
+  launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+  assert "starting again in 10 s" in launcher.stderr.readline()
+  time.sleep(0.2)
+  launcher.send_signal(number)
+  assert launcher.wait(5) == code
+  launcher.stderr.close()
+
+
+def test_slurm_job_goes_back_into_the_queue_while_there_is_progress(house, tmp_path):
+  for name, body in (("srun", ". ./script"), ("scontrol", 'echo "$*" >> requeued')):
+    (tmp_path / "bin" / name).write_text(
+      f'#!/usr/bin/env bash\n[ {name} != srun ] || echo "$*" >> calls\n{body}\n'
+    )
+    (tmp_path / "bin" / name).chmod(0o755)
+  (tmp_path / "w").mkdir()
+
+  def start(number, script):
+    code, calls, _ = house(
+      script, "--workdir=w", launcher="slurm_gpu.sbatch", SLURM_JOB_ID="7",
+      SLURM_RESTART_COUNT=str(number), SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK="9",
+    )  # fmt: skip
+    assert "--cpus-per-task=9" in calls[0].split()
+    requeued = tmp_path / "requeued"
+    again = requeued.exists() and requeued.read_text() == "requeue 7\n"
+    requeued.unlink(missing_ok=True)
+    return code, again, house.waits
+
+  preempted = f"exit {RESTART}"
+  assert start(0, preempted) == (0, True, [10])
+  assert start(1, preempted) == (0, True, [60])
+  assert start(2, f"{SAVE}5; {preempted}") == (0, True, [10])
+  assert start(3, preempted) == (0, True, [60])
+  assert start(4, preempted) == (0, True, [300])
+  assert start(5, preempted) == (1, False, [])
+  assert start(0, preempted) == (0, True, [10])  # submitted anew
+  assert start(1, "exit 1") == (1, False, [])
+  assert start(1, "exit 0") == (0, False, [])
+  assert start(20, f"{SAVE}6; {preempted}") == (RESTART, False, [])
+  assert not list((tmp_path / "w").glob("restarts*"))
+
+
+def test_every_host_of_a_tpu_slice_waits_and_ends(house, tmp_path):
+  gcloud = tmp_path / "bin" / "gcloud"
+  gcloud.write_text(
+    '#!/usr/bin/env bash\nfor last; do :; done\nexec bash -c "${last#--command=}"\n'
+  )
+  gcloud.chmod(0o755)
+  pod = {"launcher": "tpu_pod.sh", "TPU_NAME": "pod", "ZONE": "z", "REPOSITORY": str(tmp_path)}
+  code, calls, _ = house(f"exit {RESTART}", "--workdir=a w", **pod)
+  assert (code, len(calls), house.waits) == (1, 4, [10, 60, 300])
+  assert calls[0] == "-m grain_jax.main --workdir=a w" and "in a w: this is" in house.said[-1]
+  save = f'{NUMBER} mkdir -p "a w/checkpoints/$n"; exit {RESTART}'
+  code, calls, _ = house(save, "--workdir=a w", **pod, RESTARTS="4", RESTART_SECONDS="2")
+  assert (code, len(calls), house.waits) == (RESTART, 5, [2] * 4)
+  assert house("exit 2", "--workdir=a w", **pod)[:2] == (2, ["-m grain_jax.main --workdir=a w"])
+  assert house("exit 0", "--workdir=a w", **pod)[0] == 0
+
+
+def test_pods_wait_before_a_new_start(house, tmp_path):
+  def start(attempt, *, save=None):
+    code = house("", "--workdir=w", launcher="k8s_wait.sh", RESTART_ATTEMPT=str(attempt))[0]
+    if save is not None:
+      (tmp_path / "w" / "checkpoints" / str(save)).mkdir(parents=True)
+    return code, house.waits
+
+  assert start(0) == (0, [])
+  assert start(1) == (0, [10])
+  assert start(2, save=4) == (0, [60])
+  assert start(3) == (0, [10])
+  assert start(4) == (0, [60])
+  assert start(5) == (0, [300])
+  assert start(6) == (1, [])
+  assert "3 restarts in a row made no new checkpoint" in house.said[-1]
+  assert start(0) == (0, [])  # applied anew
 
 
 def test_local_starts_again_what_was_preempted_or_lost(house):
@@ -103,8 +330,9 @@ def test_local_starts_again_what_was_preempted_or_lost(house):
   assert house(f"{first} kill -TERM $$")[0] == 0  # before there was anything to save
   code, calls, _ = house(f"exit {RESTART}", RESTARTS="2")
   assert (code, len(calls)) == (RESTART, 3)
+  assert house.waits == [10, 60]
   code, calls, _ = house("exit 1")
-  assert (code, len(calls)) == (1, 1)
+  assert (code, len(calls), house.waits) == (1, 1, [])
 
 
 def test_local_ends_with_the_first_failure_of_several(house):
@@ -121,9 +349,7 @@ def test_local_hands_sigterm_on_and_does_not_start_again(house, tmp_path):
     f"trap 'exit {RESTART}' TERM; touch {tmp_path}/up-$me; for i in {{1..300}}; do sleep 0.1; done"
   )
   launcher = subprocess.Popen(["bash", tmp_path / "launch" / "local.sh", "2"])
-  while not all((tmp_path / f"up-{i}").exists() for i in range(2)):
-    assert launcher.poll() is None
-    time.sleep(0.05)
+  wait_until_up(tmp_path, launcher)
   launcher.send_signal(signal.SIGTERM)
   assert launcher.wait(20) == RESTART
   assert len((tmp_path / "calls").read_text().splitlines()) == 2
@@ -147,10 +373,25 @@ def test_jobset():
   assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs that
   assert pod["terminationGracePeriodSeconds"] >= 60
   (container,) = pod["containers"]
-  (ends,) = job["podFailurePolicy"]["rules"]
+  ends, vain = job["podFailurePolicy"]["rules"]
   assert ends["onExitCodes"]["containerName"] == container["name"]
   assert ends["onExitCodes"]["operator"] == "In" and RESTART not in ends["onExitCodes"]["values"]
   assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+  # What comes before a new start: the number of the start is an annotation of JobSet's pods.
+  (wait,) = pod["initContainers"]
+  assert vain == {
+    "action": "FailJob",
+    "onExitCodes": {"containerName": wait["name"], "operator": "In", "values": [1]},
+  }
+  assert wait["command"] == ["bash", "launch/k8s_wait.sh"] and wait["args"][0] in container["args"]
+  (number,) = wait["env"]
+  annotation = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+  assert number == {
+    "name": "RESTART_ATTEMPT", "valueFrom": {"fieldRef": {"fieldPath": annotation}},
+  }  # fmt: skip
+  assert (
+    wait["image"] == container["image"] and wait["volumeMounts"][0] in container["volumeMounts"]
+  )
   assert container["command"] + container["args"][:1] == [
     "python3", "-m", "grain_jax.main", "--config=configs/cc12m.py",
   ]  # fmt: skip
