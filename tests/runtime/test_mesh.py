@@ -1,8 +1,13 @@
 """Mesh sizes, batch cuts and sharding rules on eight virtual devices; TPU slices by stand-ins."""
 
 import dataclasses
+import importlib.util
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -109,6 +114,44 @@ def tpu(bounds, *, kind="TPU v5 lite", slices=1, host=(2, 2, 1), cores=1):
         number = len(chips)
         chips.append(Chip(number, process, coords, kind, part, core))
   return chips
+
+
+DESCRIBE = """
+import json, sys
+from jax.experimental import topologies
+shape, slices = sys.argv[1], {"num_slices": int(sys.argv[2])} if sys.argv[2] != "1" else {}
+devices = topologies.get_topology_desc(shape, platform="tpu", **slices).devices
+print(json.dumps([
+  [d.process_index, list(d.coords), d.device_kind, getattr(d, "slice_index", 0), d.core_on_chip,
+   d.platform] for d in devices
+]))
+"""
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed: see requirements-plan.txt",
+)
+@pytest.mark.parametrize(
+  ("shape", "accelerator", "bounds", "kind", "slices"),
+  [
+    ("v6e:16x16", "v6e-256", (16, 16, 1), "TPU v6 lite", 1),
+    ("v5p:4x4x4", "v5p-128", (4, 4, 4), "TPU v5", 1),
+    ("v5e:4x4", "v5litepod-16", (4, 4, 1), "TPU v5 lite", 2),
+  ],
+)
+def test_the_stand_ins_are_as_libtpu_describes_them(shape, accelerator, bounds, kind, slices):
+  env = os.environ | {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": accelerator, "JAX_PLATFORMS": "cpu",
+    "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }  # fmt: skip
+  command = [sys.executable, "-c", DESCRIBE, shape, str(slices)]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+  want = [
+    [c.process_index, list(c.coords), c.device_kind, c.slice_index, c.core_on_chip, c.platform]
+    for c in tpu(bounds, kind=kind, slices=slices)
+  ]
+  assert json.loads(done.stdout.splitlines()[-1]) == want
 
 
 @pytest.mark.parametrize(
