@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers start again what ends with it
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
-# What the file system says of a name or of rights, not of itself: the same every time.
-_OF_THE_USER = frozenset(
+# Seconds between the attempts at a read that storage failed: 31.5 s in all.
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+
+# What an OSError says of a path or its rights: the same command fails again. Every other number is
+# of the machine, the network or the disk.
+_OF_THE_PATH = frozenset(
   {
     errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-    errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+    errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.EXDEV,
   }
 )  # fmt: skip
+_NO_ROOM = frozenset({errno.EDQUOT, errno.EFBIG, errno.ENOSPC})  # somebody may make some
 # Libraries in C++ (TensorStore, TensorFlow) put the number, or the name, into the message.
 _NUMBER = re.compile(r"\[(?:OS error|Errno) (\d+)")
 _NAME = re.compile(r"\b(E[A-Z]{2,14})\b")
+
+
+Result = TypeVar("Result")
 
 
 class TransientError(Exception):
@@ -65,7 +75,7 @@ def is_transient(error: BaseException) -> bool:
   if any(isinstance(cause, (TransientError, TimeoutError)) for cause in _causes(error)):
     return True
   number = os_errno(error)
-  return number is not None and number not in _OF_THE_USER
+  return number is not None and number not in _OF_THE_PATH
 
 
 def restart_helps(error: BaseException) -> bool:
@@ -80,3 +90,58 @@ def one_line(error: BaseException, *, limit: int = 0) -> str:
   """An error's message in one line, cut to `limit` characters (0: not at all)."""
   text = " ".join(str(error).split()) or type(error).__name__
   return text[:limit] if limit else text
+
+
+def is_storage(error: BaseException) -> bool:
+  """Whether an error is of the storage, not of what lies there or is missing there.
+
+  Lost disks and mounts (EIO, ESTALE, ETIMEDOUT, ENOTCONN, ...), and what the machine ran out of
+  (open files, memory). An OSError without a number is of a file's content (PIL, gzip) unless it is
+  a time-out or a lost connection.
+  """
+  if not isinstance(error, OSError):
+    return False
+  if error.errno is None:
+    return isinstance(error, (TimeoutError, ConnectionError, BlockingIOError, InterruptedError))
+  return error.errno not in _OF_THE_PATH | _NO_ROOM
+
+
+def attempts() -> Iterator[bool]:
+  """Waits longer before each attempt but the first; yields whether it is the last one."""
+  yield not RETRY_DELAYS
+  for number, delay in enumerate(RETRY_DELAYS, start=1):
+    time.sleep(delay)
+    yield number == len(RETRY_DELAYS)
+
+
+def retry_read(read: Callable[[], Result], what: object) -> Result:
+  """`read()`, tried again while the storage fails.
+
+  Args:
+    read: reads something.
+    what: is read; for the message.
+
+  Raises:
+    TransientError: the storage failed at every attempt; one line.
+    OSError: something else is wrong, at once.
+  """
+  for last in attempts():
+    try:
+      return read()
+    except OSError as error:
+      if not is_storage(error):
+        raise
+      if last:
+        raise lost(what, error) from error
+  raise AssertionError("`attempts` ends with a last one")
+
+
+def lost(what: object, error: object) -> TransientError:
+  """The one line of storage that failed for good."""
+  why = error.strerror if isinstance(error, OSError) and error.strerror else error
+  why = " ".join(str(why).split())[:300].rstrip(".")
+  return TransientError(
+    f"{what} cannot be read: {why} ({1 + len(RETRY_DELAYS)} attempts in {sum(RETRY_DELAYS):g} s). "
+    "The storage failed: when it is back, start the same command again. If the file itself is "
+    "damaged, copy it again first."
+  )

@@ -6,22 +6,30 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from grain_jax import failures
 from grain_jax import places as named_places
-from grain_jax.data import records
+from grain_jax.data import records, shards
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; raised when older readers would misread a directory
-_READER = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 
 
 def shard_name(name: str, split: str, shard: int, shards: int) -> str:
   """TFDS's file name of a shard."""
   return f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+class ReadCounts(NamedTuple):
+  """Of a split, since the dataset was opened."""
+
+  records: int  # read
+  opens: int  # of shards
 
 
 class Dataset:
@@ -71,8 +79,17 @@ class Dataset:
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
   def read(self, split: str, indices: Sequence[int]) -> list[bytes | ValueError]:
-    """Serialised records; in the place of one that cannot be read, the error that says why."""
+    """Serialised records; in the place of a damaged one, the error that says why.
+
+    Raises:
+      failures.TransientError: a shard is cut short, is gone, or its storage fails, and still does
+        after some tens of seconds; one line.
+    """
     return self._split(split).read(indices)
+
+  def reads(self, split: str) -> ReadCounts:
+    """What was read of a split so far."""
+    return self._split(split).counts
 
   def parse(self, split: str, index: int) -> records.Parsed:
     """One record; a one-line ValueError where it is bad."""
@@ -103,8 +120,9 @@ class _Split:
 
   def __init__(self, directory: pathlib.Path, entry: Mapping[str, Any]):
     self.paths = [directory / shard["file"] for shard in entry["shards"]]
+    self.bytes = [shard["bytes"] for shard in entry["shards"]]
     self.starts = [0, *itertools.accumulate(shard["records"] for shard in entry["shards"])]
-    self._readers: list[Any] = [None] * len(self.paths)
+    self.counts = ReadCounts(0, 0)
     self._lock = threading.Lock()
 
   def locate(self, index: int) -> tuple[pathlib.Path, int]:
@@ -124,24 +142,68 @@ class _Split:
         result[place] = data
     return result
 
-  def _read_shard(self, shard: int, inside: list[int]) -> list[bytes | ValueError]:
-    try:
-      return self._reader(shard).read(inside)
-    except Exception as error:  # array_record raises several kinds
-      if len(inside) > 1:  # one bad record fails the whole call: find it
-        return [self._read_shard(shard, [place])[0] for place in inside]
-      reason = " ".join(str(error).split())[:200]
-      return [ValueError(f"{self.paths[shard]}, record {inside[0]}: cannot be read ({reason}).")]
-
-  def _reader(self, shard: int):
+  def _count(self, *, records: int = 0, opens: int = 0) -> None:
     with self._lock:
-      if self._readers[shard] is None:
-        from array_record.python import array_record_module
+      self.counts = ReadCounts(self.counts.records + records, self.counts.opens + opens)
 
-        self._readers[shard] = array_record_module.ArrayRecordReader(
-          str(self.paths[shard]), _READER
-        )
-      return self._readers[shard]
+  def _read_shard(self, shard: int, inside: list[int]) -> list[bytes | ValueError]:
+    self._count(records=len(inside))
+    try:
+      data = self._read_once(shard, inside)
+      if all(data):
+        return data
+    except (OSError, RuntimeError):  # of one of them: `_read_record` finds it and says what it is
+      pass
+    return [self._read_record(shard, place) for place in inside]
+
+  def _read_once(self, shard: int, inside: list[int]) -> list[bytes]:
+    with shards.READERS.reader(self.paths[shard], lambda: self._count(opens=1)) as reader:
+      return reader.read(inside)
+
+  def _read_record(self, shard: int, place: int) -> bytes | ValueError:
+    """A record; the error of a damaged one. What the storage fails to give is asked for again."""
+    where = f"{self.paths[shard]}, record {place}"
+    for last in failures.attempts():
+      error = None
+      try:
+        (data,) = self._read_once(shard, [place])
+        if data:
+          return data
+      except (OSError, RuntimeError) as raised:
+        error = raised
+      lost = self._lost(shard, error)
+      if lost is None:  # the file is whole, so the record is not
+        if error is None:
+          return data
+        reason = " ".join(str(error).split())[:200]
+        return ValueError(f"{where}: cannot be read ({reason}).")
+      shards.READERS.discard(self.paths[shard])
+      if last:
+        raise failures.lost(where, lost)
+    raise AssertionError("`attempts` ends with a last one")
+
+  def _lost(self, shard: int, error: Exception | None) -> object:
+    """Why a failed read (None: it gave no byte) is the storage's; None: the record is damaged.
+
+    array_record gives b"" beyond the end of a file that was cut short after it was opened.
+    """
+    path = self.paths[shard]
+    try:
+      size = os.stat(path).st_size
+      if size != self.bytes[shard]:
+        return f"the shard has {size} bytes instead of {self.bytes[shard]} (manifest.json)"
+      system = None if error is None else shards.system_error(error, path)
+      if system is not None:
+        return system
+      shards.READERS.discard(path)  # so that it is the file of now that is looked at
+      with shards.READERS.reader(path, lambda: self._count(opens=1)) as reader:
+        held = reader.num_records()
+    except OSError as failed:
+      return failed
+    wanted = self.starts[shard + 1] - self.starts[shard]
+    if held != wanted:
+      return f"the shard holds {held} records instead of {wanted} (manifest.json)"
+    return None
 
 
 def open_dataset(directory: str | pathlib.Path) -> Dataset:
@@ -150,12 +212,17 @@ def open_dataset(directory: str | pathlib.Path) -> Dataset:
   Raises:
     ValueError: one line, where it is missing, half-built, of another format, or a shard is missing
       or cut short.
+    failures.TransientError: the storage fails.
   """
   how = "Build it: python -m grain_jax.data.build --source=scenes --out="
   if not str(directory):
     raise ValueError(f"config.data.dir is empty: no data to read. {how}DIR, and set it to DIR.")
   named_places.check(directory, "data directory")
   path = pathlib.Path(directory).expanduser()
+  return failures.retry_read(lambda: _open(path, how), path)
+
+
+def _open(path: pathlib.Path, how: str) -> Dataset:
   file = path / MANIFEST
   if not file.is_file():
     parts = sorted(p.name for p in path.parent.glob(path.name + ".tmp-*"))

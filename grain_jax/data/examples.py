@@ -13,7 +13,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from grain_jax import schema, tokenizer
+from grain_jax import failures, schema, tokenizer
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import records, transforms
 
@@ -25,7 +25,7 @@ _ON_BAD_RECORD = ("skip", "stop")
 
 
 class BadRecord(ValueError):
-  """A record that cannot be used, where the config says to stop at one."""
+  """A record that cannot be used, where the config says to stop at one, or one too many."""
 
 
 class Chunk(NamedTuple):
@@ -70,7 +70,7 @@ class Examples:
     self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
     self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
-    self.failure = ""  # the line on which to stop
+    self.failure: Exception | None = None  # on which to stop
     self._lock = threading.Lock()
     for key, least in (("row_length", 2), ("max_regions", 0)):
       if config.data[key] < least:
@@ -81,7 +81,20 @@ class Examples:
       )
 
   def chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
-    """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data."""
+    """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data.
+
+    Raises:
+      BadRecord: a record is bad and config.data.on_bad_record is 'stop'.
+      failures.TransientError: the storage of the records failed.
+    """
+    try:
+      return self._chunk(indices, epoch)
+    except failures.TransientError as error:
+      with self._lock:
+        self.failure = self.failure or error
+      raise
+
+  def _chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
     count, size = len(indices), self.size
     parsed = self._parse(indices)
     # Draws: caption (2), crop (4), flip (1).
@@ -221,12 +234,12 @@ class Examples:
       first = index not in self.bad
       self.bad[index] = why
       if self.stop and not self.failure:
-        self.failure = (
+        self.failure = BadRecord(
           f"bad record in {line.rstrip('.')}. Build the data again, or set "
           "config.data.on_bad_record=skip to leave such records out."
         )
       if self.failure:
-        raise BadRecord(self.failure)
+        raise self.failure
     if first and len(self.bad) <= _WARNINGS:
       logging.getLogger(__name__).warning("skipped bad record: %s", line)
 
