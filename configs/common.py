@@ -40,6 +40,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.caption = "half"  # half (original or LLM's with equal chance) | original | generated |
   # joined (half of the time all descriptions as one text, else as `half`; a control)
   c.data.on_bad_record = "skip"  # skip (masked and counted) | stop
+  c.data.max_bad_in_a_row = 32  # bad records one after the other that end a run; 0: any number may
+  c.data.max_bad_fraction = 0.01  # of the last records, above which bad ones end a run; 1: never
+  c.data.bad_window = 10_000  # records that the fraction is of, of each process
+  c.data.min_bad = 20  # bad records in the window below which the fraction does not count
   c.data.threads = 0  # of the input pipeline; 0 lets tf.data choose
   c.data.prefetch = 4  # batches prepared ahead
 

@@ -59,7 +59,11 @@ FREE_KEYS = frozenset(
     "model.attention",
     "model.remat",
     "model.unroll",
+    "data.bad_window",
     "data.dir",
+    "data.max_bad_fraction",
+    "data.max_bad_in_a_row",
+    "data.min_bad",
     "data.threads",
     "data.prefetch",
     "data.eval_resize",
@@ -75,6 +79,9 @@ FREE_KEYS = frozenset(
 )
 _LEAST = {
   "seed": 0,
+  "data.bad_window": 1,
+  "data.max_bad_in_a_row": 0,
+  "data.min_bad": 1,
   "eval_every": 0,
   "model.num_queries": 0,
   "model.decoder.dropout": 0,
@@ -90,7 +97,11 @@ _LEAST = {
 ADDED = {
   "accumulate": 1,
   "compile_effort": 0.0,
+  "data.bad_window": 10_000,
   "data.eval_resize": "squash",
+  "data.max_bad_fraction": 1.0,
+  "data.max_bad_in_a_row": 0,
+  "data.min_bad": 20,
   "data.reduced_decode": False,
   "loss.chunk": 8192,
   "model.attention": "auto",
@@ -249,6 +260,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{key} = {flat[key]} must be at least {least}.")
   if not -1 <= config.compile_effort <= 1:
     raise ValueError(f"config.compile_effort = {config.compile_effort} must be in [-1, 1].")
+  if not 0 <= config.data.max_bad_fraction <= 1:
+    raise ValueError(
+      f"config.data.max_bad_fraction = {config.data.max_bad_fraction} must be in [0, 1]: 0.01 is "
+      "one bad record in 100."
+    )
   if not config.model.decoder.dropout < 1:
     raise ValueError(f"config.model.decoder.dropout = {config.model.decoder.dropout} must be < 1.")
   if not 0 <= config.optimizer.ema_decay < 1:

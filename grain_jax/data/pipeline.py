@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ import ml_collections
 import numpy as np
 
 from grain_jax import schema
+from grain_jax.data import bad_records, sampler
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import examples as examples_lib
-from grain_jax.data import sampler
 
 open_dataset = dataset_lib.open_dataset
 
@@ -47,10 +47,22 @@ class TrainBatches:
     steps_per_epoch: batches in a pass over the data.
   """
 
-  def __init__(self, examples: examples_lib.Examples, batches: Any, steps: int):
+  def __init__(
+    self,
+    examples: examples_lib.Examples,
+    batches: Any,
+    *,
+    steps_per_epoch: int,
+    step: int,
+    indices: Callable[[int], np.ndarray],
+    limits: bad_records.Limits,
+  ):
+    """`step`: of the first batch; `indices`: step -> the records of its batch."""
     self.bad = examples.bad
-    self.steps_per_epoch = steps
-    self._examples = examples
+    self.steps_per_epoch = steps_per_epoch
+    self._examples, self._indices, self._step = examples, indices, step
+    self._counter = bad_records.BadRecordCounter(limits)
+    self._reads = examples.dataset.reads(examples.split)
     self._batches = [batches.as_numpy_iterator()]
     # While Python shuts down, a pipeline that still runs would wait for its lock for ever, and the
     # process with it. Without the iterator the pipeline ends, so nothing else may hold on to it.
@@ -60,14 +72,45 @@ class TrainBatches:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
+    """The next batch.
+
+    Raises:
+      examples.BadRecord: a record is bad, or one too many is, by the config; one line.
+      failures.TransientError: the storage of the records failed; one line.
+    """
     try:
-      return dict(zip(schema.BATCH, next(self._batches[0]), strict=True))
+      batch = dict(zip(schema.BATCH, next(self._batches[0]), strict=True))
+      self._check(batch["example_mask"])
+      self._step += 1
+      return batch
     except BaseException as error:
-      # Its frames hold the iterator. A bad record has its own line instead of tf.data's.
-      failure = self._examples.failure
-      raised = examples_lib.BadRecord(failure) if failure else error.with_traceback(None)
+      # Its frames hold the iterator. What `examples` raised has its own line instead of tf.data's.
+      raised = error
+      if not isinstance(error, examples_lib.BadRecord):
+        raised = self._examples.failure or error
+      raised = raised.with_traceback(None)
     self.close()
     raise raised
+
+  def shard_opens_per_1000(self) -> float:
+    """Shards opened for 1,000 records read, since it was last asked; 0 where none was read."""
+    before, self._reads = self._reads, self._examples.dataset.reads(self._examples.split)
+    read = self._reads.records - before.records
+    return 1000 * (self._reads.opens - before.opens) / read if read else 0.0
+
+  def _check(self, good: np.ndarray) -> None:
+    """Raises where bad records are too many."""
+    found = self._counter.add(good)
+    if found is None:
+      return
+    place, what = found
+    index = int(self._indices(self._step)[place])
+    where, why = self._examples.dataset.locate(self._examples.split, index), self.bad[index]
+    last = why if why.startswith(where) else f"{where}: {why}"
+    raise examples_lib.BadRecord(
+      f"{what}; the last one is {last.rstrip('.')}. Build or copy the data again, or raise the "
+      "limit."
+    )
 
   def close(self) -> None:
     """Ends the pipeline and its threads; outside the main thread without waiting for them."""
@@ -128,9 +171,11 @@ def train_batches(
     dataset, config.data.split, config, training=True, negatives=negatives
   )
 
+  def indices_of(step: int) -> np.ndarray:
+    return choose(epoch=step // steps, step=step % steps)
+
   def pick(step):
-    epoch = int(step) // steps
-    return choose(epoch=epoch, step=int(step) % steps).reshape(-1, chunk), np.int64(epoch)
+    return indices_of(int(step)).reshape(-1, chunk), np.int64(int(step) // steps)
 
   def load(indices, epoch):
     return examples.chunk(indices, int(epoch)).arrays
@@ -161,7 +206,14 @@ def train_batches(
   options.deterministic = True
   if threads > 0:
     options.threading.private_threadpool_size = threads
-  return TrainBatches(examples, ds.prefetch(config.data.prefetch).with_options(options), steps)
+  return TrainBatches(
+    examples,
+    ds.prefetch(config.data.prefetch).with_options(options),
+    steps_per_epoch=steps,
+    step=start_step,
+    indices=indices_of,
+    limits=bad_records.Limits.from_config(config),
+  )
 
 
 def eval_batches(
