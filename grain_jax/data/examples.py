@@ -87,6 +87,8 @@ class Examples:
       BadRecord: a record is bad and config.data.on_bad_record is 'stop'.
       failures.TransientError: the storage of the records failed.
     """
+    if self.failure:  # what is under way in other threads need not wait for lost storage in turn
+      raise self.failure
     try:
       return self._chunk(indices, epoch)
     except failures.TransientError as error:

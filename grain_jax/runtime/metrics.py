@@ -15,7 +15,7 @@ from absl import logging
 Pairs = Mapping[str, tuple[Any, Any]]
 
 # Of these the total of the steps is told, not their mean.
-COUNTS = ("bad_examples", "dropped_texts", "truncated_texts", "nonfinite")
+COUNTS = ("bad_examples", "dropped_texts", "truncated_texts", "nonfinite", "skipped_updates")
 
 
 def summarize(steps: Iterable[Pairs], prefix: str = "train/") -> dict[str, float]:
@@ -111,16 +111,21 @@ class Progress:
     return Speed(self._batch * steps / seconds, left, waited, min(waited / seconds, 1.0))
 
   def line(self, step: int, values: Mapping[str, float], left: float) -> str:
-    """'step  100/700  loss 9.312 (caption 4.1, box 2.0, region 3.2)  250 samples/s  3:21 left'."""
+    """'step  100/700  loss 9.312 (caption 4.1, box 2.0, region 3.2)  250 samples/s  3:21 left'.
+
+    Where records were bad, their number since the last line follows: '  4 bad records'.
+    """
     parts = [
       f"{name} {values['train/loss_' + name]:.3f}"
       for name in ("caption", "box", "region")
       if "train/loss_" + name in values
     ]
+    bad = round(values.get("train/bad_examples", 0))
+    skipped = f"  {bad:,} bad record{'s' * (bad > 1)}" if bad else ""
     return (
       f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['train/loss']:.3f} "
       f"({', '.join(parts)})  {values['train/samples_per_second']:.0f} samples/s  "
-      f"{clock(left)} left"
+      f"{clock(left)} left{skipped}"
     )
 
 

@@ -240,7 +240,9 @@ def _loop(
   def report(step: int, values: list[metrics.Pairs]) -> None:
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
+    opens = batches.shard_opens_per_1000()
     if step > first + 1:
+      summary["train/shard_opens_per_1000"] = opens
       speed = progress.speed(step)
       summary["train/samples_per_second"] = speed.samples_per_second
       summary["train/data_wait_seconds"] = speed.waited

@@ -27,7 +27,7 @@ Metrics = dict[str, tuple[Array, Array]]
 class TrainState:
   """All that a step changes; what a checkpoint holds."""
 
-  step: Array  # i32 [], updates done
+  step: Array  # i32 [], steps done; one whose batch held no usable example updated nothing
   params: Any
   opt_state: Any
   ema: Any = None  # mean of the parameters, newer ones weighing more; None: not kept
@@ -121,6 +121,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted update: gradients -> optimiser -> clamp of the logit scale; the state is donated.
 
+  A batch without any usable example changes `step` alone.
+
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
   """
@@ -150,6 +152,14 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
+    # Without an example there is no gradient, but decay, moments and the schedule would move on.
+    any_example = jnp.any(batch["example_mask"])
+    metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
+    params, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(any_example, new, old),
+      (params, opt_state, ema),
+      (state.params, state.opt_state, state.ema),
+    )
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   whole = meshes.replicated(mesh)

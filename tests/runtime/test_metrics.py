@@ -82,3 +82,12 @@ def test_speed_leaves_pauses_out(monkeypatch):
   assert progress.speed(12).waited == 0
   line = progress.line(11, {"train/loss": 2.0, "train/samples_per_second": 8.0}, 29.0)
   assert line.startswith("step 11/40  loss 2.000") and line.endswith("8 samples/s  0:29 left")
+
+
+@pytest.mark.parametrize(
+  "bad, end", [(0.0, "left"), (1.0, "1 bad record"), (1234.0, "1,234 bad records")]
+)
+def test_the_progress_line_tells_the_number_of_bad_records(bad, end):
+  values = {"train/loss": 2.0, "train/samples_per_second": 8.0, "train/bad_examples": bad}
+  line = metrics.Progress(total_steps=40, batch_size=8).line(11, values, 29.0)
+  assert line.endswith(f"  {end}") or (not bad and line.endswith("0:29 left"))

@@ -216,9 +216,49 @@ def test_nothing_becomes_nan_without_regions_or_without_examples(config, batch):
   assert all(np.isfinite(g).all() for g in gradients.values())
   assert not gradients["box_head/fc0/kernel"].any()
 
-  metrics, gradients = found[1]
+  metrics, kept = found[1]
   assert metrics["loss"] == (0.0, 1.0) and metrics["bad_examples"] == (BATCH, 1.0)
-  assert not any(g.any() for g in gradients.values())
+  assert metrics["gradient_norm"] == (0.0, 1.0) and metrics["nonfinite"] == (0.0, 1.0)
+  assert metrics["skipped_updates"] == (1.0, 1.0)
+  for name, gradient in gradients.items():  # the state of this optimiser
+    np.testing.assert_array_equal(kept[name], gradient)
+
+
+@pytest.mark.parametrize(
+  "devices, mesh_sizes, accumulate, optimizer",
+  [(1, {}, 1, "adamw"), (8, dict(fsdp=4, tensor=2), 1, "muon"), (4, dict(fsdp=2), 2, "adamw")],
+)
+def test_a_step_without_a_usable_example_changes_the_step_alone(
+  tiny, make_batch, devices, mesh_sizes, accumulate, optimizer
+):
+  """Bit for bit: no decay, no moment, no count of the schedule moves, nor the mean."""
+  tiny.method, tiny.model.text.vocab_size, tiny.accumulate = "clip", 400, accumulate
+  tiny.mesh.update(data=-1, **mesh_sizes)
+  tiny.optimizer.update(lr=0.1, ema_decay=0.5, name=optimizer)
+  mesh = meshes.create(tiny, devices=jax.devices()[:devices])
+  good = make_batch(tiny)
+  bad = {name: np.zeros_like(value) for name, value in good.items()}
+  half = good | {"example_mask": np.arange(tiny.batch_size) < 1}  # of one device alone
+  init, _, shardings, optimizer = steps.create_state(
+    grain.build(tiny), tiny, mesh, total_steps=10, steps_per_epoch=5
+  )
+  step = steps.make_train_step(grain.build(tiny), tiny, mesh, optimizer, shardings)
+  with jax.set_mesh(mesh):
+    states, skipped, state = [], [], init()
+    for batch in (good, bad, half, bad):
+      states.append(jax.tree.map(np.array, state))
+      state, metrics = step(state, meshes.to_global(batch, mesh))
+      skipped.append(float(metrics["skipped_updates"][0]))
+    states.append(jax.tree.map(np.array, state))
+  assert skipped == [0, 1, 0, 1]
+  assert [int(s.step) for s in states] == [0, 1, 2, 3, 4]
+  for before, after in ((1, 2), (3, 4)):
+    for name, value in trees.named_leaves(states[before].replace(step=0)):
+      now = dict(trees.named_leaves(states[after].replace(step=0)))[name]
+      np.testing.assert_array_equal(now, value, err_msg=name)
+  for before, after in ((0, 1), (2, 3)):  # one example on one device is a step
+    same = jax.tree.map(lambda a, b: (a == b).all(), states[before].params, states[after].params)
+    assert not all(jax.tree.leaves(same))
 
 
 def test_a_loss_that_is_not_finite_is_counted(config, batch):
