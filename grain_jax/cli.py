@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import re
@@ -95,9 +96,22 @@ def _without_keras() -> None:
     sys.modules.setdefault(unused.__name__, unused)
 
 
+def raise_open_files_limit() -> None:
+  """Raises the soft limit of open files to the hard one: the usual 1,024 are fewer than shards."""
+  try:
+    import resource
+  except ImportError:  # Windows
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != hard:
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit without end
+      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def prepare() -> None:
   """What a command's process sets before it imports the rest; not for a process with other work."""
   _without_keras()
+  raise_open_files_limit()
   # Imports and traces make half a million objects that stay. By Python's default ten full
   # collections walk over them before the first step, for 2 s of CPU. No arrays wait for the rarer
   # ones: train steps were seen to leave no cycles.

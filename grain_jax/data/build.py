@@ -83,7 +83,7 @@ def build(
   out: str | pathlib.Path,
   *,
   overwrite: bool = False,
-  shard_size: int = 4096,
+  shard_size: int = build_flags.SHARD_SIZE,
   workers: int | None = None,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
