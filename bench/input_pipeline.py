@@ -10,6 +10,9 @@ where that is enough) and once decoding whole, as the peer does.
 Each side is a process of its own that is stopped while the others work; rounds go in turn. `cpu`
 counts images per second of CPU time of all its threads and worker processes: what a core gives when
 nothing else takes it. `wall` is images per second and core as the clock saw it.
+
+The few texts of these images come again in every round, so our side finds them in the tokenizer's
+cache. `bench.long_texts` measures the work on texts that are all new, as those of a large run are.
 """
 
 from __future__ import annotations

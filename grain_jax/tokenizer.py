@@ -31,7 +31,7 @@ END = 49407  # id of <|endoftext|>
 PAD = 0
 _MERGES = 49152 - 256 - 2  # of the file's merges, those that CLIP uses
 _CLEAN_VERSION = "ftfy+unescape2+strip+lower"  # part of the hash: change it with `clean`
-_CACHED_TEXTS = 1 << 18
+_SLOTS = 1 << 16  # texts whose ids are kept: about 25 MB
 
 
 class Packed(NamedTuple):
@@ -108,8 +108,28 @@ def vocabulary_json() -> str:
   return _backend().to_str()
 
 
+class TextCache:
+  """Ids of texts, each in the one slot that its hash names, in the place of what was there.
+
+  An insertion writes one slot however many texts came before, and threads need no lock. Classes and
+  templates come again, and the texts of small data; those of large data cost the one write.
+  """
+
+  def __init__(self, slots: int = _SLOTS):
+    self._slots: list[tuple[str | bytes, np.ndarray] | None] = [None] * slots
+
+  def get(self, text: str | bytes) -> np.ndarray | None:
+    """The ids of `text`; None where they are not here."""
+    entry = self._slots[hash(text) % len(self._slots)]
+    return entry[1] if entry is not None and entry[0] == text else None
+
+  def put(self, text: str | bytes, ids: np.ndarray) -> None:
+    """Keeps the ids of `text`."""
+    self._slots[hash(text) % len(self._slots)] = (text, ids)
+
+
 class Tokenizer:
-  """CLIP's tokenizer. Encoded texts are kept in memory: captions and descriptions come again.
+  """CLIP's tokenizer. Some encoded texts are kept in memory, see `TextCache`.
 
   Args:
     context: longest text in tokens, start and end included; longer ones are cut, the end kept.
@@ -121,8 +141,7 @@ class Tokenizer:
         f"context = {context}: a text needs a start and an end token. Use at least 2 (CLIP: 77)."
       )
     self.context = context
-    self._cache: dict[str | bytes, np.ndarray] = {}
-    self._lock = threading.Lock()
+    self._cache = TextCache()
 
   @functools.cached_property
   def hash(self) -> str:
@@ -154,11 +173,8 @@ class Tokenizer:
       ids = np.array([START, *encoding.ids[: self.context - 2], END], np.int32)
       ids.flags.writeable = False
       result.append(ids)
-    with self._lock:
-      for text, ids in zip(texts, result, strict=True):
-        while len(self._cache) >= _CACHED_TEXTS:
-          self._cache.pop(next(iter(self._cache)))
-        self._cache[text] = ids
+    for text, ids in zip(texts, result, strict=True):
+      self._cache.put(text, ids)
     return result
 
   def tokenize(self, texts: Sequence[str]) -> np.ndarray:

@@ -91,6 +91,21 @@ def test_cached_text_is_cheap(tok):
   assert best / 100 < 30e-6
 
 
+def test_the_cache_never_mixes_texts_up_and_keeps_the_last_one_of_a_slot():
+  cache = tokenizer.TextCache(slots=3)
+  for i in range(50):
+    for text in (f"text {i}", f"text {i}".encode()):  # equal hashes
+      cache.put(text, np.array([i, isinstance(text, bytes)]))
+      assert cache.get(text).tolist() == [i, isinstance(text, bytes)]
+  kept = [
+    i for i in range(50) for t in (f"text {i}", f"text {i}".encode()) if cache.get(t) is not None
+  ]
+  assert 1 <= len(kept) <= 3
+  for i in kept:
+    for text in (f"text {i}", f"text {i}".encode()):
+      assert cache.get(text) is None or cache.get(text)[0] == i
+
+
 def _seconds(run):
   start = time.perf_counter()
   run()
