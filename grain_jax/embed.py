@@ -38,7 +38,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, places, schema, trees
+from grain_jax import cli, failures, places, schema, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
@@ -135,7 +135,7 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
 
 def _read(path: pathlib.Path, flag: str) -> str:
   try:
-    return path.read_text(encoding="utf-8-sig")
+    return failures.retry_read(lambda: path.read_text(encoding="utf-8-sig"), path)
   except OSError as error:
     raise ValueError(f"{flag}={path}: {error.strerror}. Correct the path.") from error
   except UnicodeDecodeError as error:
@@ -195,6 +195,7 @@ def embed_images(
     warn: gets one line about pictures that cannot be read.
 
   Raises:
+    failures.TransientError: the storage of a picture fails.
     ValueError: none can be read, or a model without region queries is asked for regions.
   """
   if regions:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from grain_jax import encoders, places, schema
+from grain_jax import encoders, failures, places, schema
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.data import records, transforms
@@ -182,10 +182,10 @@ def _picture(picture: Any, index: int) -> Image.Image:
   if isinstance(picture, (str, os.PathLike)):
     places.check(picture, f"images[{index}]")
     file = pathlib.Path(picture)
-    if not file.is_file():
+    if not failures.retry_read(file.is_file, file):
       raise ValueError(f"images[{index}]: there is no file {file}.")
     try:
-      return records.decode_image(file.read_bytes())
+      return records.decode_image(failures.retry_read(file.read_bytes, file))
     except ValueError as error:
       raise ValueError(f"images[{index}], {file}: {error}") from error
   if isinstance(picture, Image.Image):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-from grain_jax import places, schema
+from grain_jax import failures, places, schema
 from grain_jax.data import build_flags, dataset, records, sources
 
 _EXAMPLES = 10  # keys of each kind of loss that the manifest lists
@@ -343,9 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       workers=flags.workers,
       say=lambda line: print(line, flush=True),
     )
-  except (ValueError, ImportError, OSError) as error:
+  except (ValueError, ImportError, OSError, failures.TransientError) as error:
     print(f"python -m grain_jax.data.build: {error}", file=sys.stderr)
-    return 2
+    again = isinstance(error, failures.TransientError) or failures.is_storage(error)
+    return failures.EXIT_RESTART if again else 2
   except KeyboardInterrupt:
     print("python -m grain_jax.data.build: interrupted; nothing was written.", file=sys.stderr)
     return 130

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from grain_jax import schema
+from grain_jax import failures, schema
 
 # Why `check` drops something; the manifest counts each by this name.
 MISSING_IMAGE = "missing_image"
@@ -238,7 +238,8 @@ def check(
 ) -> Checked:
   """Takes out of a record what cannot be used.
 
-  An image without regions is kept; one that cannot be decoded, or without a caption, is not.
+  An image without regions is kept; one that cannot be decoded, or without a caption, is not. Where
+  the storage of an image fails, that is a `failures.TransientError`: the image may be good.
 
   Args:
     record: keys of `schema.RECORD_*`; the image may be the path of its file.
@@ -258,7 +259,9 @@ def check(
   image = record[schema.RECORD_IMAGE]
   if check_image:
     try:
-      image = as_jpeg(image.read_bytes() if isinstance(image, pathlib.Path) else image)
+      if isinstance(image, pathlib.Path):
+        image = failures.retry_read(image.read_bytes, image)
+      image = as_jpeg(image)
     except OSError:
       return Checked(None, [*dropped, ("records", MISSING_IMAGE)])
     except ValueError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from grain_jax import places
+from grain_jax import failures, places
 from grain_jax.evals import retrieval
 
 _IS = ("a", "an", "used")  # first words that "which is" goes before
@@ -299,7 +299,8 @@ def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
   places.check(path, "descriptors")
   path = pathlib.Path(path)
   try:
-    descriptors = json.loads(path.read_text(encoding="utf-8"))
+    text = failures.retry_read(lambda: path.read_text(encoding="utf-8"), path)
+    descriptors = json.loads(text)
   except OSError as error:
     raise ValueError(
       f"descriptors = {str(path)!r}: {error.strerror}. Give a JSON file {{class: [descriptor]}}."

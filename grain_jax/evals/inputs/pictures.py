@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from grain_jax import failures
 from grain_jax.data import records, transforms
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.share import ALONE, Share
@@ -68,7 +69,12 @@ class Encoded(NamedTuple):
 
 
 def open_picture(source: Source) -> Image.Image:
-  """A picture as RGB; a one-line ValueError where it cannot be read."""
+  """A picture as RGB.
+
+  Raises:
+    ValueError: there is none, or what is there is none; one line.
+    failures.TransientError: the storage of its file fails; that says nothing of the picture.
+  """
   if isinstance(source, Image.Image):
     return source.convert("RGB")
   if isinstance(source, np.ndarray):
@@ -80,7 +86,7 @@ def open_picture(source: Source) -> Image.Image:
     return records.decode_image(source)
   path = pathlib.Path(source)
   try:
-    return records.decode_image(path.read_bytes())
+    return records.decode_image(failures.retry_read(path.read_bytes, path))
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}") from error
   except ValueError as error:
@@ -158,6 +164,7 @@ def encode(
 
   Raises:
     ValueError: there is no picture, or none that can be read.
+    failures.TransientError: the storage of a picture fails.
   """
   unreadable, index, parts = Unreadable(), [], []
   for batch in batches(

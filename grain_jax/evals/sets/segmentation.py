@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from grain_jax import failures
 from grain_jax.evals import retrieval, segmentation
 from grain_jax.evals.inputs import pictures
 from grain_jax.evals.inputs.encoders import Encoders
@@ -152,8 +154,10 @@ def check_files(items: Sequence[Item], what: str, kind: str) -> None:
         f"{what}: {len(missing)} of {len(items)} files are missing, the first {missing[0]}. "
         "Unpack the archive again."
       )
+  first = items[0].picture
   try:
-    with Image.open(items[0].picture) as picture:
+    data = failures.retry_read(first.read_bytes, first)
+    with Image.open(io.BytesIO(data)) as picture:
       size = picture.height, picture.width
   except OSError:
     return  # `run` counts it
@@ -162,7 +166,7 @@ def check_files(items: Sequence[Item], what: str, kind: str) -> None:
 
 def read_png(path: pathlib.Path, size: tuple[int, int]) -> np.ndarray:
   """A mask file as it stands, u8 [H, W]; a one-line ValueError where it is not of this size."""
-  mask = segmentation.decode_mask(path.read_bytes(), str(path))
+  mask = segmentation.decode_mask(failures.retry_read(path.read_bytes, path), str(path))
   if mask.shape != tuple(size):
     raise ValueError(
       f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its picture "
