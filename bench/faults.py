@@ -8,6 +8,7 @@ scenes, in one process and in two, and does to it what machines do:
   lost_process  SIGKILL of one of two processes
   slow_process  one of two processes stands still for half of the time
   late_process  the data of one of two stop coming, as where a mount is lost
+  lost_storage  the shards of one of two processes are cut short, and mended
   full_disk     no file can grow while a checkpoint is written (RLIMIT_FSIZE)
   bad_shard     a shard of the data is overwritten between epochs, and mended
   elastic       SIGTERM to one of four processes; one, two and eight go on
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import random
 import resource
@@ -194,6 +196,29 @@ class Faults:
     result |= {"codes": codes, "seconds": round(seconds, 1), "line": line}
     return result | {"equal": result["equal"] and named and codes == [EXIT_RESTART, EXIT_RESTART]}
 
+  def lost_storage(self) -> dict[str, Any]:
+    """One of two loses its data, on a mount of its own: both end, and the last checkpoint stays."""
+    workdir = self.folder / "lost-storage"
+    data = shutil.copytree(self.data, self.folder / "lost-scenes")
+    ahead = "--config.data.prefetch=1"  # or all 12 steps are read before it shows
+    pair = several.start_several(self.data, workdir, 2, ahead, last_data=data)
+    several.wait_for_step(2, workdir, *pair)
+    shards = {path: path.read_bytes() for path in data.rglob("*train*array_record*")}
+    for path, whole in shards.items():
+      os.truncate(path, len(whole) // 3)
+    began = time.monotonic()
+    codes = several.end(pair)
+    seconds, kept = time.monotonic() - began, runs.saved_steps(workdir)
+    lines = [_line(several.said(workdir, f"p{i}-"), "cannot be read") for i in (0, 1)]
+    self.say(f"lost storage: codes {codes} after {seconds:.1f} s, checkpoints {kept}: {lines[0]}")
+    for path, whole in shards.items():
+      path.write_bytes(whole)
+    several.finish_several(self.data, workdir, 2, ahead)
+    result = self._equal(workdir, 2)
+    good = codes == [RESTART, RESTART] and bool(kept) and kept[-1] < 12 and all(lines)
+    result |= {"codes": codes, "seconds": round(seconds, 1), "kept": kept, "line": lines[0]}
+    return result | {"equal": result["equal"] and good}
+
   def full_disk(self) -> dict[str, Any]:
     """From the first checkpoint on no file can grow past 64 KiB, then there is room again."""
     workdir = self.folder / "full"
@@ -287,6 +312,7 @@ SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
   "lost_process": Faults.lost_process,
   "slow_process": Faults.slow_process,
   "late_process": Faults.late_process,
+  "lost_storage": Faults.lost_storage,
   "full_disk": Faults.full_disk,
   "bad_shard": Faults.bad_shard,
   "elastic": Faults.elastic,

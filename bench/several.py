@@ -42,14 +42,19 @@ def find_line(text: str, word: str) -> str:
 
 
 def start_several(
-  data: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str, last: Sequence[str] = MAIN
+  data: pathlib.Path,
+  workdir: pathlib.Path,
+  count: int,
+  *flags: str,
+  last: Sequence[str] = MAIN,
+  last_data: pathlib.Path | None = None,
 ) -> list[subprocess.Popen]:
   """`count` processes of one run; their names are 'p0-', 'p1-', ...; the last may run another
-  program."""
+  program, and read another copy of the data."""
   address = (f"--coordinator_address=127.0.0.1:{runs.free_port()}", f"--num_processes={count}")
   return [
     runs.start(
-      data,
+      last_data if last_data is not None and i == count - 1 else data,
       workdir,
       *PAIR,
       *flags,
