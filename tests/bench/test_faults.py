@@ -1,5 +1,7 @@
-"""Two real processes: preempted, one killed, and gone on with as one; a disk that fills."""
+"""Two real processes: preempted, one killed, and gone on with as one; storage that is lost."""
 
+import os
+import shutil
 import signal
 import time
 
@@ -43,6 +45,32 @@ def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
   assert several.losses(run) == pytest.approx(several.losses(whole), rel=1e-4)
 
 
+# `grain_jax.main` that waits less for lost storage.
+_IMPATIENT = """
+from grain_jax import cli, failures, main
+
+failures.RETRY_DELAYS = (0.1, 0.1)
+cli.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_storage_lost_by_one_of_two_ends_both_with_its_line(scenarios, tmp_path):
+  data, run = shutil.copytree(scenarios.data, tmp_path / "copy"), tmp_path / "run"
+  pair = several.start_several(
+    scenarios.data, run, 2, "--config.data.prefetch=1", last=("-c", _IMPATIENT), last_data=data
+  )
+  several.wait_for_step(3, run, *pair)
+  for shard in data.glob("*train*array_record*"):
+    os.truncate(shard, shard.stat().st_size // 3)
+  assert several.end(pair) == [RESTART, RESTART], several.said(run)
+  for i in (0, 1):
+    said = several.said(run, f"p{i}-")
+    assert f"{data}/" in said and "cannot be read" in said and "Traceback" not in said
+  assert max(several.losses(run)) < 12 and kills.saved_steps(run)
+  assert all(loss > 0 for loss in several.losses(run).values())
+
+
 def test_what_the_scenarios_look_at(tmp_path):
   assert several.lines(tmp_path) == 0
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
@@ -54,8 +82,6 @@ def test_what_the_scenarios_look_at(tmp_path):
 
 
 def test_an_overwritten_shard_is_whole_again(scenarios, scenes_dir, tmp_path):
-  import shutil
-
   data = shutil.copytree(scenes_dir, tmp_path / "copy")
   before = {p: p.read_bytes() for p in data.rglob("*array_record*")}
   with scenarios._overwritten_shard(data):

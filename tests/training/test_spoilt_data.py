@@ -1,0 +1,81 @@
+"""A run whose data go bad under way: it ends, says why, and its last good checkpoint stays."""
+
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from grain_jax import failures
+from grain_jax.data import examples
+from grain_jax.runtime import checkpoint, metrics
+from grain_jax.training import loop as train
+
+SAVED = 3  # the first checkpoint, after which the data go bad
+
+
+@pytest.fixture
+def run(tiny, scenes_dir, tmp_path, monkeypatch):
+  """`run(spoil)` trains; `spoil(path)` is done to the largest training shard after a checkpoint."""
+  data = shutil.copytree(scenes_dir, tmp_path / "scenes")
+  monkeypatch.setattr(failures, "RETRY_DELAYS", (0.0, 0.01))
+  tiny.method, tiny.evals, tiny.steps = "clip", (), 60
+  tiny.save_every, tiny.log_every, tiny.keep_checkpoints = SAVED, 1, 2
+  tiny.data.update(dir=str(data), prefetch=1, threads=1)
+  tiny.model.text.depth = tiny.model.image.depth = 1
+  save = checkpoint.Checkpoints.save
+
+  def start(spoil):
+    def save_and_spoil(self, step, *arguments):
+      save(self, step, *arguments)
+      if step == SAVED:
+        spoil(max(data.glob("*train*array_record-*"), key=lambda p: p.stat().st_size))
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_spoil)
+    train.train(tiny, str(tmp_path / "run"))
+
+  start.workdir = tmp_path / "run"
+  return start
+
+
+def assert_last_good_checkpoint_stays(workdir):
+  lines = metrics.read_jsonl(workdir / "metrics.jsonl")
+  assert lines[-1]["step"] < 60
+  assert not any(line["train/skipped_updates"] for line in lines)
+  saved = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+  assert saved and saved[-1] <= lines[-1]["step"] + 1
+  return lines
+
+
+def test_a_shard_cut_short_ends_the_run_as_lost_storage(run):
+  def cut(shard):
+    os.truncate(shard, shard.stat().st_size // 3)
+
+  with pytest.raises(failures.TransientError, match="record .* cannot be read: the shard has") as e:
+    run(cut)
+  assert "\n" not in str(e.value)
+  lines = assert_last_good_checkpoint_stays(run.workdir)
+  assert not any(line["train/bad_examples"] for line in lines)
+
+
+def test_a_shard_full_of_damage_ends_the_run_as_bad_records(run, capsys):
+  def damage(shard):
+    """More than half of the records, in place; array_record keeps its index at the end."""
+    with shard.open("r+b") as file:
+      file.write(np.random.default_rng(0).bytes(shard.stat().st_size // 3))
+
+  with pytest.raises(
+    examples.BadRecord, match=r"bad.*the last one is .*array_record.*, record \d+"
+  ):
+    run(damage)
+  lines = assert_last_good_checkpoint_stays(run.workdir)
+  said = capsys.readouterr().out
+  assert any(f"{line['train/bad_examples']:.0f} bad record" in said for line in lines[-3:])
+
+
+def test_the_data_that_are_never_spoilt_serve_to_the_end(run):
+  run(lambda shard: None)
+  lines = metrics.read_jsonl(run.workdir / "metrics.jsonl")
+  assert lines[-1]["step"] == 60 and jax.process_count() == 1
+  assert all(line.get("train/shard_opens_per_1000", 0) == 0 for line in lines[2:])
