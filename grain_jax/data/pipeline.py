@@ -86,7 +86,7 @@ class TrainBatches:
     except BaseException as error:
       # Its frames hold the iterator. What `examples` raised has its own line instead of tf.data's.
       raised = error
-      if not isinstance(error, examples_lib.BadRecord):
+      if isinstance(error, Exception) and not isinstance(error, examples_lib.BadRecord):
         raised = self._examples.failure or error
       raised = raised.with_traceback(None)
     self.close()

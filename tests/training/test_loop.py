@@ -13,7 +13,7 @@ from grain_jax.training import loop as train
 
 SPEEDS = (
   "train/samples_per_second", "train/data_wait_seconds", "train/data_wait_share",
-  "train/host_memory_gib",
+  "train/host_memory_gib", "train/shard_opens_per_1000",
 )  # fmt: skip
 
 
