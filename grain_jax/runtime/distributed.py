@@ -200,9 +200,8 @@ def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   known = isinstance(error, cli.USER_ERRORS) or failures.restart_helps(error)
   if not known or flags.FLAGS.traceback:
     traceback.print_exc()
-  if _LOST.search(text.lower()) and not failures.restart_helps(
-    error
-  ):  # then the watchdog knows more, in a moment
+  # A lost process is behind it, perhaps: then the watchdog knows more in a moment.
+  if _LOST.search(text.lower()) and not failures.restart_helps(error):
     watchdog.suspect()
     time.sleep(watchdog.patience + 5)
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
