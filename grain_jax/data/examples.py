@@ -70,7 +70,7 @@ class Examples:
     self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
     self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
-    self.failure: Exception | None = None  # on which to stop
+    self.failure: Exception | None = None  # the first one on which to stop
     self._lock = threading.Lock()
     for key, least in (("row_length", 2), ("max_regions", 0)):
       if config.data[key] < least:

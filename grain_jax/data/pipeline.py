@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from grain_jax import schema
+from grain_jax import failures, schema
 from grain_jax.data import bad_records, sampler
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import examples as examples_lib
@@ -79,16 +79,15 @@ class TrainBatches:
       failures.TransientError: the storage of the records failed; one line.
     """
     try:
-      batch = dict(zip(schema.BATCH, next(self._batches[0]), strict=True))
+      *arrays, done = next(self._batches[0])
+      if not done.all():
+        raise self._examples.failure
+      batch = dict(zip(schema.BATCH, arrays, strict=True))
       self._check(batch["example_mask"])
       self._step += 1
       return batch
     except BaseException as error:
-      # Its frames hold the iterator. What `examples` raised has its own line instead of tf.data's.
-      raised = error
-      if isinstance(error, Exception) and not isinstance(error, examples_lib.BadRecord):
-        raised = self._examples.failure or error
-      raised = raised.with_traceback(None)
+      raised = error.with_traceback(None)  # its frames hold the iterator
     self.close()
     raise raised
 
@@ -178,16 +177,20 @@ def train_batches(
     return indices_of(int(step)).reshape(-1, chunk), np.int64(int(step) // steps)
 
   def load(indices, epoch):
-    return examples.chunk(indices, int(epoch)).arrays
+    """Arrays of a chunk, and whether it was made: tf.data would log an error at length."""
+    try:
+      return *examples.chunk(indices, int(epoch)).arrays, np.ones(chunk, bool)
+    except (examples_lib.BadRecord, failures.TransientError):  # kept as `examples.failure`
+      return *(np.zeros(shape, dtype) for shape, dtype in shapes), np.zeros(chunk, bool)
 
   sizes = dict(image_size=examples.size, row_length=examples.row_length)
   sizes |= dict(regions=examples.regions, negatives=negatives)
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())
-  types = [tf.as_dtype(dtype) for _, dtype in shapes]
+  types = [*(tf.as_dtype(dtype) for _, dtype in shapes), tf.bool]
 
   def load_chunk(indices, epoch):
     arrays = tf.numpy_function(load, [indices, epoch], types, stateful=False)
-    for array, (shape, _) in zip(arrays, shapes, strict=True):
+    for array, shape in zip(arrays, [*(shape for shape, _ in shapes), (chunk,)], strict=True):
       array.set_shape(shape)
     return tuple(arrays)
 

@@ -196,15 +196,15 @@ def _line(error: BaseException) -> str:
 def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   """Ends this process and all others with the line of `error`."""
   text = str(error)
-  again = of_machine(error) or failures.restart_helps(error)
-  known = isinstance(error, cli.USER_ERRORS) or failures.restart_helps(error)
-  if not known or flags.FLAGS.traceback:
-    traceback.print_exc()
+  transient = failures.restart_helps(error)
   # A lost process is behind it, perhaps: then the watchdog knows more in a moment.
-  if _LOST.search(text.lower()) and not failures.restart_helps(error):
+  if _LOST.search(text.lower()) and not transient:
     watchdog.suspect()
     time.sleep(watchdog.patience + 5)
+  if not (transient or isinstance(error, cli.USER_ERRORS)) or flags.FLAGS.traceback:
+    traceback.print_exc()
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
+  again = transient or of_machine(error)
   watchdog.end(RESTART if again else code, _line(error))
   raise SystemExit(code)
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -72,10 +71,3 @@ def test_a_shard_full_of_damage_ends_the_run_as_bad_records(run, capsys):
   lines = assert_last_good_checkpoint_stays(run.workdir)
   said = capsys.readouterr().out
   assert any(f"{line['train/bad_examples']:.0f} bad record" in said for line in lines[-3:])
-
-
-def test_the_data_that_are_never_spoilt_serve_to_the_end(run):
-  run(lambda shard: None)
-  lines = metrics.read_jsonl(run.workdir / "metrics.jsonl")
-  assert lines[-1]["step"] == 60 and jax.process_count() == 1
-  assert all(line.get("train/shard_opens_per_1000", 0) == 0 for line in lines[2:])
