@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,6 +126,8 @@ class _Split:
     self.starts = [0, *itertools.accumulate(shard["records"] for shard in entry["shards"])]
     self.counts = ReadCounts(0, 0)
     self._lock = threading.Lock()
+    self._owner = object()  # a directory that was built anew is another dataset
+    weakref.finalize(self, shards.READERS.forget, self._owner).atexit = False
 
   def locate(self, index: int) -> tuple[pathlib.Path, int]:
     shard = bisect.bisect_right(self.starts, index) - 1
@@ -157,8 +161,13 @@ class _Split:
     return [self._read_record(shard, place) for place in inside]
 
   def _read_once(self, shard: int, inside: list[int]) -> list[bytes]:
-    with shards.READERS.reader(self.paths[shard], lambda: self._count(opens=1)) as reader:
+    with self._reader(shard) as reader:
       return reader.read(inside)
+
+  def _reader(self, shard: int) -> contextlib.AbstractContextManager[Any]:
+    return shards.READERS.reader(
+      self.paths[shard], owner=self._owner, on_open=lambda: self._count(opens=1)
+    )
 
   def _read_record(self, shard: int, place: int) -> bytes | ValueError:
     """A record; the error of a damaged one. What the storage fails to give is asked for again."""
@@ -177,7 +186,7 @@ class _Split:
           return data
         reason = " ".join(str(error).split())[:200]
         return ValueError(f"{where}: cannot be read ({reason}).")
-      shards.READERS.discard(self.paths[shard])
+      shards.READERS.discard(self.paths[shard], owner=self._owner)
       if last:
         raise failures.lost(where, lost)
     raise AssertionError("`attempts` ends with a last one")
@@ -195,8 +204,10 @@ class _Split:
       system = None if error is None else shards.system_error(error, path)
       if system is not None:
         return system
-      shards.READERS.discard(path)  # so that it is the file of now that is looked at
-      with shards.READERS.reader(path, lambda: self._count(opens=1)) as reader:
+      shards.READERS.discard(
+        path, owner=self._owner
+      )  # so that it is the file of now that is looked at
+      with self._reader(shard) as reader:
         held = reader.num_records()
     except OSError as failed:
       return failed

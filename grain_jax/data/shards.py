@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -64,6 +64,9 @@ def _open_reader(path: str) -> Any:
   return reader
 
 
+_Key = tuple[str, Hashable]  # path and owner
+
+
 class _Entry:
   """A reader, who uses it, and whether it is to be closed by the last of them."""
 
@@ -85,7 +88,8 @@ class ReaderPool:
     """`limit`: most readers open at a time; None: by this process's limit, at the first read."""
     self.opens = 0
     self._limit, self._open_reader = limit, open_reader
-    self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
+    self._entries: collections.OrderedDict[_Key, _Entry] = collections.OrderedDict()
+    self._forgotten: collections.deque[Hashable] = collections.deque()  # owners
     self._count = 0  # readers open or being opened, discarded ones that are still used among them
     self._changed = threading.Condition()
 
@@ -101,23 +105,28 @@ class ReaderPool:
 
   @contextlib.contextmanager
   def reader(
-    self, path: str | pathlib.Path, on_open: Callable[[], None] = lambda: None
+    self,
+    path: str | pathlib.Path,
+    *,
+    owner: Hashable = None,
+    on_open: Callable[[], None] = lambda: None,
   ) -> Iterator[Any]:
     """A reader of `path`, which stays open at least until the block ends.
 
     Args:
       path: of the shard.
+      owner: for whom; another one opens the file anew, which may have been replaced meanwhile.
       on_open: called where it had to be opened.
 
     Raises:
       OSError: it cannot be opened, or is no whole ArrayRecord file.
     """
-    key = str(path)
+    key = (str(path), owner)
     entry = self._acquire(key)
     try:
       with entry.lock:
         if entry.reader is None:
-          entry.reader = self._open(key)
+          entry.reader = self._open(str(path))
           on_open()
       yield entry.reader
     except BaseException:
@@ -126,15 +135,27 @@ class ReaderPool:
     finally:
       self._release(entry)
 
-  def discard(self, path: str | pathlib.Path) -> None:
+  def discard(self, path: str | pathlib.Path, *, owner: Hashable = None) -> None:
     """Forgets the reader of `path`: the next use opens the file again."""
+    key = (str(path), owner)
     with self._changed:
-      entry = self._entries.get(str(path))
+      entry = self._entries.get(key)
     if entry is not None:
-      self._discard(str(path), entry)
+      self._discard(key, entry)
 
-  def _acquire(self, key: str) -> _Entry:
+  def forget(self, owner: Hashable) -> None:
+    """Has the readers of `owner` closed with the next use of the pool.
+
+    Not here: garbage is collected in the middle of anything, so of this pool's work too.
+    """
+    self._forgotten.append(owner)
+
+  def _acquire(self, key: _Key) -> _Entry:
     with self._changed:
+      while self._forgotten:
+        owner = self._forgotten.popleft()
+        for other, entry in [(k, e) for k, e in self._entries.items() if k[1] == owner]:
+          self._discard(other, entry)
       while (entry := self._entries.get(key)) is None:
         if self._count < self.limit:
           entry = self._entries[key] = _Entry()
@@ -156,14 +177,14 @@ class ReaderPool:
         return True
     return False
 
-  def _open(self, key: str) -> Any:
+  def _open(self, path: str) -> Any:
     while True:
       try:
-        reader = self._open_reader(key)
+        reader = self._open_reader(path)
         break
       except Exception as error:
         words = " ".join(str(error).split())
-        found = system_error(error, key) or OSError(errno.EIO, words, key)
+        found = system_error(error, path) or OSError(errno.EIO, words, path)
         # Where the rest of the process holds more files than was left to it, the pool gives way.
         if found.errno not in (errno.EMFILE, errno.ENFILE) or not self._shrink():
           raise found from error
@@ -178,7 +199,7 @@ class ReaderPool:
       self._limit = max(self._count, 1)
     return closed
 
-  def _discard(self, key: str, entry: _Entry) -> None:
+  def _discard(self, key: _Key, entry: _Entry) -> None:
     with self._changed:
       if entry.discarded:  # by another thread that used it
         return
@@ -206,4 +227,4 @@ def _close(entry: _Entry) -> None:
     entry.reader = None
 
 
-READERS = ReaderPool()  # of all data sets that this process reads
+READERS = ReaderPool()  # of all datasets that this process reads

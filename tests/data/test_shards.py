@@ -237,6 +237,27 @@ def test_all_shards_stay_open_where_half_of_the_hard_limit_allows(many_shards):
   assert 2100 < found["opens"] == found["files"] == found["most"] <= SHARDS
 
 
+def test_a_dataset_built_anew_is_not_read_through_the_old_shards(tmp_path):
+  def key():
+    opened = dataset.open_dataset(tmp_path / "d")
+    return opened.parse("train", 0).key, opened
+
+  toy_data.built(tmp_path / "d", [toy_data.record(0), toy_data.record(1)])
+  first, kept = key()
+  toy_data.built(tmp_path / "d", [toy_data.record(2), toy_data.record(3)], overwrite=True)
+  second, _ = key()
+  assert (first, second) == (b"r0", b"r2") and kept.parse("train", 1).key == b"r1"
+
+
+def test_shards_of_a_dataset_that_is_gone_are_closed(tmp_path):
+  pool, opened = pool_of(3)
+  with pool.reader("a", owner=1), pool.reader("a", owner=2):
+    assert opened["a"] == 2
+  pool.forget(1)
+  use(pool, "b")
+  assert +opened == dict(a=1, b=1) and len(pool) == 2
+
+
 def test_opens_are_counted_for_each_split(tmp_path):
   pairs = [*(toy_data.record(i) for i in range(8)), ("val", toy_data.record(9))]
   opened = dataset.open_dataset(toy_data.built(tmp_path / "d", pairs))

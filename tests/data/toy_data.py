@@ -60,8 +60,9 @@ def quiet(line):
   """Takes the lines of progress."""
 
 
-def built(directory, records, *, shard_size=4, **options):
-  build.build(source(records, **options), directory, shard_size=shard_size, workers=2, say=quiet)
+def built(directory, records, *, shard_size=4, overwrite=False, **options):
+  made = source(records, **options)
+  build.build(made, directory, shard_size=shard_size, workers=2, say=quiet, overwrite=overwrite)
   return directory
 
 
