@@ -209,13 +209,13 @@ class Faults:
     began = time.monotonic()
     codes = several.end(pair)
     seconds, kept = time.monotonic() - began, runs.saved_steps(workdir)
-    lines = [_line(several.said(workdir, f"p{i}-"), "cannot be read") for i in (0, 1)]
+    lines = [several.find_line(several.said(workdir, f"p{i}-"), "cannot be read") for i in (0, 1)]
     self.say(f"lost storage: codes {codes} after {seconds:.1f} s, checkpoints {kept}: {lines[0]}")
     for path, whole in shards.items():
       path.write_bytes(whole)
     several.finish_several(self.data, workdir, 2, ahead)
-    result = self._equal(workdir, 2)
-    good = codes == [RESTART, RESTART] and bool(kept) and kept[-1] < 12 and all(lines)
+    result = self.compare(workdir, 2)
+    good = codes == [EXIT_RESTART, EXIT_RESTART] and bool(kept) and kept[-1] < 12 and all(lines)
     result |= {"codes": codes, "seconds": round(seconds, 1), "kept": kept, "line": lines[0]}
     return result | {"equal": result["equal"] and good}
 
