@@ -173,7 +173,7 @@ def execute(
 
   stopped = threading.Event()
 
-  def one(run: Run) -> str:
+  def execute_one(run: Run) -> str:
     if stopped.is_set():
       raise concurrent.futures.CancelledError
     cores, began = free.get(), time.monotonic()
@@ -194,7 +194,7 @@ def execute(
     return f"{run.name}: {', '.join(shown) or failed} ({minutes:.1f} min)"
 
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    futures = [pool.submit(one, run) for run in waiting]
+    futures = [pool.submit(execute_one, run) for run in waiting]
     try:
       for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
         say(f"[{done}/{len(waiting)}] {future.result()}")

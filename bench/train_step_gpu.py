@@ -273,7 +273,7 @@ def flops_per_sample(recipe: str, *, batch: int, row_length: int) -> dict[str, f
     step = steps.make_train_step(grain.build(config), config, mesh, optimizer, shardings)
     jaxpr = step.trace(state, initial.dummy_batch(config, batch)).jaxpr
   mean = (sum(sides.CAPTION_TOKENS) / 2, sum(sides.DESCRIPTION_TOKENS) / 2)
-  found = useful.useful(
+  found = useful.useful_flops(
     flops.count(jaxpr.jaxpr), config, batch=batch, caption=mean[0], description=mean[1]
   )
   return {"useful": found / batch, "padded": utilization.model_flops(config)}

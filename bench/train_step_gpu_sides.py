@@ -112,7 +112,7 @@ class Ours:
       + planned.argument_size_in_bytes
       + planned.output_size_in_bytes
       - planned.alias_size_in_bytes,
-      "attention_taken": attention.taken(),
+      "attention_taken": attention.implementations(),
     }
 
 

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.batch_size = 2048  # images a step, over all devices
   c.epochs = 35.0  # passes over the training split
   c.steps = 0  # if positive: length of the run in steps, instead of epochs
-  c.accumulate = 1  # parts in which a step encodes its batch, to save memory; same gradient
+  c.accumulate = 1  # microbatches in which a step encodes its batch, to save memory; same gradient
   c.compile_effort = 0.0  # -1..1; below 0 the program compiles sooner and runs slower (TPU)
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
   c.compile_cache = ""  # folder of compiled programs to keep; JAX keeps none with the host matcher
@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
-  c.model.remat = "none"  # what the backward pass computes again: none | elementwise (all but the
+  c.model.remat = "none"  # what the backward pass rematerialises: none | elementwise (all but the
   # matrix products) | attention (their products in attention too) | block (each block)
   c.model.attention = "auto"  # auto (cuDNN's fused one where that is possible: NVIDIA's GPUs,
   # bfloat16, no mask) | xla | cudnn (masked too, or an error; never with dropout)
@@ -188,7 +188,7 @@ def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigD
 
 
 def small(c: ml_collections.ConfigDict) -> None:
-  """A model of 8 M parameters, most of them token embeddings, for 96-pixel pictures.
+  """A model of 8 M parameters, most of them token embeddings, for 96-pixel images.
 
   Sine-cosine positions, wider initial weights and the stem are there to learn boxes and shapes in
   minutes.

@@ -3,18 +3,18 @@
 FILE.npz opens with `numpy.load(FILE, allow_pickle=False)` and holds
 
   embeddings   f32 [n, E], L2-normalised
-  paths        str [n]: of the pictures, from their folder          (--images)
+  paths        str [n]: of the images, from their folder            (--images)
   labels       i64 [n], where there are any                         (--images)
   label_names  str [C]: what the labels mean, unless they are numbers of the user's own
   regions      f32 [n, Q, E], L2-normalised                         (--regions)
   boxes        f32 [n, Q, 4]: (ymin, xmin, ymax, xmax) in [0, 1]    (--regions)
   texts        str [n]                                              (--texts)
   metadata     str []: a JSON object with the checkpoint, a fingerprint of the whole model, how
-               pictures became images, and how many inputs there were
+               images were resized, and how many inputs there were
 
---images is a folder (its pictures and those of its sub-folders, hidden ones left out, by path), a
-.txt file with the path of a picture a line, or a .csv file with the columns `image` and, if there
-are labels, `label`; paths in files start from the file's folder. Pictures that cannot be read are
+--images is a folder (its images and those of its sub-folders, hidden ones left out, by path), a
+.txt file with the path of an image a line, or a .csv file with the columns `image` and, if there
+are labels, `label`; paths in files start from the file's folder. Images that cannot be read are
 counted, named and left out.
 """
 
@@ -43,7 +43,7 @@ from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.evals import retrieval
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain
 from grain_jax.runtime import addresses, distributed
@@ -55,7 +55,7 @@ _SAY_EVERY = 10.0  # seconds between lines of progress
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """Pictures to embed."""
+  """Images to embed."""
 
   files: Sequence[pathlib.Path]  # n of them
   paths: Sequence[str]  # of each, as it is written into the result
@@ -64,21 +64,21 @@ class Inputs:
 
 
 def find(images: str, *, labels: str = "") -> Inputs:
-  """The pictures of --images.
+  """The images of --images.
 
   Args:
     images: a folder, or a .txt or .csv file; see the module.
-    labels: 'folders': a picture's label is the sub-folder that it lies in, of the first level.
+    labels: 'folders': an image's label is the sub-folder that it lies in, of the first level.
 
   Raises:
-    ValueError: there is nothing there, or no picture in it; one line.
+    ValueError: there is nothing there, or no image in it; one line.
   """
   places.check(images, "--images")
   path = pathlib.Path(images)
   if labels and not path.is_dir():
     raise ValueError(f"--labels={labels} is for a folder of pictures, and --images={path} is none.")
   if path.is_dir():
-    return _of_folder(path, labels=labels)
+    return _find_in_folder(path, labels=labels)
   if not path.is_file():
     raise ValueError(f"--images={path}: there is no such folder or file. Correct the path.")
   if path.suffix.lower() == ".txt":
@@ -97,7 +97,7 @@ def find(images: str, *, labels: str = "") -> Inputs:
   return found if own is None else dataclasses.replace(found, **_numbered(own))
 
 
-def _of_folder(folder: pathlib.Path, *, labels: str) -> Inputs:
+def _find_in_folder(folder: pathlib.Path, *, labels: str) -> Inputs:
   files = (pathlib.Path(file) for file in _walk(str(folder), frozenset()))
   paths = sorted(file.relative_to(folder).as_posix() for file in files)
   if not paths:
@@ -119,7 +119,7 @@ def _of_folder(folder: pathlib.Path, *, labels: str) -> Inputs:
 
 
 def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
-  """Pictures below a folder; links are followed, but not back to a folder that they lie in."""
+  """Images below a folder; links are followed, but not back to a folder that they lie in."""
   real = os.path.realpath(folder)
   if real in above:
     return
@@ -186,16 +186,16 @@ def embed_images(
   regions: bool = False,
   warn: Callable[[str], None] = print,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-  """(arrays, counts) of the pictures that can be read, in their order; names as in the module.
+  """(arrays, counts) of the images that can be read, in their order; names as in the module.
 
   Args:
     encoders: of the model.
-    inputs: the pictures.
+    inputs: the images.
     regions: whether region embeddings and their boxes are wanted too.
-    warn: gets one line about pictures that cannot be read.
+    warn: gets one line about images that cannot be read.
 
   Raises:
-    failures.TransientError: the storage of a picture fails.
+    failures.TransientError: the storage of an image fails.
     ValueError: none can be read, or a model without region queries is asked for regions.
   """
   if regions:
@@ -205,7 +205,7 @@ def embed_images(
     whole = (encoders.image(images),)
     return whole + encoders.regions(images) if regions else whole
 
-  encoded = pictures.encode(encode, inputs.files, encoders, what="embed", warn=warn)
+  encoded = images_lib.encode(encode, inputs.files, encoders, what="embed", warn=warn)
   arrays = {"embeddings": retrieval.check_embeddings(encoded.values[0], name="the image encoder")}
   if regions:
     arrays["regions"] = retrieval.check_embeddings(encoded.values[1], name="the region encoder")
@@ -319,15 +319,15 @@ def check_space(path: str, config: ml_collections.ConfigDict, *, rows: int, regi
 class _Progress:
   """'12,800 pictures at 410/s' on stderr every few seconds; called after each batch."""
 
-  def __init__(self, total: int, batch_size: int, *, a_picture: int):
-    self._total, self._batch, self._calls = total, batch_size, a_picture
+  def __init__(self, total: int, batch_size: int, *, calls_per_image: int):
+    self._total, self._batch, self._calls = total, batch_size, calls_per_image
     self._done, self._start = 0, time.monotonic()
     self._next = self._start + _SAY_EVERY
 
   def __call__(self) -> None:
     self._done += 1
     now = time.monotonic()
-    if now >= self._next and distributed.index() == 0:
+    if now >= self._next and distributed.process_index() == 0:
       self._next = now + _SAY_EVERY
       seen = min(self._done // self._calls * self._batch, self._total)
       speed = seen / (now - self._start)
@@ -354,15 +354,15 @@ def _main(flag: flags.FlagValues) -> None:
       raise ValueError(f"--texts={flag.texts} holds no text. Write one into each line.")
   total = len(names)
   digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-  distributed.agree("command", {"--checkpoint": flag.checkpoint, "inputs": (total, digest)})
-  first = distributed.index() == 0
+  distributed.check_equal("command", {"--checkpoint": flag.checkpoint, "inputs": (total, digest)})
+  first = distributed.process_index() == 0
   opened = output(flag.out, overwrite=flag.overwrite) if first else contextlib.nullcontext()
   with opened as write:
     config, params, step = weights.open_checkpoint(flag.checkpoint, step=flag.step)
     if first:
       check_space(flag.out, config, rows=total, regions=flag.regions)
     batch_size = min(flag.batch_size or config.eval_batch_size, total)
-    progress = _Progress(total, batch_size, a_picture=1 + flag.regions)
+    progress = _Progress(total, batch_size, calls_per_image=1 + flag.regions)
     encoders, mesh = open_encoders(
       config, params, batch_size=batch_size, on_batch=progress if flag.images else lambda: None
     )

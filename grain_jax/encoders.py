@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from grain_jax import tokenizer as tokenizers
 from grain_jax import trees
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.inputs.share import ALONE, Share
+from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 from grain_jax.models import grain
 from grain_jax.runtime import mesh as meshes
 
@@ -35,7 +35,7 @@ def make(
   tokenizer: tokenizers.Tokenizer,
   on_batch: Callable[[], None] = lambda: None,
 ) -> Encoders:
-  """Encoders that cut their input into batches of `config.eval_batch_size`, padded at the end.
+  """Encoders that split their input into batches of `config.eval_batch_size`, padded at the end.
 
   They call `on_batch` after each.
   """
@@ -46,18 +46,18 @@ def make(
   def call(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
     """Applies a jitted encoder to rows of any number, in batches of one shape."""
     rows = len(arrays[0])
-    parts = []
+    outs = []
     for start in range(0, rows, size):
       chunk = [a[start : start + size] for a in arrays]
       pad = size - len(chunk[0])
       chunk = [np.pad(c, [(0, pad)] + [(0, 0)] * (c.ndim - 1)) for c in chunk]
-      # Every process has all rows and puts its own part on its devices.
-      placed = [
+      # Every process has all rows and puts its own shards on its devices.
+      sharded = [
         jax.make_array_from_callback(c.shape, sharding, lambda index, c=c: c[index]) for c in chunk
       ]
-      parts.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *placed)))  # noqa: B023
+      outs.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *sharded)))  # noqa: B023
       on_batch()
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *outs)
 
   def text(texts: Sequence[str]) -> np.ndarray:
     length = config.data.row_length
@@ -77,12 +77,12 @@ def make(
     has_regions=config.method != "clip",
     templates=tuple(config.zero_shot.templates),
     fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),
-    share=_share(mesh),
+    shard=_process_shard(mesh),
   )
 
 
 def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]:
-  """Jitted encoders of global arrays, with whole (replicated) results.
+  """Jitted encoders of global arrays, with replicated results.
 
   Returns:
     {'image': (params, u8 [B, H, W, 3]) -> [B, E],
@@ -90,7 +90,7 @@ def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]
      'patches': (params, u8 [B, H, W, 3]) -> [B, rows, columns, E],
      'text': (params, tokens, segments, positions [B, L], ends [B, T]) -> [B, T, E]}
   """
-  whole = meshes.replicated(mesh)
+  replicated = meshes.replicated(mesh)
 
   def apply(method: str, params: Any, *args: Array) -> Any:
     return model.apply({"params": params}, *args, method=method)
@@ -100,18 +100,18 @@ def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]
     return embeddings, boxes[-1]
 
   return {
-    "image": jax.jit(functools.partial(apply, "encode_image"), out_shardings=whole),
-    "regions": jax.jit(regions, out_shardings=whole),
-    "patches": jax.jit(functools.partial(apply, "encode_patches"), out_shardings=whole),
-    "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=whole),
+    "image": jax.jit(functools.partial(apply, "encode_image"), out_shardings=replicated),
+    "regions": jax.jit(regions, out_shardings=replicated),
+    "patches": jax.jit(functools.partial(apply, "encode_patches"), out_shardings=replicated),
+    "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=replicated),
   }
 
 
-def _share(mesh: Mesh) -> Share:
-  """What this process reads: nothing is shared where the mesh is within one process."""
+def _process_shard(mesh: Mesh) -> ProcessShard:
+  """What this process reads; all of it where the mesh is within one process."""
   if not mesh.is_multi_process:
-    return ALONE
-  return Share(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
+    return SINGLE_PROCESS
+  return ProcessShard(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
 
 
 def _fingerprint(

@@ -41,8 +41,8 @@ DIGITS = 6  # of results, after the point
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-  """A checkpoint to be evaluated."""
+class EvaluatedModel:
+  """A checkpoint to be evaluated, as it was read."""
 
   path: str
   config: ml_collections.ConfigDict
@@ -54,7 +54,7 @@ def check(
   config: ml_collections.ConfigDict, dataset: pipeline.Dataset | None, options: Options = DEFAULTS
 ) -> None:
   """Raises a one-line ValueError where `config.evals` asks for what cannot be had."""
-  ours, outside = _sort(config.evals)
+  ours, outside = _split_names(config.evals)
   if ours and dataset is None:
     raise ValueError(
       f"--evals={','.join(ours)} read a dataset that grain_jax.data.build wrote: give --data_dir."
@@ -84,7 +84,7 @@ def run(
   encoders = encoders_lib.make(
     config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
   )
-  ours, outside = _sort(config.evals)
+  ours, outside = _split_names(config.evals)
   attempt = attempts.Attempts(options.warn, _agree)
   outcome = built.run(ours, config, encoders, dataset, attempt=attempt)
   found = suite.run(suite.parse(outside), encoders, options, say=say, attempt=attempt)
@@ -142,15 +142,17 @@ def write(
   print("wrote " + ", ".join(map(str, [path, *written, folder / "report.html"])), flush=True)
 
 
-def describe(subject: Subject) -> dict[str, str]:
+def describe(evaluated: EvaluatedModel) -> dict[str, str]:
   """What a reader of the report wants to know of the model."""
-  config = subject.config
+  config = evaluated.config
   image = config.model.image
   return {
     "model": f"{config.method}, image tower {image.width} wide and {image.depth} deep, patches of "
     f"{image.patch} at {image.size} pixels",
-    "parameters": f"{trees.count(subject.params) / 1e6:.1f} M",
-    "checkpoint": subject.path if subject.step is None else f"{subject.path}, step {subject.step}",
+    "parameters": f"{trees.count(evaluated.params) / 1e6:.1f} M",
+    "checkpoint": evaluated.path
+    if evaluated.step is None
+    else f"{evaluated.path}, step {evaluated.step}",
     "data": config.data.dir or "outside datasets alone",
   }
 
@@ -164,7 +166,7 @@ def evaluate(
   batch_size: int = 0,
   options: Options = DEFAULTS,
   say: Callable[[str], None] = lambda line: None,
-) -> tuple[Outcome, Subject]:
+) -> tuple[Outcome, EvaluatedModel]:
   """Evaluates a checkpoint and writes nothing.
 
   Args:
@@ -177,13 +179,13 @@ def evaluate(
     say: gets a line before each of those.
 
   Returns:
-    Results with pictures for the report, and the checkpoint as it was read.
+    Results with examples for the report's figures, and the checkpoint as it was read.
 
   Raises:
     ValueError: one line, before anything is encoded where that can be.
   """
-  subject = Subject(str(path), *weights.open_checkpoint(path, step=step))
-  config = subject.config
+  evaluated = EvaluatedModel(str(path), *weights.open_checkpoint(path, step=step))
+  config = evaluated.config
   if evals:
     config.evals = tuple(evals)
   if data_dir:
@@ -195,27 +197,29 @@ def evaluate(
       f"{path} has no evaluations of its own (config.evals is empty): name some with --evals, "
       f"{', '.join(EVALS)} or FAMILY:SET."
     )
-  ours, _ = _sort(config.evals)
+  ours, _ = _split_names(config.evals)
   dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
   check(config, dataset, options)
-  distributed.agree("command", {"path": str(path), "step": subject.step, "evals": config.evals})
+  distributed.check_equal(
+    "command", {"path": str(path), "step": evaluated.step, "evals": config.evals}
+  )
   mesh = meshes.create(config, batches=("eval_batch_size",))
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   with jax.set_mesh(mesh):
     outcome = run(
       config,
       grain.build(config),
-      subject.params,
+      evaluated.params,
       dataset,
       mesh=mesh,
       tokenizer=tokenizer,
       options=options,
       say=say,
     )
-  return outcome, subject
+  return outcome, evaluated
 
 
-def _sort(evals: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_names(evals: Sequence[str]) -> tuple[list[str], list[str]]:
   """Names of evaluations on built data, and on outside datasets; unknown ones raise."""
   for name in evals:
     if ":" not in name and name not in EVALS:
@@ -238,7 +242,7 @@ def _main(flag: flags.FlagValues) -> None:
     )
   path = flag.workdir or flag.checkpoint
   out = pathlib.Path(flag.out or path)
-  first = distributed.index() == 0
+  first = distributed.process_index() == 0
   warnings: list[str] = []
 
   def warn(line: str) -> None:
@@ -256,7 +260,7 @@ def _main(flag: flags.FlagValues) -> None:
     cache=out / "prompts",
     warn=warn,
   )
-  outcome, subject = evaluate(
+  outcome, evaluated = evaluate(
     path,
     flag.evals,
     data_dir=flag.data_dir,
@@ -266,10 +270,10 @@ def _main(flag: flags.FlagValues) -> None:
     say=lambda line: print(line, flush=True) if first else None,
   )
   if first:
-    facts = describe(subject)
+    facts = describe(evaluated)
     if options.limit:
       facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
-    write(out, outcome, step=subject.step, facts=facts, warnings=warnings)
+    write(out, outcome, step=evaluated.step, facts=facts, warnings=warnings)
   if error := attempts.error_of(outcome.errors, kept=str(out / "results.json")):
     raise error
 

@@ -2,7 +2,7 @@
 
 A product of [.., M, K] and [.., K, N] is 2 M N K a batch entry, and nothing else counts. The count
 is exact for the program as written: bodies of scans count as often as they run, and what
-rematerialisation computes again counts again. Masked attention counts whole.
+is rematerialised counts again. Masked attention counts whole.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def _product(eqn: Any) -> int:
   return round(2 * terms * math.prod(eqn.outvars[0].aval.shape))
 
 
-def count(jaxpr: core.Jaxpr, *, turns: bool = True, path: str = "") -> dict[str, int]:
+def count(jaxpr: core.Jaxpr, *, trip_counts: bool = True, path: str = "") -> dict[str, int]:
   """FLOPs over all devices by the path of names ('/jvp(Grain)/.../mlp/fc1') they stand under.
 
   Args:
     jaxpr: a traced function.
-    turns: bodies of scans count as often as they run; else once, as XLA's cost analysis has it.
+    trip_counts: bodies of scans count as often as they run; else once, as XLA's analysis has it.
     path: names above.
 
   Raises:
@@ -52,16 +52,16 @@ def count(jaxpr: core.Jaxpr, *, turns: bool = True, path: str = "") -> dict[str,
   found: dict[str, int] = {}
   for eqn in jaxpr.eqns:
     where = f"{path}/{eqn.source_info.name_stack}"
-    if own := _product(eqn):
-      found[where] = found.get(where, 0) + own
+    if product_flops := _product(eqn):
+      found[where] = found.get(where, 0) + product_flops
       continue
-    inner = [count(body, turns=turns, path=where) for body in _inner(eqn.params)]
+    inner = [count(body, trip_counts=trip_counts, path=where) for body in _inner(eqn.params)]
     name = eqn.primitive.name
     if name == "while" and any(inner):
       raise ValueError(f"{where}: a while loop with a matrix product has no FLOP count. Use scan.")
     if name == "cond":
       inner = [max(inner, key=lambda counts: sum(counts.values()))]
-    times = eqn.params["length"] if name == "scan" and turns else 1
+    times = eqn.params["length"] if name == "scan" and trip_counts else 1
     if name == "shard_map":
       shape = eqn.params["mesh"].shape
       times = math.prod(shape[axis] for axis in eqn.params["newly_manual_axes"])

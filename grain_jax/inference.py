@@ -21,8 +21,8 @@ from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain
 from grain_jax.runtime import mesh as meshes
 
-# A picture: PIL, u8 [H, W, 3], or the path of a file.
-Picture = Image.Image | np.ndarray | str | os.PathLike
+# An image: PIL, u8 [H, W, 3], or the path of a file.
+ImageInput = Image.Image | np.ndarray | str | os.PathLike
 _LARGEST_BATCH = 64  # images or rows of text in one call of the compiled encoder
 
 
@@ -42,7 +42,7 @@ class Model:
   def __init__(self, config: ml_collections.ConfigDict, params: Any):
     self.config = config
     self.tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-    self._mesh = meshes.create(self._of_batch(1), devices=jax.local_devices()[:1])
+    self._mesh = meshes.create(self._with_batch_size(1), devices=jax.local_devices()[:1])
     self._model = grain.build(config)
     self._params = meshes.replicate(params, self._mesh)
     self._encoders: dict[int, Encoders] = {}
@@ -62,7 +62,7 @@ class Model:
     with jax.set_mesh(self._mesh):
       return self._encoder(len(texts)).text(texts)
 
-  def encode_image(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+  def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images (PIL, u8 [H, W, 3], paths; or u8 [N, H, W, 3]) -> f32 [N, E], L2-normalised."""
     pixels = self.preprocess(images)
     if not len(pixels):
@@ -70,7 +70,7 @@ class Model:
     with jax.set_mesh(self._mesh):
       return self._encoder(len(pixels)).image(pixels)
 
-  def encode_patches(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+  def encode_patches(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images, squashed -> their patches in the space of the texts, f32 [N, rows, columns, E]."""
     pixels = self._pixels(images, "squash")  # patches are of the whole image
     if not len(pixels):
@@ -79,7 +79,7 @@ class Model:
     with jax.set_mesh(self._mesh):
       return self._encoder(len(pixels)).patches(pixels)
 
-  def describe_regions(self, image: Picture, descriptions: str | Sequence[str]) -> Regions:
+  def describe_regions(self, image: ImageInput, descriptions: str | Sequence[str]) -> Regions:
     """For each description the region query that means it most: (boxes [N, 4], scores [N]).
 
     Several descriptions may have the same region; a low score says that it is not to be seen.
@@ -108,7 +108,7 @@ class Model:
 
   def classify(
     self,
-    images: Picture | Sequence[Picture],
+    images: ImageInput | Sequence[ImageInput],
     classes: Sequence[str],
     descriptors: Mapping[str, Sequence[str]] | None = None,
   ) -> np.ndarray:
@@ -125,7 +125,7 @@ class Model:
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
-  def preprocess(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+  def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """Images as the model sees them (`config.data.eval_resize`): u8 [N, size, size, 3].
 
     Raises:
@@ -134,16 +134,16 @@ class Model:
     # config.json of older runs lacks the key
     return self._pixels(images, self.config.data.get("eval_resize", "squash"))
 
-  def _pixels(self, images: Picture | Sequence[Picture], how: str) -> np.ndarray:
+  def _pixels(self, images: ImageInput | Sequence[ImageInput], how: str) -> np.ndarray:
     single = isinstance(images, (Image.Image, str, os.PathLike)) or (
       isinstance(images, np.ndarray) and images.ndim == 3
     )
-    pictures = [images] if single else list(images)
+    items = [images] if single else list(images)
     size = self.config.model.image.size
-    pixels = [transforms.resize(_picture(p, i), size, how) for i, p in enumerate(pictures)]
+    pixels = [transforms.resize(_to_pil(p, i), size, how) for i, p in enumerate(items)]
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
-  def _of_batch(self, size: int) -> ml_collections.ConfigDict:
+  def _with_batch_size(self, size: int) -> ml_collections.ConfigDict:
     """The configuration with `size` rows a call, on the one device."""
     config = ml_collections.ConfigDict(self.config.to_dict())
     config.eval_batch_size = config.batch_size = size
@@ -155,7 +155,7 @@ class Model:
     size = min(1 << (rows - 1).bit_length(), _LARGEST_BATCH)
     if size not in self._encoders:
       self._encoders[size] = encoders.make(
-        self._of_batch(size),
+        self._with_batch_size(size),
         self._model,
         self._params,
         mesh=self._mesh,
@@ -177,20 +177,20 @@ def _texts(texts: str | Sequence[str], name: str) -> list[str]:
   return found
 
 
-def _picture(picture: Any, index: int) -> Image.Image:
+def _to_pil(image: Any, index: int) -> Image.Image:
   """RGB; one line about what cannot be read."""
-  if isinstance(picture, (str, os.PathLike)):
-    places.check(picture, f"images[{index}]")
-    file = pathlib.Path(picture)
+  if isinstance(image, (str, os.PathLike)):
+    places.check(image, f"images[{index}]")
+    file = pathlib.Path(image)
     if not failures.retry_read(file.is_file, file):
       raise ValueError(f"images[{index}]: there is no file {file}.")
     try:
       return records.decode_image(failures.retry_read(file.read_bytes, file))
     except ValueError as error:
       raise ValueError(f"images[{index}], {file}: {error}") from error
-  if isinstance(picture, Image.Image):
-    return picture.convert("RGB")
-  array = np.asarray(picture)
+  if isinstance(image, Image.Image):
+    return image.convert("RGB")
+  array = np.asarray(image)
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
     raise ValueError(
       f"images[{index}] is {array.dtype} {list(array.shape)}: give u8 [H, W, 3] with values of 0 "

@@ -256,11 +256,11 @@ class Tokenizer:
     lengths = np.array([len(i) if t else 0 for t, i in zip(flat, ids, strict=True)], np.int64)
     lengths = lengths.reshape(len(texts), slots)
     lengths[:, 0] = np.minimum(lengths[:, 0], row_length)
-    kept = _fitting(lengths, np.asarray(scores, np.float64), row_length)
+    kept = _select_fitting(lengths, np.asarray(scores, np.float64), row_length)
     dropped = ((lengths > 0) & ~kept).sum(axis=1, dtype=np.int32)
     lengths = np.where(kept, lengths, 0)
-    pieces = [_cut(i, n) for i, n in zip(ids, lengths.ravel(), strict=True) if n]
-    return Packed(*_lay_out(pieces, lengths, row_length), dropped=dropped)
+    token_ids = [_truncate(i, n) for i, n in zip(ids, lengths.ravel(), strict=True) if n]
+    return Packed(*_lay_out(token_ids, lengths, row_length), dropped=dropped)
 
   def pack_texts(self, texts: Sequence[str], *, row_length: int, texts_per_row: int) -> PackedRows:
     """Packs many texts (prompts of a classifier), each into the first row that has room.
@@ -278,7 +278,7 @@ class Tokenizer:
         f"row_length = {row_length}, texts_per_row = {texts_per_row}: a row needs at least 2 "
         "tokens and 1 text. Raise them."
       )
-    ids = [_cut(i, min(len(i), row_length)) for i in self.encode_batch(texts)]
+    ids = [_truncate(i, min(len(i), row_length)) for i in self.encode_batch(texts)]
     sizes = np.array([len(i) for i in ids], np.int64)
     shortest = sizes.min(initial=row_length)
     free, used = np.full(len(ids), row_length), np.zeros(len(ids), np.int64)
@@ -299,11 +299,11 @@ class Tokenizer:
     return PackedRows(*_lay_out([ids[i] for i in order], lengths, row_length), row=row, slot=slot)
 
 
-def _cut(ids: np.ndarray, length: int) -> np.ndarray:
+def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
   return ids if len(ids) == length else np.append(ids[: length - 1], ids[-1])
 
 
-def _fitting(lengths: np.ndarray, scores: np.ndarray, row_length: int) -> np.ndarray:
+def _select_fitting(lengths: np.ndarray, scores: np.ndarray, row_length: int) -> np.ndarray:
   """Which texts stay: bool [N, T]. `lengths` [N, T] with 0 for absent, `scores` [N, R]."""
   count, slots = lengths.shape
   regions = scores.shape[1]
@@ -320,11 +320,11 @@ def _fitting(lengths: np.ndarray, scores: np.ndarray, row_length: int) -> np.nda
   return kept
 
 
-def _lay_out(pieces: Sequence[np.ndarray], lengths: np.ndarray, row_length: int) -> tuple:
+def _lay_out(token_ids: Sequence[np.ndarray], lengths: np.ndarray, row_length: int) -> tuple:
   """tokens, segments, positions [N, L], ends, text_mask [N, T] of texts laid one after the other.
 
   Args:
-    pieces: ids of the texts whose length is positive, row by row, in the order of the slots.
+    token_ids: ids of the texts whose length is positive, row by row, in the order of the slots.
     lengths: i64 [N, T], 0 for absent.
     row_length: L.
   """
@@ -335,8 +335,8 @@ def _lay_out(pieces: Sequence[np.ndarray], lengths: np.ndarray, row_length: int)
   rows, slots = np.nonzero(mask)
   where = (np.repeat(rows, sizes), np.repeat(starts[mask], sizes) + position)
   tokens, segments, positions = np.zeros((3, len(lengths), row_length), np.int32)
-  if pieces:
-    tokens[where] = np.concatenate(pieces)
+  if token_ids:
+    tokens[where] = np.concatenate(token_ids)
     segments[where] = np.repeat(slots + 1, sizes)
     positions[where] = position
   ends = np.where(mask, starts + lengths - 1, 0).astype(np.int32)

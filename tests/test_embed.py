@@ -29,7 +29,7 @@ def draw(path, rng):
 
 @pytest.fixture
 def folder(tmp_path, rng):
-  """Six pictures, one of which cannot be read, in two classes, among other files."""
+  """Six images, one of which cannot be read, in two classes, among other files."""
   root = tmp_path / "pictures"
   for name in ("dog/2.png", "cat/b.JPG", "cat/a.webp", "dog/deep/1.bmp", "cat/c.jpeg"):
     draw(root / name, rng)
@@ -323,7 +323,7 @@ def test_two_processes_write_what_one_does(model, folder, tmp_path):
     free.bind(("127.0.0.1", 0))
     address = f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}"
   flags = (f"--checkpoint={run}", "--regions", "--batch_size=3")
-  # Of the four pictures a batch the first two are the first process's. Each has only its own.
+  # Of the four images a batch the first two are the first process's. Each has only its own.
   partial = [shutil.copytree(folder, tmp_path / f"partial{i}") for i in range(2)]
   for row, path in enumerate(PATHS):
     (partial[row % 4 < 2] / path).write_bytes(b"another's")

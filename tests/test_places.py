@@ -108,8 +108,8 @@ def test_a_picture_at_an_address(monkeypatch):
   from grain_jax import inference
 
   with pytest.raises(ValueError, match=r"^images\[1\] = https://host/a\.jpg is an address"):
-    inference._picture("https://host/a.jpg", 1)
-  assert inference._picture(np.zeros((2, 2, 3), np.uint8), 0).size == (2, 2)
+    inference._to_pil("https://host/a.jpg", 1)
+  assert inference._to_pil(np.zeros((2, 2, 3), np.uint8), 0).size == (2, 2)
 
 
 QUICKSTART = "--config=configs/quickstart.py"

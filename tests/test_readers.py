@@ -11,7 +11,8 @@ from PIL import Image
 from grain_jax import embed, failures, inference
 from grain_jax.data import build, records
 from grain_jax.evals import zero_shot
-from grain_jax.evals.inputs import annotations, pictures
+from grain_jax.evals.inputs import annotations
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.sets import segmentation
 
@@ -23,8 +24,8 @@ def _check(path):
 
 
 READERS = {
-  "pictures": pictures.open_picture,
-  "load": lambda path: inference._picture(path, 0),
+  "pictures": images_lib.open_image,
+  "load": lambda path: inference._to_pil(path, 0),
   "json": lambda path: annotations.read_json(path.with_suffix(".json")),
   "json lines": lambda path: list(annotations.read_json_lines(path.with_suffix(".json"))),
   "descriptors": lambda path: zero_shot.read_descriptors(path.with_suffix(".json")),
@@ -90,8 +91,8 @@ def test_storage_that_comes_back_costs_nothing(file, broken, reader):
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
 def test_a_picture_that_is_not_there_or_not_ours_is_left_out_and_counted(file, broken, number):
   broken(number, times=1)
-  unreadable = pictures.Unreadable()
-  (batch,) = pictures.batches(
+  unreadable = images_lib.Unreadable()
+  (batch,) = images_lib.batches(
     [file, file], size=8, resize="squash", batch_size=4, unreadable=unreadable, threads=1
   )
   assert batch.index.tolist() == [1] and os.strerror(number) in unreadable.reasons[0]

@@ -36,16 +36,16 @@ def text(prefix: str = "") -> list[layout.Rule]:
 
 def text_facts(shapes: foreign.Shapes, prefix: str = "") -> dict[str, Any]:
   """Sizes of the text tower and of the joint space."""
-  vocabulary, width = shapes.of(f"{prefix}token_embedding.weight", 2)
+  vocabulary, width = shapes.shape_of(f"{prefix}token_embedding.weight", 2)
   foreign.check_vocabulary(vocabulary, where=shapes.where)
   layers = f"{prefix}transformer.resblocks"
   return {
-    "model.embed_dim": shapes.of(f"{prefix}text_projection", 2)[1],
+    "model.embed_dim": shapes.shape_of(f"{prefix}text_projection", 2)[1],
     "model.text.vocab_size": vocabulary,
     "model.text.width": width,
-    "model.text.context": shapes.of(f"{prefix}positional_embedding", 2)[0],
+    "model.text.context": shapes.shape_of(f"{prefix}positional_embedding", 2)[0],
     "model.text.depth": shapes.depth(layers.replace(".", r"\.") + r"\.(\d+)\."),
-    "model.text.mlp_ratio": shapes.of(f"{layers}.0.mlp.c_fc.weight", 2)[0] / width,
+    "model.text.mlp_ratio": shapes.shape_of(f"{layers}.0.mlp.c_fc.weight", 2)[0] / width,
   }
 
 

@@ -26,7 +26,7 @@ from grain_jax.convert import (
 from grain_jax.models import grain, initial
 
 # Name -> reader of a file or folder.
-FORMATS: dict[str, Callable[[pathlib.Path], foreign.Foreign]] = {
+FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "grain_torch": grain_torch.load,
   "hf_clip": hf_clip.load,
   "open_clip": open_clip.load,
@@ -107,7 +107,7 @@ def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collectio
   return config
 
 
-def _configure(found: foreign.Foreign, recipe: str | None) -> ml_collections.ConfigDict:
+def _configure(found: foreign.ForeignCheckpoint, recipe: str | None) -> ml_collections.ConfigDict:
   """The whole configuration of an imported model, checked."""
   if recipe is None:
     config = run_folder.default_config()
@@ -131,7 +131,7 @@ def _configure(found: foreign.Foreign, recipe: str | None) -> ml_collections.Con
   return config
 
 
-def _check_facts(found: foreign.Foreign, config: Any, recipe: str) -> None:
+def _check_facts(found: foreign.ForeignCheckpoint, config: Any, recipe: str) -> None:
   """Raises where the recipe denies what the file says; shapes have been checked before."""
   flat = dict(configs.flatten(config))
   for key, value in found.facts.items():

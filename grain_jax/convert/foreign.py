@@ -12,7 +12,7 @@ import ml_collections
 from grain_jax import tokenizer
 from grain_jax.convert import layout
 
-# Pixels of OpenAI's CLIP (Radford et al., 2021), in [0, 1], and how it sees a picture.
+# Pixels of OpenAI's CLIP (Radford et al., 2021), in [0, 1], and how it sees an image.
 CLIP_PIXELS = {
   "model.image.mean": (0.48145466, 0.4578275, 0.40821073),
   "model.image.std": (0.26862954, 0.26130258, 0.27577711),
@@ -21,7 +21,7 @@ CLIP_PIXELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Foreign:
+class ForeignCheckpoint:
   """A checkpoint of another project; `facts`, `assumed` and `carried` map config keys to values."""
 
   where: str  # the file, for errors
@@ -40,7 +40,7 @@ class Shapes:
   where: str
   what: str  # the architecture that it should be, for errors
 
-  def of(self, key: str, rank: int) -> tuple[int, ...]:
+  def shape_of(self, key: str, rank: int) -> tuple[int, ...]:
     """Shape of a weight that every such model has.
 
     Raises:

@@ -82,7 +82,7 @@ def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
   return table + layout.same("image_projection/kernel", f"{_TOWERS}.image_projection")
 
 
-def load(path: pathlib.Path) -> foreign.Foreign:
+def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   """Reads a checkpoint.
 
   Raises:
@@ -114,19 +114,19 @@ def load(path: pathlib.Path) -> foreign.Foreign:
   if not is_grain:
     assumed["data.max_regions"] = 0
   carried = native.carried_config(saved["config"], where) if "config" in saved else {}
-  return foreign.Foreign(where, state, rules, facts, assumed, carried)
+  return foreign.ForeignCheckpoint(where, state, rules, facts, assumed, carried)
 
 
 def _image_facts(shapes: foreign.Shapes) -> dict[str, Any]:
   theirs = f"{_TOWERS}.visual"
-  width, _, patch, _ = shapes.of(f"{theirs}.patch_embed.proj.weight", 4)
-  _, positions, _ = shapes.of(f"{theirs}.pos_embed", 3)
+  width, _, patch, _ = shapes.shape_of(f"{theirs}.patch_embed.proj.weight", 4)
+  _, positions, _ = shapes.shape_of(f"{theirs}.pos_embed", 3)
   return {
     "model.image.size": shapes.pixels(positions, patch),
     "model.image.width": width,
     "model.image.depth": shapes.depth(rf"{_TOWERS}\.visual\.blocks\.(\d+)\."),
     "model.image.patch": patch,
-    "model.image.mlp_ratio": shapes.of(f"{theirs}.blocks.0.mlp.fc1.weight", 2)[0] / width,
+    "model.image.mlp_ratio": shapes.shape_of(f"{theirs}.blocks.0.mlp.fc1.weight", 2)[0] / width,
     "model.image.qk_norm": f"{theirs}.blocks.0.attn.q_norm.weight" in shapes.state,
     "model.image.pre_norm": False,
     "model.image.patch_bias": True,
@@ -134,14 +134,14 @@ def _image_facts(shapes: foreign.Shapes) -> dict[str, Any]:
 
 
 def _decoder_facts(shapes: foreign.Shapes) -> dict[str, Any]:
-  queries, width = shapes.of(f"{_DECODER}.query_embed.weight", 2)
+  queries, width = shapes.shape_of(f"{_DECODER}.query_embed.weight", 2)
   layers = f"{_DECODER}.transformer.decoder.layers"
   return {
     "method": "grain",
     "model.num_queries": queries - 1,  # the image query is the last
     "model.decoder.width": width,
     "model.decoder.depth": shapes.depth(layers.replace(".", r"\.") + r"\.(\d+)\."),
-    "model.decoder.mlp_dim": shapes.of(f"{layers}.0.linear1.weight", 2)[0],
+    "model.decoder.mlp_dim": shapes.shape_of(f"{layers}.0.linear1.weight", 2)[0],
     "model.decoder.memory_positions": False,
   }
 

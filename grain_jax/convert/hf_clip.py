@@ -59,7 +59,7 @@ def rules(config: ml_collections.ConfigDict | None = None) -> list[layout.Rule]:
   ]
 
 
-def load(path: pathlib.Path) -> foreign.Foreign:
+def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   """Reads a folder of `save_pretrained`, or a file of weights beside its config.json.
 
   Raises:
@@ -74,7 +74,7 @@ def load(path: pathlib.Path) -> foreign.Foreign:
   facts = _facts(folder / "config.json")
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
   pixels = _pixels(folder)
-  return foreign.Foreign(
+  return foreign.ForeignCheckpoint(
     where=str(path),
     state=state_dicts.without(state, _IGNORED),
     rules=rules,

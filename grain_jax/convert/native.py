@@ -23,13 +23,15 @@ def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
   return [rule for name, _ in trees.named_leaves(abstract) for rule in layout.same(name, name)]
 
 
-def load(path: pathlib.Path) -> foreign.Foreign:
+def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   """Reads a folder that `save` wrote, or its file of weights."""
   folder = path if path.is_dir() else path.parent
   path = path / "model.safetensors" if path.is_dir() else path
   carried = carried_config(json.dumps(state_dicts.read_json(folder / "config.json")), folder)
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
-  return foreign.Foreign(str(path), state, rules, {"method": carried["method"]}, carried=carried)
+  return foreign.ForeignCheckpoint(
+    str(path), state, rules, {"method": carried["method"]}, carried=carried
+  )
 
 
 def carried_config(text: Any, where: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
   ]
 
 
-def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Foreign:
+def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.ForeignCheckpoint:
   """Reads a file of weights.
 
   Args:
@@ -63,9 +63,9 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
   if state.get("logit_scale") is not None and state["logit_scale"].shape == (1,):
     state["logit_scale"] = state["logit_scale"].reshape(())
   shapes = foreign.Shapes(state, where, "CLIP with a vision transformer in OpenCLIP's layout")
-  width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
-  positions, _ = shapes.of("visual.positional_embedding", 2)
-  hidden = shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
+  width, _, patch, _ = shapes.shape_of("visual.conv1.weight", 4)
+  positions, _ = shapes.shape_of("visual.positional_embedding", 2)
+  hidden = shapes.shape_of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
   text = clip_blocks.text_facts(shapes)
   facts = {
     "method": "clip",
@@ -91,4 +91,4 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
     **foreign.CLIP_PIXELS,
     "data.max_regions": 0,
   }
-  return foreign.Foreign(where, state, rules, facts, assumed)
+  return foreign.ForeignCheckpoint(where, state, rules, facts, assumed)

@@ -57,10 +57,10 @@ def open_checkpoint(
   from grain_jax.convert import convert
 
   config, params = convert.read("safetensors", folder)
-  return _anywhere(config), params, None
+  return _without_machine_settings(config), params, None
 
 
-def _anywhere(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _without_machine_settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The configuration without what its run asked of its own machine, which may differ from this."""
   config.model.attention = "auto"
   return config
@@ -72,8 +72,8 @@ def load_run(
   """(config, parameters, step) of a run's checkpoint; the newest unless `step` says otherwise.
 
   Where a run keeps a mean of its parameters (`optimizer.ema_decay`), they are that mean. The mesh
-  of the configuration is set to whatever devices there are now, and the parameters are cut as in
-  the run where these allow it; else each device has all of them.
+  of the configuration is set to whatever devices there are now, and the parameters are sharded as
+  in the run where these allow it; else they are replicated.
   """
   places.check(workdir, "--workdir")
   folder = pathlib.Path(workdir)
@@ -81,11 +81,11 @@ def load_run(
   if not path.is_file():
     raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
   config = configs.read(path)
-  _anywhere(config)
+  _without_machine_settings(config)
   model = grain.build(config)
   params = jax.eval_shape(lambda: initial.init_params(model, config))
-  cut = config.mesh.fsdp * config.mesh.tensor
-  if not (0 < cut <= jax.device_count() and jax.device_count() % cut == 0):
+  shards = config.mesh.fsdp * config.mesh.tensor
+  if not (0 < shards <= jax.device_count() and jax.device_count() % shards == 0):
     config.mesh.update(fsdp=1, tensor=1)
   config.mesh.data = -1
   mesh = meshes.create(config, batches=())

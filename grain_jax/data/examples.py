@@ -153,15 +153,15 @@ class Examples:
       width, height = box[2] - box[0], box[3] - box[1]
       return -(-shape[0] * self.size // width), -(-shape[1] * self.size // height)
 
-    picture = records.decode_image(record.image, enough=enough)
+    decoded = records.decode_image(record.image, enough=enough)
     if self.crop:
-      (width, height), factor = picture.size, picture.size[0] / shape[0]
+      (width, height), factor = decoded.size, decoded.size[0] / shape[0]
       if factor < 1:
         box = transforms.scale_window(box, factor, width, height)
       window[:] = box[1] / height, box[0] / width, box[3] / height, box[2] / width
-      pixels = transforms.crop(picture, box, self.size)
+      pixels = transforms.crop(decoded, box, self.size)
     else:
-      pixels = transforms.squash(picture, self.size)
+      pixels = transforms.squash(decoded, self.size)
     flipped = bool(self.flip and draws[4] < 0.5)
     if flipped:
       negatives = [caption for caption, _ in record.negatives]

@@ -28,7 +28,7 @@ open_dataset = dataset_lib.open_dataset
 _CHUNK = 32  # most records a call: small enough that a large batch is shared among threads
 
 
-class Extras(NamedTuple):
+class ExampleInfo(NamedTuple):
   """What evaluations need beside the batch; a list entry an example, empty where it is padding."""
 
   index: np.ndarray  # i64 [b], of the record in its split; -1 for padding
@@ -143,7 +143,7 @@ def train_batches(
     data_dir: directory written by `data.build`, or such a dataset opened.
     config: whole configuration.
     start_step: steps done before; the batches are those of a run that never stopped.
-    host: this host, or several of them for which one process reads (`mesh.batch_share`).
+    host: this host, or several of them for which one process reads (`mesh.process_batch_shards`).
     num_hosts: hosts; config.batch_size counts images over all of them.
     negatives: slots for hard negatives (K).
   """
@@ -153,7 +153,7 @@ def train_batches(
   num_records = dataset.num_records(config.data.split)
   steps = sampler.steps_per_epoch(num_records, config.batch_size)
   hosts = (host,) if isinstance(host, int) else tuple(host)
-  own = functools.partial(
+  host_indices = functools.partial(
     sampler.indices,
     seed=config.seed,
     batch_size=config.batch_size,
@@ -162,7 +162,7 @@ def train_batches(
   )
 
   def choose(epoch: int, step: int) -> np.ndarray:
-    return np.concatenate([own(epoch=epoch, step=step, host=h) for h in hosts])
+    return np.concatenate([host_indices(epoch=epoch, step=step, host=h) for h in hosts])
 
   batch = len(choose(epoch=0, step=0))  # says what is wrong with hosts and sizes
   chunk = max(d for d in range(1, min(batch, _CHUNK) + 1) if batch % d == 0)
@@ -227,7 +227,7 @@ def eval_batches(
   host: int = 0,
   num_hosts: int = 1,
   negatives: int = 0,
-) -> Iterator[tuple[dict[str, np.ndarray], Extras]]:
+) -> Iterator[tuple[dict[str, np.ndarray], ExampleInfo]]:
   """One pass over a split in its own order, as (batch, extras).
 
   Every batch has config.eval_batch_size images over all hosts (each reads as many, rounded up); the
@@ -237,12 +237,12 @@ def eval_batches(
   num_records, size = dataset.num_records(split), config.eval_batch_size
   examples = examples_lib.Examples(dataset, split, config, training=False, negatives=negatives)
 
-  def load(step: int) -> tuple[dict[str, np.ndarray], Extras]:
+  def load(step: int) -> tuple[dict[str, np.ndarray], ExampleInfo]:
     indices = sampler.eval_indices(
       step=step, batch_size=size, num_records=num_records, host=host, num_hosts=num_hosts
     )
     chunk = examples.chunk(indices, 0)
-    return dict(zip(schema.BATCH, chunk.arrays, strict=True)), _extras(indices, chunk)
+    return dict(zip(schema.BATCH, chunk.arrays, strict=True)), _example_info(indices, chunk)
 
   ahead: collections.deque[futures.Future] = collections.deque()
   with futures.ThreadPoolExecutor(config.data.threads or os.cpu_count()) as pool:
@@ -258,9 +258,9 @@ def eval_batches(
         future.cancel()
 
 
-def _extras(indices: np.ndarray, chunk: examples_lib.Chunk) -> Extras:
+def _example_info(indices: np.ndarray, chunk: examples_lib.Chunk) -> ExampleInfo:
   parsed = chunk.parsed
-  return Extras(
+  return ExampleInfo(
     index=indices,
     key=["" if r is None else r.key.decode() for r in parsed],
     label=np.array([-1 if r is None else r.label for r in parsed], np.int64),

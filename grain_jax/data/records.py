@@ -141,7 +141,7 @@ def parse(data: bytes) -> Parsed:
   def texts(name: str) -> list[bytes]:
     return list(feature[name].bytes_list.value) if name in feature else []
 
-  def one(name: str) -> bytes:
+  def bytes_feature(name: str) -> bytes:
     values = texts(name)
     return values[0] if values else b""
 
@@ -154,14 +154,14 @@ def parse(data: bytes) -> Parsed:
       f"{len(descriptions)} descriptions, {len(boxes) / 4:g} boxes and {len(scores)} scores"
     )
   return Parsed(
-    key=one(schema.RECORD_KEY),
-    image=one(schema.RECORD_IMAGE),
+    key=bytes_feature(schema.RECORD_KEY),
+    image=bytes_feature(schema.RECORD_IMAGE),
     captions=texts(schema.RECORD_CAPTIONS),
     descriptions=descriptions,
     boxes=boxes.reshape(-1, 4),
     scores=scores,
     negatives=list(zip(texts("negatives/caption"), texts("negatives/kind"), strict=False)),
-    mask=one(schema.RECORD_MASK),
+    mask=bytes_feature(schema.RECORD_MASK),
     label=label[0] if label else -1,
   )
 
@@ -184,11 +184,11 @@ def decode_image(
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
   except Exception as error:  # PIL raises a dozen kinds, SyntaxError and struct.error among them
-    raise ValueError(f"corrupt image: {_why(error)}") from None
+    raise ValueError(f"corrupt image: {_reason(error)}") from None
 
 
 def as_jpeg(data: bytes) -> bytes:
-  """Picture bytes of any format PIL reads -> JPEG bytes, RGB or grey; ValueError if corrupt."""
+  """Image bytes of any format PIL reads -> JPEG bytes, RGB or grey; ValueError if corrupt."""
   try:
     with Image.open(io.BytesIO(data)) as image:
       image.load()
@@ -202,10 +202,10 @@ def as_jpeg(data: bytes) -> bytes:
       image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
       return encoded.getvalue()
   except Exception as error:
-    raise ValueError(f"corrupt image: {_why(error)}") from None
+    raise ValueError(f"corrupt image: {_reason(error)}") from None
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
   if isinstance(error, UnidentifiedImageError):  # its message is of a buffer in memory
     return "no format that PIL knows"
   return str(error)

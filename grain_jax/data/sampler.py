@@ -42,7 +42,7 @@ def indices(
     batch_size: images a step over all hosts (B).
     num_records: records of the split.
     host: this host.
-    num_hosts: hosts; each takes a contiguous part of the batch.
+    num_hosts: hosts; each takes a contiguous shard of the batch.
 
   Returns:
     i64 [B / num_hosts].
@@ -50,7 +50,7 @@ def indices(
   steps = steps_per_epoch(num_records, batch_size)
   if not 0 <= step < steps:
     raise ValueError(f"step = {step} is not within the {steps} steps of an epoch.")
-  start, stop = _host_part(batch_size, host, num_hosts)
+  start, stop = _host_range(batch_size, host, num_hosts)
   order = _permutation(seed, epoch, num_records)
   return order[step * batch_size + start : step * batch_size + stop]
 
@@ -63,8 +63,8 @@ def eval_indices(
   Where hosts do not divide the batch, -1 fills up those that would read beyond it too.
   """
   _check_host(host, num_hosts)
-  part = -(-batch_size // num_hosts)
-  rows = np.arange(host * part, (host + 1) * part)
+  per_host = -(-batch_size // num_hosts)
+  rows = np.arange(host * per_host, (host + 1) * per_host)
   chosen = step * batch_size + rows
   return np.where((rows < batch_size) & (chosen < num_records), chosen, -1)
 
@@ -74,14 +74,14 @@ def eval_steps(num_records: int, batch_size: int) -> int:
   return -(-num_records // batch_size)
 
 
-def _host_part(batch_size: int, host: int, num_hosts: int) -> tuple[int, int]:
+def _host_range(batch_size: int, host: int, num_hosts: int) -> tuple[int, int]:
   if batch_size % num_hosts:
     raise ValueError(
       f"batch_size = {batch_size} is not divisible by {num_hosts} hosts. Use a multiple."
     )
   _check_host(host, num_hosts)
-  part = batch_size // num_hosts
-  return host * part, (host + 1) * part
+  per_host = batch_size // num_hosts
+  return host * per_host, (host + 1) * per_host
 
 
 def _check_host(host: int, num_hosts: int) -> None:

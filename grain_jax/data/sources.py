@@ -1,6 +1,6 @@
 """What people have, as records for `grain_jax.data.build`.
 
-scenes     the embedded pictures (`grain_jax.data.scenes`).
+scenes     the embedded images (`grain_jax.data.scenes`).
 folder     a folder of one's own images with a file of annotations.
 published  the annotation files published with GRAIN (github.com/shaunak27/grain-clip).
 
@@ -64,7 +64,7 @@ class Source:
 
 
 def scenes(settings: Any, *, workers: int | None = None) -> Source:
-  """The embedded pictures.
+  """The embedded images.
 
   Args:
     settings: a `scenes.SceneSettings`.

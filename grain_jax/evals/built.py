@@ -25,7 +25,7 @@ from grain_jax.evals import (
 from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.inputs.share import Share
+from grain_jax.evals.inputs.process_shard import ProcessShard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,29 +232,29 @@ def _batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """(batch, extras by name) of a split, descriptions filled up with '' to one a region.
 
-  Each process reads its share; every process gets whole batches.
+  Each process reads its shard; every process gets full batches.
   """
-  regions, size, share = config.data.max_regions, config.eval_batch_size, encoders.share
-  for batch, own in pipeline.eval_batches(
-    dataset, split, config, host=share.index, num_hosts=share.count
+  regions, size, shard = config.data.max_regions, config.eval_batch_size, encoders.shard
+  for batch, info in pipeline.eval_batches(
+    dataset, split, config, host=shard.index, num_hosts=shard.count
   ):
-    extras = own._asdict()
-    if share.count > 1:
-      batch = {name: share.join(rows, size) for name, rows in batch.items()}
-      extras = _join(extras, share, size)
+    extras = info._asdict()
+    if shard.count > 1:
+      batch = {name: shard.gather_rows(rows, size) for name, rows in batch.items()}
+      extras = _gather_info(extras, shard, size)
     extras["descriptions"] = [t + [""] * (regions - len(t)) for t in extras["descriptions"]]
     yield batch, extras
 
 
-def _join(extras: dict[str, Any], share: Share, size: int) -> dict[str, Any]:
-  """`pipeline.Extras` of all processes' rows."""
+def _gather_info(extras: dict[str, Any], shard: ProcessShard, size: int) -> dict[str, Any]:
+  """`pipeline.ExampleInfo` of all processes' rows."""
   columns = {
     **extras,
     "index": extras["index"].tolist(),
     "label": extras["label"].tolist(),
     "mask": [base64.b64encode(mask).decode() for mask in extras["mask"]],
   }
-  rows = share.join_lists(list(zip(*columns.values(), strict=True)), size)
+  rows = shard.gather_lists(list(zip(*columns.values(), strict=True)), size)
   joined = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
   return {
     **joined,

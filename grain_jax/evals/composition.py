@@ -1,4 +1,4 @@
-"""Composition: is a picture's true caption nearer to it than captions made false on purpose?
+"""Composition: is an image's true caption nearer to it than captions made false on purpose?
 
 An item is right if every true caption scores strictly above every false one. A tie is wrong, so a
 model that embeds everything alike gets 0, not the half that an order of comparison would give it.
@@ -18,7 +18,7 @@ from PIL import Image
 
 from grain_jax.data.scenes import texts as scene_texts
 from grain_jax.evals import retrieval
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 
 # Colours of `data.scenes`.
@@ -27,7 +27,7 @@ KINDS = ("swap_att", "replace_att", "swap_obj")  # of `from_captions`
 
 
 class Crop(NamedTuple):
-  """A part of a picture. Beyond the picture's borders it is black."""
+  """A crop of an image. Beyond the image's borders it is black."""
 
   path: pathlib.Path
   box: tuple[float, float, float, float]  # left, upper, right, lower in pixels
@@ -35,9 +35,9 @@ class Crop(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A picture with captions of which some hold and some do not."""
+  """An image with captions of which some hold and some do not."""
 
-  picture: pathlib.Path | Crop
+  image: pathlib.Path | Crop
   true: tuple[str, ...]  # one or more
   false: tuple[str, ...]  # one or more
   kind: str = ""  # what the item is counted under
@@ -47,7 +47,7 @@ class Verdicts(NamedTuple):
   """What became of N items."""
 
   correct: np.ndarray  # bool [N]; false where not counted
-  counted: np.ndarray  # bool [N]: the picture could be read
+  counted: np.ndarray  # bool [N]: the image could be read
 
 
 class Score(NamedTuple):
@@ -71,30 +71,30 @@ def evaluate(
   warn: Callable[[str], None] = print,
   texts_per_call: int = 8192,
 ) -> Verdicts:
-  """Which items a model gets right. Each distinct picture and each distinct text is encoded once.
+  """Which items a model gets right. Each distinct image and each distinct text is encoded once.
 
-  Held in memory: the embeddings of all pictures, of `texts_per_call` texts, and one score for each
+  Held in memory: the embeddings of all images, of `texts_per_call` texts, and one score for each
   caption of an item.
 
   Args:
     encoders: of the model.
-    items: N items, N >= 1. Those whose picture cannot be read are not counted.
+    items: N items, N >= 1. Those whose image cannot be read are not counted.
     what: name of the evaluation, for messages.
-    warn: gets one line where pictures could not be read.
+    warn: gets one line where images could not be read.
     texts_per_call: most texts handed to `encoders.text` at once.
 
   Raises:
-    ValueError: an item without a true or a false caption, no picture that can be read, embeddings
+    ValueError: an item without a true or a false caption, no image that can be read, embeddings
       that are not finite unit rows.
   """
   for i, item in enumerate(items):
     if not item.true or not item.false:
       raise ValueError(f"{what}: item {i} lacks a true or a false caption. Give at least one each.")
-  order = {picture: i for i, picture in enumerate(dict.fromkeys(item.picture for item in items))}
-  encoded = retrieval.encode_pictures(encoders, map(_open, order), what=what, warn=warn)
+  order = {image: i for i, image in enumerate(dict.fromkeys(item.image for item in items))}
+  encoded = retrieval.encode_images(encoders, map(_open, order), what=what, warn=warn)
   row = np.full(len(order), -1)
   row[encoded.index] = np.arange(len(encoded.index))
-  own = row[[order[item.picture] for item in items]]
+  own = row[[order[item.image] for item in items]]
   counted = own >= 0
   kept = [item for item, there in zip(items, counted, strict=True) if there]
   correct = np.zeros(len(items), bool)
@@ -281,10 +281,10 @@ def from_captions(captions: Iterable[str], *, colors: Sequence[str] = COLORS) ->
   "a small red apple above a blue cat" gives "a small blue apple above a red cat", "a small red
   apple above a gray cat" and "a small red cat above a blue apple". Which objects and which colour
   follows from the caption alone. A scene's caption names all its objects, so these are false of its
-  picture. A caption with a colour that belongs to no object gives nothing.
+  image. A caption with a colour that belongs to no object gives nothing.
 
   Args:
-    captions: of one picture, or of many.
+    captions: of one image, or of many.
     colors: words for colours.
 
   Returns:
@@ -351,11 +351,11 @@ def _rewrite(caption: str, phrases: Sequence[_Phrase], changed: dict[int, _Phras
   return "".join(pieces) + caption[last:]
 
 
-def _open(picture: pathlib.Path | Crop) -> pathlib.Path | Image.Image:
-  """What `pictures` reads; a crop whose picture cannot be read is left to it to be counted."""
-  if not isinstance(picture, Crop):
-    return picture
+def _open(image: pathlib.Path | Crop) -> pathlib.Path | Image.Image:
+  """What `images` reads; a crop whose image cannot be read is left to it to be counted."""
+  if not isinstance(image, Crop):
+    return image
   try:
-    return pictures.open_picture(picture.path).crop(picture.box)
+    return images_lib.open_image(image.path).crop(image.box)
   except ValueError:
-    return picture.path
+    return image.path

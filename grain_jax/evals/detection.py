@@ -115,8 +115,8 @@ def average_precision(
     mine = by_category.get(int(category), np.zeros(0, np.int64))
     own_found = Detections(*(column[mine] for column in found))
     if federation is not None:
-      own, own_found = _federated(own, own_found, int(category), federation)
-    tables = _of_category(own, own_found, limits)
+      own, own_found = _filter_federated(own, own_found, int(category), federation)
+    tables = _precision_and_recall(own, own_found, limits)
     categories.append(category)
     precision.append(tables[0])
     recall.append(tables[1])
@@ -235,7 +235,7 @@ def _groups(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     yield from zip(distinct, np.split(order, starts[1:]), strict=True)
 
 
-def _federated(
+def _filter_federated(
   objects: Objects, found: Detections, category: int, federation: Federation
 ) -> tuple[Objects, Detections]:
   """Leaves out detections nobody can judge; a crowd around the image takes those that may be right.
@@ -261,7 +261,7 @@ def _federated(
   return Objects(*map(np.concatenate, zip(objects, more, strict=True))), found
 
 
-def _of_category(
+def _precision_and_recall(
   objects: Objects, found: Detections, limits: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """pycocotools' precision [10, 101, 1, 4, 3] and recall [10, 1, 4, 3]."""

@@ -36,7 +36,7 @@ class Result:
   examples: list[Example]
 
 
-class Given(NamedTuple):
+class GroundingTargets(NamedTuple):
   """What is to be found in one image: N descriptions, each with every box that it names."""
 
   descriptions: Sequence[str]  # N
@@ -153,7 +153,7 @@ def evaluate(
 def evaluate_given(
   encode_regions: EncodeRegions,
   encode_text: retrieval.EncodeText,
-  batches: Iterable[tuple[np.ndarray, Sequence[Given]]],
+  batches: Iterable[tuple[np.ndarray, Sequence[GroundingTargets]]],
   *,
   iou_threshold: float = 0.5,
   texts_per_call: int = 8192,
@@ -195,7 +195,7 @@ def evaluate_given(
         nearest.append(overlap[query].max())
         reachable.append(overlap.max())
         every.append(overlap[query])
-        merged.append(iou(own_boxes[query], _around(true)))
+        merged.append(iou(own_boxes[query], _enclosing_box(true)))
   if not nearest:
     raise ValueError("grounding: there are no descriptions with boxes. Check the annotations.")
 
@@ -259,7 +259,7 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return inter / np.maximum(union, tiny) - (1 - union / np.maximum(hull, tiny))
 
 
-def _around(boxes: np.ndarray) -> np.ndarray:
+def _enclosing_box(boxes: np.ndarray) -> np.ndarray:
   """The smallest box (cx, cy, w, h) around boxes [B, 4]: [4]."""
   low = (boxes[:, :2] - boxes[:, 2:] / 2).min(axis=0)
   high = (boxes[:, :2] + boxes[:, 2:] / 2).max(axis=0)

@@ -169,7 +169,7 @@ def load(path: str, flag: str) -> Features:
 
 
 def evaluate_files(train: Features, test: Features, **options: Any) -> dict[str, float | int]:
-  """`evaluate` of two files; `linear_probe/rows` counts pictures that could not be read too.
+  """`evaluate` of two files; `linear_probe/rows` counts images that could not be read too.
 
   Where the files name their classes, equal names are equal classes, whatever their numbers.
 

@@ -1,10 +1,10 @@
 """What is in a given box: its class among all, or its description among ones that are nearly right.
 
 A box's embedding is made by one of `METHODS`:
-crop     the picture cut to the box, seen by the image encoder; any model can do it.
+crop     the image cut to the box, seen by the image encoder; any model can do it.
 query    the region query whose box has the highest IoU with it; needs region queries.
 patches  the mean of the patches whose centres lie in it (of the nearest one where there is none),
-         normalised again; the picture is seen once, whole.
+         normalised again; the image is seen once, whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from grain_jax.evals import grounding, retrieval
-from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import instances
 from grain_jax.evals.inputs.encoders import Encoders
 
 METHODS = ("crop", "query", "patches")
@@ -27,16 +28,16 @@ COLORS += ("black", "white", "gray", "grey")
 
 
 class Annotated(NamedTuple):
-  """A picture and its boxes."""
+  """An image and its boxes."""
 
-  source: pictures.Source
+  source: images_lib.Source
   boxes: np.ndarray  # (cx, cy, w, h) as fractions of the image, [R, 4]
 
 
 class Block(NamedTuple):
   """Embeddings of some boxes."""
 
-  index: np.ndarray  # of each box among those of all pictures, rising, i64 [n]
+  index: np.ndarray  # of each box among those of all images, rising, i64 [n]
   values: np.ndarray  # f32 [n, E], L2-normalised
 
 
@@ -54,19 +55,19 @@ def embed(
   annotated: Sequence[Annotated],
   *,
   what: str,
-  unreadable: pictures.Unreadable,
+  unreadable: images_lib.Unreadable,
 ) -> Iterator[Block]:
-  """Embeddings of the boxes of all pictures that can be read, a batch at a time.
+  """Embeddings of the boxes of all images that can be read, a batch at a time.
 
   Args:
     encoders: of the model.
     method: one of `METHODS`.
-    annotated: pictures with their boxes.
+    annotated: images with their boxes.
     what: name of the evaluation, for messages.
     unreadable: filled in on the way.
 
   Raises:
-    ValueError: an unknown method, one that the model cannot do, or no picture that can be read.
+    ValueError: an unknown method, one that the model cannot do, or no image that can be read.
   """
   if method not in METHODS:
     raise ValueError(f"{what}: method {method!r} is unknown. Choose from {', '.join(METHODS)}.")
@@ -193,7 +194,11 @@ def evaluate_built(
         annotated.append(Annotated(batch["image"][i], np.asarray(batch["boxes"][i])[kept]))
     for method in able if annotated else ():
       blocks = embed(
-        encoders, method, annotated, what="region_classification", unreadable=pictures.Unreadable()
+        encoders,
+        method,
+        annotated,
+        what="region_classification",
+        unreadable=images_lib.Unreadable(),
       )
       parts[method] += [block.values for block in blocks]
   if not texts:
@@ -285,7 +290,7 @@ def _by_crop(
   annotated: Sequence[Annotated],
   *,
   what: str,
-  unreadable: pictures.Unreadable,
+  unreadable: images_lib.Unreadable,
 ) -> Iterator[Block]:
   index: list[int] = []
 
@@ -293,21 +298,21 @@ def _by_crop(
     start = 0
     for i, item in enumerate(annotated):
       try:
-        picture = pictures.open_picture(item.source)
+        source_image = images_lib.open_image(item.source)
       except ValueError as error:
         unreadable.reasons[i] = str(error)
       else:
         for j, box in enumerate(item.boxes):
           index.append(start + j)
-          yield picture.crop(window(box, *picture.size))
+          yield source_image.crop(window(box, *source_image.size))
       start += len(item.boxes)
 
-  for batch in pictures.batches(
+  for batch in images_lib.batches(
     crops(),
     size=encoders.size,
     resize=encoders.resize,
     batch_size=encoders.batch_size,
-    unreadable=pictures.Unreadable(),
+    unreadable=images_lib.Unreadable(),
   ):
     encoded = retrieval.check_embeddings(encoders.image(batch.image), name="encode_image")
     yield Block(np.asarray(index)[batch.index], encoded)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 
 EncodeImage = Callable[[np.ndarray], Any]  # u8 [b, H, W, 3] -> f32 [b, E], L2-normalised
@@ -212,21 +212,21 @@ def encode_texts(
   return np.concatenate(parts)[[distinct[text] for text in texts]]
 
 
-def encode_pictures(
+def encode_images(
   encoders: Encoders,
-  sources: Iterable[pictures.Source],
+  sources: Iterable[images_lib.Source],
   *,
   what: str,
   warn: Callable[[str], None] = print,
-) -> pictures.Encoded:
-  """`pictures.encode` by `encoders.image`, with its embeddings checked: values f32 [n, E]."""
+) -> images_lib.Encoded:
+  """`images.encode` by `encoders.image`, with its embeddings checked: values f32 [n, E]."""
 
   def encode_image(images: np.ndarray) -> np.ndarray:
     encoded = np.asarray(encoders.image(images))
     check_length(encoded, len(images), name="encode_image")
     return check_embeddings(encoded, name="encode_image")
 
-  return pictures.encode(encode_image, sources, encoders, what=what, warn=warn)
+  return images_lib.encode(encode_image, sources, encoders, what=what, warn=warn)
 
 
 def counted_rows(

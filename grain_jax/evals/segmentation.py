@@ -90,7 +90,9 @@ def evaluate_built(
   if not 0 < len(classes) < IGNORED:
     raise ValueError(f"segmentation: {len(classes)} classes; a mask has room for 1 to 254.")
   prompts = (
-    zero_shot.class_prompts(classes, templates) if templates else [[p] for p in photos(classes)]
+    zero_shot.class_prompts(classes, templates)
+    if templates
+    else [[p] for p in photo_prompts(classes)]
   )
   embeddings = zero_shot.class_embeddings(encode_text, [*([b] for b in background), *prompts])
   owners = np.maximum(np.arange(len(embeddings)) - len(background) + 1, 0).astype(np.uint8)
@@ -109,7 +111,7 @@ def evaluate_built(
     for i in masked:
       images += 1
       key = extras["key"][i]
-      mask = _of_classes(decode_mask(extras["mask"][i], f"of {key!r}"), len(classes), key)
+      mask = _check_labels(decode_mask(extras["mask"][i], f"of {key!r}"), len(classes), key)
       scores = patches[i] @ embeddings.T
       predicted = owners[label_map(scores, mask.shape)]
       total[0] += confusion(mask, predicted, len(classes) + 1)
@@ -121,8 +123,8 @@ def evaluate_built(
       if len(kept) < keep:
         found = sorted({*np.unique(mask), *np.unique(predicted)} - {IGNORED})
         labels = {int(v): "background" if v == 0 else classes[v - 1] for v in found}
-        picture = np.array(batch["image"][i])
-        kept.append(Example(key, picture, mask, predicted, groups, labels))
+        image = np.array(batch["image"][i])
+        kept.append(Example(key, image, mask, predicted, groups, labels))
   if not images:
     raise ValueError(
       f"segmentation: none of the {examples} images ({rows} rows) has a mask. Give a split whose "
@@ -149,7 +151,7 @@ def evaluate_built(
   return Result(metrics, kept)
 
 
-def photos(names: Sequence[str]) -> list[str]:
+def photo_prompts(names: Sequence[str]) -> list[str]:
   """The prompt of each name: "a photo of a cat", "a photo of an apple"."""
   return [
     f"a photo of {'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}" for name in names
@@ -195,7 +197,7 @@ def similarity_map(patches: np.ndarray, text: np.ndarray, size: tuple[int, int])
   Args:
     patches: unit rows, [h, w, E].
     text: a unit vector, [E].
-    size: (H, W) of the picture in pixels.
+    size: (H, W) of the image in pixels.
 
   Returns:
     f32 [H, W] in [-1, 1].
@@ -203,7 +205,7 @@ def similarity_map(patches: np.ndarray, text: np.ndarray, size: tuple[int, int])
   return upsample((patches @ text)[..., None], size)[..., 0]
 
 
-def plane(features: np.ndarray) -> np.ndarray:
+def project_to_plane(features: np.ndarray) -> np.ndarray:
   """Coordinates along the two first principal components: [n, E] -> f32 [n, 2], n >= 1.
 
   A component without variance (n = 1, equal features) gives zeros.
@@ -350,7 +352,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
   return mask
 
 
-def _of_classes(mask: np.ndarray, classes: int, key: str) -> np.ndarray:
+def _check_labels(mask: np.ndarray, classes: int, key: str) -> np.ndarray:
   """The mask; a one-line ValueError where its labels go beyond the classes."""
   worst = int(np.where(mask == IGNORED, 0, mask).max())
   if worst > classes:

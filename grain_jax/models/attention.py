@@ -1,4 +1,4 @@
-"""Softmax attention whose backward pass computes the weights again, in plain XLA or by cuDNN.
+"""Softmax attention whose backward pass rematerialises the weights, in plain XLA or by cuDNN.
 
 Dimensions: B batch, L tokens, H heads, D width of a head.
 """
@@ -16,29 +16,29 @@ from grain_jax.models import fused_attention
 
 Array = jax.Array
 
-AGAIN = "computed_again"  # scope of the one product that the backward pass repeats
-SAVED = "attention_result"  # name of what it needs beside queries, keys and values
+RECOMPUTED_SCOPE = "computed_again"  # named scope of the product that the backward pass recomputes
+RESIDUAL_NAME = "attention_result"  # checkpoint_name of the residuals beside query, key, value
 
 
-# What was taken for which part of the model, by its name: `taken`.
-_taken: dict[str, str] = {}
+# The attention implementation of each part of the model: `implementations`.
+_implementations: dict[str, str] = {}
 
 
-def taken() -> dict[str, str]:
+def implementations() -> dict[str, str]:
   """{part of the model: which attention the programs traced so far use for it, and why}."""
-  return dict(_taken)
+  return dict(_implementations)
 
 
 def summary() -> str:
-  """`taken` in one line."""
-  return "; ".join(f"{part}: {what}" for part, what in sorted(_taken.items()))
+  """`implementations` in one line."""
+  return "; ".join(f"{part}: {what}" for part, what in sorted(_implementations.items()))
 
 
-def note(part: str, what: str, *, refused: bool = False) -> None:
-  """Keeps what was taken for a part of the model; says it where something was refused."""
-  if refused and what != _taken.get(part):
+def record_implementation(part: str, what: str, *, refused: bool = False) -> None:
+  """Records the implementation of a part of the model; warns where cuDNN refused."""
+  if refused and what != _implementations.get(part):
     logging.warning("attention of the %s: %s", part, what)
-  _taken[part] = what
+  _implementations[part] = what
 
 
 def attend(
@@ -71,7 +71,7 @@ def attend(
     return jnp.broadcast_to(value, query.shape)
   multiple = 0 if fused == "xla" else _cudnn_multiple(query, key, mask, fused=fused, part=part)
   if multiple:
-    return fused_attention.sharded(query, key, value, mask, multiple=multiple)
+    return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple)
   heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   return jnp.swapaxes(_attend(*heads_first, mask), 1, 2)
 
@@ -83,26 +83,28 @@ def _cudnn_multiple(query: Array, key: Array, mask: Array | None, *, fused: str,
     why = f"{query.dtype}"
   if not why and mask is not None and fused == "auto":
     why = "masked"
-  answer = fused_attention.Answer(0, why) if why else fused_attention.ask(query, key, mask)
-  if answer.multiple:
+  result = fused_attention.ProbeResult(0, why) if why else fused_attention.probe(query, key, mask)
+  if result.multiple:
     lengths = sorted({query.shape[1], key.shape[1]}, reverse=True)
-    padded = [fused_attention.pad_to(length, answer.multiple) for length in lengths]
+    padded = [fused_attention.pad_to(length, result.multiple) for length in lengths]
     text = " and ".join(map(str, lengths))
     text += "" if padded == lengths else f" padded to {' and '.join(map(str, padded))}"
-    note(part, f"cuDNN, {text} tokens")
-    return answer.multiple
+    record_implementation(part, f"cuDNN, {text} tokens")
+    return result.multiple
   if fused == "cudnn":
     raise ValueError(
       f"config.model.attention = 'cudnn' is impossible for the {part} ({query.dtype}, "
-      f"{query.shape[1]} queries and {key.shape[1]} keys of {query.shape[-1]}): {answer.refusal}. "
+      f"{query.shape[1]} queries and {key.shape[1]} keys of {query.shape[-1]}): {result.refusal}. "
       "Set it to 'auto'."
     )
-  note(part, f"XLA ({'' if why else 'cuDNN refuses: '}{answer.refusal})", refused=not why)
+  record_implementation(
+    part, f"XLA ({'' if why else 'cuDNN refuses: '}{result.refusal})", refused=not why
+  )
   return 0
 
 
 def _logits(query: Array, key: Array, mask: Array | None) -> Array:
-  """Scaled and masked, [B, H, Lq, Lk] float32."""
+  """Scaled and masked logits, [B, H, Lq, Lk] float32."""
   logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
   logits = logits * query.shape[-1] ** -0.5
   return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
@@ -110,7 +112,7 @@ def _logits(query: Array, key: Array, mask: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp)
 def _attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-  """Of [B, H, L, D]."""
+  """Attention of heads-first arrays [B, H, L, D]."""
   return _forward(query, key, value, mask)[0]
 
 
@@ -127,24 +129,29 @@ def _forward(query: Array, key: Array, value: Array, mask: Array | None) -> tupl
   out = jnp.einsum(
     "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
-  out = checkpoint_name((out / total).astype(value.dtype), SAVED)
-  log_total = checkpoint_name(top + jnp.log(total), SAVED)
+  out = checkpoint_name((out / total).astype(value.dtype), RESIDUAL_NAME)
+  log_total = checkpoint_name(top + jnp.log(total), RESIDUAL_NAME)
   return out, (query, key, value, mask, out, log_total)
 
 
 def _backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
   query, key, value, mask, out, log_total = residuals
-  with jax.named_scope(AGAIN):
+  with jax.named_scope(RECOMPUTED_SCOPE):
     weights = jnp.exp(_logits(query, key, mask) - log_total)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  of_value = product("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient)
+  value_gradient = product("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient)
   # Of the softmax: dL/ds = w (dL/dw - sum over keys of w dL/dw), and that sum is <dL/do, o>.
   mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-  of_logits = weights * (product("bhqd,bhkd->bhqk", gradient, value) - mean)
-  of_logits = (of_logits * query.shape[-1] ** -0.5).astype(query.dtype)
-  of_query = product("bhqk,bhkd->bhqd", of_logits, key)
-  of_key = product("bhqk,bhqd->bhkd", of_logits, query)
-  return of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+  logits_gradient = weights * (product("bhqd,bhkd->bhqk", gradient, value) - mean)
+  logits_gradient = (logits_gradient * query.shape[-1] ** -0.5).astype(query.dtype)
+  query_gradient = product("bhqk,bhkd->bhqd", logits_gradient, key)
+  key_gradient = product("bhqk,bhqd->bhkd", logits_gradient, query)
+  return (
+    query_gradient.astype(query.dtype),
+    key_gradient.astype(key.dtype),
+    value_gradient.astype(value.dtype),
+    None,
+  )
 
 
 _attend.defvjp(_forward, _backward)

@@ -35,8 +35,8 @@ class Problem(NamedTuple):
   dtype: str
 
 
-class Answer(NamedTuple):
-  """How cuDNN takes a problem."""
+class ProbeResult(NamedTuple):
+  """Whether cuDNN takes a problem, and in which padded form."""
 
   multiple: int  # to which lengths are padded; 0: not at all
   refusal: str  # what was said of the form without padding, one line; '' where it is taken
@@ -66,7 +66,7 @@ def pad_to(length: int, multiple: int) -> int:
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int) -> Array:
-  """softmax(q k^T / sqrt(D)) v by cuDNN, with lengths padded to `multiple` and cut again.
+  """softmax(q k^T / sqrt(D)) v by cuDNN, with lengths padded to `multiple` and sliced back.
 
   Padding is told to cuDNN as sequence lengths, or, where there is a mask, within the mask.
 
@@ -98,7 +98,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, *, multip
   return out[:, : lengths[0]]
 
 
-def _local(shape: tuple[int, ...], spec: PartitionSpec) -> tuple[int, ...]:
+def _shard_shape(shape: tuple[int, ...], spec: PartitionSpec) -> tuple[int, ...]:
   """The shape of a shard under the current mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   sizes = []
@@ -108,51 +108,53 @@ def _local(shape: tuple[int, ...], spec: PartitionSpec) -> tuple[int, ...]:
   return tuple(sizes)
 
 
-def partition(query: Array, mask: Array | None) -> tuple[PartitionSpec, PartitionSpec] | None:
-  """How [B, L, H, D] and the mask lie on the current mesh; None: batch or heads do not divide."""
+def partition_specs(query: Array, mask: Array | None) -> tuple[PartitionSpec, PartitionSpec] | None:
+  """PartitionSpecs of [B, L, H, D] and the mask on the current mesh; None: it does not divide."""
   mesh = jax.sharding.get_abstract_mesh()
   batch = tuple(a for a in _BATCH_AXES if a in mesh.axis_names)
   head = _HEAD_AXIS if _HEAD_AXIS in mesh.axis_names else None
-  parts = math.prod(mesh.shape[a] for a in batch), mesh.shape[head] if head else 1
-  if query.shape[0] % parts[0] or query.shape[2] % parts[1]:
+  shards = math.prod(mesh.shape[a] for a in batch), mesh.shape[head] if head else 1
+  if query.shape[0] % shards[0] or query.shape[2] % shards[1]:
     return None
-  of_mask = [None] * 4
+  mask_spec = [None] * 4
   if mask is not None:
-    of_mask[:2] = [batch if mask.shape[0] > 1 else None, head if mask.shape[1] > 1 else None]
-  return PartitionSpec(batch or None, None, head), PartitionSpec(*of_mask)
+    mask_spec[:2] = [batch if mask.shape[0] > 1 else None, head if mask.shape[1] > 1 else None]
+  return PartitionSpec(batch or None, None, head), PartitionSpec(*mask_spec)
 
 
-def sharded(query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int) -> Array:
-  """`attend` on each device's own rows and heads, which are what was tried."""
+def attend_sharded(
+  query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int
+) -> Array:
+  """`attend` on each device's shard of batch and heads, which is what was probed."""
   function = functools.partial(attend, multiple=multiple)
-  mesh, specs = jax.sharding.get_abstract_mesh(), partition(query, mask)
+  mesh, specs = jax.sharding.get_abstract_mesh(), partition_specs(query, mask)
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or specs is None:
     return function(query, key, value, mask)
-  rows, of_mask = specs
+  rows, mask_spec = specs
   return jax.shard_map(
     function,
-    in_specs=(rows, rows, rows, None if mask is None else of_mask),
+    in_specs=(rows, rows, rows, None if mask is None else mask_spec),
     out_specs=rows,
     check_vma=False,
   )(query, key, value, mask)
 
 
-def ask(query: Array, key: Array, mask: Array | None) -> Answer:
-  """How cuDNN takes this problem here, by trying; each problem is tried once in a process."""
-  mesh, specs = jax.sharding.get_abstract_mesh(), partition(query, mask)
+def probe(query: Array, key: Array, mask: Array | None) -> ProbeResult:
+  """Whether cuDNN compiles this problem here; each problem is compiled once in a process."""
+  mesh, specs = jax.sharding.get_abstract_mesh(), partition_specs(query, mask)
   if specs is None:
-    return Answer(0, "batch or heads do not divide by the devices")
+    return ProbeResult(0, "batch or heads do not divide by the devices")
   shapes = [query.shape, key.shape, None if mask is None else mask.shape]
   if not (mesh.empty or mesh.size == 1 or mesh.manual_axes):
     shapes = [
-      None if shape is None else _local(shape, spec)
+      None if shape is None else _shard_shape(shape, spec)
       for shape, spec in zip(shapes, (specs[0], specs[0], specs[1]), strict=True)
     ]
-  return _ask(Problem(*shapes, jnp.dtype(query.dtype).name))
+  return _probe(Problem(*shapes, jnp.dtype(query.dtype).name))
 
 
 @functools.cache
-def _ask(problem: Problem) -> Answer:
+def _probe(problem: Problem) -> ProbeResult:
   refusal = ""
   seen = set()
   for multiple in MULTIPLES:
@@ -162,9 +164,9 @@ def _ask(problem: Problem) -> Answer:
     seen.add(lengths)
     said = _refusal(problem, multiple)
     if not said:
-      return Answer(multiple, refusal)
+      return ProbeResult(multiple, refusal)
     refusal = refusal or said
-  return Answer(0, refusal)
+  return ProbeResult(0, refusal)
 
 
 def _refusal(problem: Problem, multiple: int) -> str:
@@ -172,27 +174,27 @@ def _refusal(problem: Problem, multiple: int) -> str:
 
   def gradients(query, key, value, gradient, *mask):
     function = functools.partial(attend, mask=mask[0] if mask else None, multiple=multiple)
-    out, pull = jax.vjp(function, query, key, value)
-    return out, pull(gradient)
+    out, vjp_fn = jax.vjp(function, query, key, value)
+    return out, vjp_fn(gradient)
 
   query, key = (jax.ShapeDtypeStruct(s, problem.dtype) for s in (problem.query, problem.key))
   inputs = [query, key, key, query]
   if problem.mask is not None:
     inputs.append(jax.ShapeDtypeStruct(problem.mask, jnp.bool_))
-  said: list[str] = []
+  refusals: list[str] = []
 
   def attempt() -> None:
     try:
       compile_probe(jax.jit(gradients).trace(*inputs))
     except Exception as error:  # whatever it is, it would end the run: it becomes the reason
       lines = str(error).strip().splitlines() or [type(error).__name__]
-      said.append(lines[0][:200].rstrip("."))
+      refusals.append(lines[0][:200].rstrip("."))
 
   # In a thread of its own: JAX keeps the mesh and the trace that this call stands in by thread.
   thread = threading.Thread(target=attempt, name="attention probe")
   thread.start()
   thread.join()
-  return said[0] if said else ""
+  return refusals[0] if refusals else ""
 
 
 def compile_probe(traced: Any) -> None:

@@ -19,20 +19,21 @@ from grain_jax.models import attention
 Array = jax.Array
 Initializer = Callable[..., Array]
 
-# What the backward pass computes again: nothing; all but matrix products; all but the matrix
+# What the backward pass rematerialises: nothing; all but matrix products; all but the matrix
 # products with parameters; every block.
 REMAT = ("none", "elementwise", "attention", "block")
 
 
-def _products(primitive: Any, *args: Any, **params: Any) -> bool:
-  """Matrix products, and cuDNN's attention, which has two."""
+def _matrix_products_saveable(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Checkpoint policy: saves matrix products, and cuDNN's attention, which has two."""
   fused = primitive.name.startswith("dot_product_attention_fwd")
   return fused or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
 
 
 _POLICIES = {
   "elementwise": jax.checkpoint_policies.save_from_both_policies(
-    _products, jax.checkpoint_policies.save_only_these_names(attention.SAVED)
+    _matrix_products_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention.RESIDUAL_NAME),
   ),
   "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,
@@ -58,9 +59,9 @@ def layer_norm(x: Array, *, epsilon: float, dtype: Any, name: str) -> Array:
 
 
 def shard_batch(x: Array) -> Array:
-  """Fixes the layout of activations [B, ...] under `jax.set_mesh`: the batch is cut, nothing else.
+  """Fixes the layout of activations [B, ...] under `jax.set_mesh`: sharded over the batch alone.
 
-  Without it the compiler may follow the parameters' layout and cut the width instead.
+  Without it the compiler may follow the parameters' layout and shard the width instead.
   """
   axes = tuple(a for a in ("data", "fsdp") if a in jax.sharding.get_abstract_mesh().axis_names)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
@@ -78,7 +79,7 @@ class Attention(nn.Module):
   qk_norm_eps: float | None = None
   dropout: float = 0.0
   fused: str = "xla"
-  part: str = "model"  # of the whole, for messages
+  part: str = "model"  # part of the model, for messages
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -114,7 +115,7 @@ class Attention(nn.Module):
       q = layer_norm(q, epsilon=self.qk_norm_eps, dtype=self.dtype, name="query_norm")
       k = layer_norm(k, epsilon=self.qk_norm_eps, dtype=self.dtype, name="key_norm")
     if self.dropout and not deterministic:
-      attention.note(self.part, "XLA (dropout)")
+      attention.record_implementation(self.part, "XLA (dropout)")
       logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
       logits = logits * (width // self.heads) ** -0.5
       if mask is not None:
@@ -163,7 +164,7 @@ class Block(nn.Module):
   inits: tuple[Initializer, Initializer, Initializer, Initializer]  # attention in, out, fc1, fc2
   qk_norm: bool = False
   fused: str = "xla"
-  part: str = "model"  # of the whole, for messages
+  part: str = "model"  # part of the model, for messages
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -189,7 +190,7 @@ class Block(nn.Module):
 
 
 def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -> type[nn.Module]:
-  """The module class with a part of its values computed again in the backward pass.
+  """The module class, with its values rematerialised in the backward pass as `remat` says.
 
   Args:
     block: module class.
@@ -204,14 +205,14 @@ def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -
   return nn.remat(block, prevent_cse=not scanned, policy=_POLICIES[remat])
 
 
-def cut(params: Any, sizes: Sequence[int]) -> list[Any]:
-  """Stacked parameters [layers, ...] in pieces of so many layers.
+def split_stack(params: Any, sizes: Sequence[int]) -> list[Any]:
+  """Splits stacked parameters [layers, ...] into stacks of so many layers.
 
   One split, whose gradient is one concatenation; slices would each pad to the whole stack.
   """
   leaves, structure = jax.tree.flatten(params)
-  pieces = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-  return [structure.unflatten(piece) for piece in pieces]
+  stacks = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+  return [structure.unflatten(stack) for stack in stacks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +226,8 @@ class Stack:
 
   block: type[nn.Module]
   arguments: Mapping[str, Any]  # of the block
-  unroll: int = 1  # layers per turn of the scan; -1: no scan
-  remat: str = "none"  # what the backward pass computes again: one of REMAT
+  unroll: int = 1  # layers per iteration of the scan; -1: no scan
+  remat: str = "none"  # what the backward pass rematerialises: one of REMAT
 
   def create(self, depth: int, broadcast: int, *, name: str) -> nn.Module:
     """The submodule that initialises the parameters of all blocks, within a compact method."""
@@ -246,20 +247,20 @@ class Stack:
     keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
     scanned = 0 < self.unroll < depth
 
-    def one(carry: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
+    def scan_body(carry: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
       params, key = layer
-      return self.apply_one(params, carry, *broadcast, dropout_key=key, scanned=scanned)
+      return self.apply_block(params, carry, *broadcast, dropout_key=key, scanned=scanned)
 
     if scanned:
-      return jax.lax.scan(one, carry, (params, keys), unroll=self.unroll)
+      return jax.lax.scan(scan_body, carry, (params, keys), unroll=self.unroll)
     outputs = []
-    for i, layer in enumerate(cut(params, [1] * depth)):
+    for i, layer in enumerate(split_stack(params, [1] * depth)):
       layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
-      carry, output = one(carry, (layer, None if keys is None else keys[i]))
+      carry, output = scan_body(carry, (layer, None if keys is None else keys[i]))
       outputs.append(output)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
-  def apply_one(
+  def apply_block(
     self,
     params: Any,
     carry: Array,

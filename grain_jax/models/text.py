@@ -90,7 +90,7 @@ class TextTransformer(nn.Module):
       return jnp.take_along_axis(x, ends[..., None], axis=1)
     params = self.variables["params"]["blocks"]
     if self.depth > 1:
-      before, params = layers.cut(params, [self.depth - 1, 1])
+      before, params = layers.split_stack(params, [self.depth - 1, 1])
       x, _ = blocks.apply(before, x, mask)
-    x, _ = blocks.apply_one(jax.tree.map(lambda p: jnp.squeeze(p, 0), params), x, mask, ends)
+    x, _ = blocks.apply_block(jax.tree.map(lambda p: jnp.squeeze(p, 0), params), x, mask, ends)
     return x

@@ -30,42 +30,48 @@ def mean(pair: tuple[Array, Array]) -> Array:
   return pair[0] / jnp.maximum(pair[1], 1.0)
 
 
-def _over_devices(
+def _sharded_loss(
   loss: Callable[..., tuple[Array, ...]],
   a: Array,
   b: Array,
   logit_scale: Array,
   mask: Array,
-  prints: Array | None,
+  text_hashes: Array | None,
   *,
   batch_axes: tuple[str, ...],
   chunk: int,
   local: bool = False,
 ) -> tuple[Array, ...]:
-  """A contrastive loss whose rows each device takes for its own examples; sums over all.
+  """A contrastive loss whose rows are sharded with the batch; the sums over all devices.
 
   Args:
     loss: `captions.caption_loss` or `regions.region_loss`.
-    a: embeddings of one side.
+    a: embeddings of one modality.
     b: embeddings of the other.
     logit_scale: [], ln s.
     mask: which of them count.
-    prints: fingerprints of the texts, or None.
-    batch_axes: mesh axes that cut the batch; none: one device has it all.
-    chunk: columns of the logits at a time.
+    text_hashes: of `duplicates.hash_texts`, or None.
+    batch_axes: mesh axes that shard the batch; none: it is not sharded.
+    chunk: candidates at a time.
     local: negatives from the device's own examples alone.
   """
   if not batch_axes:
-    return loss(a, b, logit_scale=logit_scale, mask=mask, prints=prints, chunk=chunk)
+    return loss(a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, chunk=chunk)
 
-  def own(a: Array, b: Array, logit_scale: Array, mask: Array, prints: Any) -> tuple[Array, ...]:
+  def local_loss(
+    a: Array, b: Array, logit_scale: Array, mask: Array, text_hashes: Any
+  ) -> tuple[Array, ...]:
     axes = () if local else batch_axes
-    sums = loss(a, b, logit_scale=logit_scale, mask=mask, prints=prints, axes=axes, chunk=chunk)
+    sums = loss(
+      a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, axes=axes, chunk=chunk
+    )
     return jax.lax.psum(sums, batch_axes)
 
-  cut, whole = PartitionSpec(batch_axes), PartitionSpec()
-  over = jax.shard_map(own, in_specs=(cut, cut, whole, cut, cut), out_specs=whole)
-  return over(a, b, logit_scale, mask, prints)
+  sharded, replicated = PartitionSpec(batch_axes), PartitionSpec()
+  loss_over_shards = jax.shard_map(
+    local_loss, in_specs=(sharded, sharded, replicated, sharded, sharded), out_specs=replicated
+  )
+  return loss_over_shards(a, b, logit_scale, mask, text_hashes)
 
 
 def total_loss(
@@ -81,19 +87,19 @@ def total_loss(
     output: of the model, for this batch.
     batch: device batch (`schema.BATCH`).
     config: `config.loss` gives weights and choices.
-    batch_axes: mesh axes that cut the batch, under `jax.set_mesh`; none: it is not cut.
+    batch_axes: mesh axes that shard the batch, under `jax.set_mesh`; none: it is not sharded.
   """
   w = config.loss
   num_regions = batch["boxes"].shape[1]
   example = batch["example_mask"]
-  prints = duplicates.fingerprints(
+  text_hashes = duplicates.hash_texts(
     batch["tokens"], batch["segments"], batch["positions"], num_texts=batch["ends"].shape[1]
   )
   caption_mask = example & batch["text_mask"][:, 0]
   parts = {
-    "loss_caption": _over_devices(
+    "loss_caption": _sharded_loss(
       captions.caption_loss, output.image, output.captions, output.logit_scale, caption_mask,
-      prints[:, 0] if w.mask_duplicates else None,
+      text_hashes[:, 0] if w.mask_duplicates else None,
       batch_axes=batch_axes, chunk=w.chunk,
     )
   }  # fmt: skip
@@ -102,11 +108,11 @@ def total_loss(
   region_mask = batch["region_mask"] & example[:, None]
   described = region_mask & batch["text_mask"][:, 1 : 1 + num_regions]
   descriptions, true_boxes = output.descriptions, batch["boxes"]
-  region_prints = prints[:, 1 : 1 + num_regions]
+  region_hashes = text_hashes[:, 1 : 1 + num_regions]
   if w.permute_regions:  # a control: boxes and descriptions of another image
-    region_mask, described, descriptions, true_boxes, region_prints = (
+    region_mask, described, descriptions, true_boxes, region_hashes = (
       jnp.roll(x, 1, axis=0)
-      for x in (region_mask, described, descriptions, true_boxes, region_prints)
+      for x in (region_mask, described, descriptions, true_boxes, region_hashes)
     )
   if w.multi_positive and num_regions:
     parts["loss_multi_positive"] = captions.multi_positive_loss(
@@ -114,7 +120,7 @@ def total_loss(
       descriptions,
       logit_scale=output.logit_scale,
       mask=described,
-      prints=region_prints,
+      text_hashes=region_hashes,
     )
     total += w.multi_positive * mean(parts["loss_multi_positive"])
 
@@ -137,9 +143,9 @@ def total_loss(
         parts["iou"] = (jnp.sum(overlap), number)
         parts["loss_box_l1"], parts["loss_box_giou"] = (l1, number), (giou, number)
     parts["loss_box"] = (box_total, number)
-    region_total, correct, weight = _over_devices(
+    region_total, correct, weight = _sharded_loss(
       regions.region_loss, regions.take_queries(output.regions, queries[:, -1]), descriptions,
-      output.logit_scale, described, region_prints if w.mask_duplicates else None,
+      output.logit_scale, described, region_hashes if w.mask_duplicates else None,
       batch_axes=batch_axes, chunk=w.chunk, local=w.region_negatives == "local",
     )  # fmt: skip
     parts["loss_region"] = (region_total, weight)
@@ -151,7 +157,7 @@ def total_loss(
     jnp.sum(batch["region_mask"] & ~batch["text_mask"][:, 1 : 1 + num_regions], dtype=jnp.float32),
     one,
   )
-  # As long as the context: cut to it, but for the few texts of exactly that length.
+  # As long as the context: truncated, but for the few texts of exactly that length.
   last = jnp.take_along_axis(batch["positions"], batch["ends"], axis=1) + 1
   full = (last >= config.model.text.context) & batch["text_mask"]
   parts["truncated_texts"] = (jnp.sum(full, dtype=jnp.float32), one)

@@ -84,9 +84,9 @@ def box_loss(predicted: Array, true: Array, mask: Array) -> tuple[Array, Array, 
     (sum of |b - b'|_1, sum of 1 - GIoU, number of pairs), all []. Masked pairs have no gradient.
   """
   # Replaced before the arithmetic, so that no NaN of a masked pair reaches the gradient.
-  whole = jnp.array([0.5, 0.5, 1.0, 1.0], jnp.float32)
-  predicted = jnp.where(mask[..., None], predicted, whole)
-  true = jnp.where(mask[..., None], true, whole)
+  full_image = jnp.array([0.5, 0.5, 1.0, 1.0], jnp.float32)
+  predicted = jnp.where(mask[..., None], predicted, full_image)
+  true = jnp.where(mask[..., None], true, full_image)
   l1 = jnp.where(mask, jnp.sum(jnp.abs(predicted - true), axis=-1), 0.0)
   giou = jnp.where(mask, 1.0 - generalized_iou(predicted, true), 0.0)
   return jnp.sum(l1), jnp.sum(giou), jnp.sum(mask, dtype=jnp.float32)

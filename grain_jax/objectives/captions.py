@@ -16,7 +16,7 @@ def caption_loss(
   *,
   logit_scale: Array,
   mask: Array,
-  prints: Array | None = None,
+  text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
   chunk: int = 0,
 ) -> tuple[Array, Array]:
@@ -27,20 +27,20 @@ def caption_loss(
     text: f32 [B, E], L2-normalised.
     logit_scale: [], ln s.
     mask: bool [B]; examples that do not count are no negatives either.
-    prints: u32 [B, 2] or None: where given, equal captions are no negatives of each other.
-    axes: within `shard_map`, the mesh axes that cut the batch; negatives come from all of it.
-    chunk: columns of the logits at a time; 0: all.
+    text_hashes: u32 [B, 2] or None: where given, equal captions are no negatives of each other.
+    axes: within `shard_map`, the mesh axes that shard the batch; negatives come from all shards.
+    chunk: candidates at a time; 0: all.
 
   Returns:
     (sum, weight): the loss is sum / weight, weight the number of examples (of this device).
   """
-  images = contrastive.Side(image, mask, prints)
-  texts = contrastive.Side(text, mask, prints)
+  images = contrastive.Candidates(image, mask, text_hashes)
+  texts = contrastive.Candidates(text, mask, text_hashes)
   total = jnp.zeros(())
-  for rows, columns in ((images, texts), (texts, images)):
-    whole, first = contrastive.gather(columns, axes)
+  for rows, positives in ((images, texts), (texts, images)):
+    candidates, offset = contrastive.gather(positives, axes)
     sums = contrastive.cross_entropy(
-      rows, columns.embeddings, whole, logit_scale=logit_scale, first=first, chunk=chunk
+      rows, positives.embeddings, candidates, logit_scale=logit_scale, offset=offset, chunk=chunk
     )
     total += sums.loss / 2
   return total, sums.rows
@@ -52,20 +52,20 @@ def multi_positive_loss(
   *,
   logit_scale: Array,
   mask: Array,
-  prints: Array,
+  text_hashes: Array,
 ) -> tuple[Array, Array]:
   """Descriptions as further positives of the global embedding, symmetric like `caption_loss`.
 
-  Each description is told from those of other images by its image, and its image from other
-  images by it; an equal description of another image is no negative, nor is that image. The
-  logits exist as a whole: this is a control for small runs.
+  Each description is contrasted with those of other images, and its image with other images; an
+  equal description of another image is no negative, nor is that image. The logits are not
+  chunked: this is a control for small runs.
 
   Args:
     image: f32 [B, E], L2-normalised.
     descriptions: f32 [B, R, E], L2-normalised.
     logit_scale: [], ln s.
     mask: bool [B, R].
-    prints: u32 [B, R, 2], `duplicates.fingerprints` of the descriptions.
+    text_hashes: u32 [B, R, 2], `duplicates.hash_texts` of the descriptions.
 
   Returns:
     (sum, weight): weight the number of descriptions.
@@ -74,23 +74,29 @@ def multi_positive_loss(
   flat, valid = descriptions.reshape(batch * regions, -1), mask.reshape(-1)
   owner = jnp.repeat(jnp.arange(batch), regions)
   logits = contrastive.similarity(flat, image, logit_scale=logit_scale)  # [B R, B]
-  own = jnp.take_along_axis(logits, owner[:, None], axis=1)[:, 0]
-  same = duplicates.equal(prints.reshape(-1, 2), prints.reshape(-1, 2)) & valid[None, :]
-  mine = owner[:, None] == owner[None, :]
+  positive = jnp.take_along_axis(logits, owner[:, None], axis=1)[:, 0]
+  same = (
+    duplicates.pairwise_equal(text_hashes.reshape(-1, 2), text_hashes.reshape(-1, 2))
+    & valid[None, :]
+  )
+  same_image = owner[:, None] == owner[None, :]
   # To image: images that hold the same description are no negatives.
-  shares = jnp.any(same.reshape(-1, batch, regions), axis=-1)
+  images_with_text = jnp.any(same.reshape(-1, batch, regions), axis=-1)
   images = jnp.any(mask, axis=1)
   to_image = _cross_entropy(
-    logits, own, (images[None, :] & ~shares) | (owner[:, None] == jnp.arange(batch)), valid
+    logits,
+    positive,
+    (images[None, :] & ~images_with_text) | (owner[:, None] == jnp.arange(batch)),
+    valid,
   )
   # To text: the row of a description is its image's logits over all descriptions.
   rows = logits.T[owner]  # [B R, B R]
-  allowed = (valid[None, :] & ~same & ~mine) | jnp.eye(batch * regions, dtype=bool)
-  to_text = _cross_entropy(rows, own, allowed, valid)
+  allowed = (valid[None, :] & ~same & ~same_image) | jnp.eye(batch * regions, dtype=bool)
+  to_text = _cross_entropy(rows, positive, allowed, valid)
   return (to_image + to_text) / 2, jnp.sum(valid, dtype=jnp.float32)
 
 
-def _cross_entropy(logits: Array, own: Array, allowed: Array, mask: Array) -> Array:
-  """Sum over the rows in `mask` of -log softmax at the own entry; `allowed` includes it."""
-  logits = jnp.where(allowed, logits, contrastive.FORBIDDEN)
-  return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - own, 0.0))
+def _cross_entropy(logits: Array, positive: Array, allowed: Array, mask: Array) -> Array:
+  """Sum over the rows in `mask` of -log softmax at the positive; `allowed` includes it."""
+  logits = jnp.where(allowed, logits, contrastive.MASKED_LOGIT)
+  return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - positive, 0.0))

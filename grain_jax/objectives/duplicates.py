@@ -19,7 +19,7 @@ def _mix(x: Array) -> Array:
   return x ^ (x >> 16)
 
 
-def fingerprints(tokens: Array, segments: Array, positions: Array, *, num_texts: int) -> Array:
+def hash_texts(tokens: Array, segments: Array, positions: Array, *, num_texts: int) -> Array:
   """Two 32-bit hashes of each text of packed rows; equal texts have equal hashes.
 
   Args:
@@ -40,6 +40,6 @@ def fingerprints(tokens: Array, segments: Array, positions: Array, *, num_texts:
   return jnp.stack(hashes, axis=-1).astype(jnp.uint32)
 
 
-def equal(a: Array, b: Array) -> Array:
+def pairwise_equal(a: Array, b: Array) -> Array:
   """u32 [..., N, 2], [..., M, 2] -> bool [..., N, M]: which texts of a equal which of b."""
   return jnp.all(a[..., :, None, :] == b[..., None, :, :], axis=-1)

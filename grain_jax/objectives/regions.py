@@ -1,4 +1,4 @@
-"""Region against description: each matched region query finds its own description."""
+"""Region to text: each matched region query is contrasted with all descriptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def region_loss(
   *,
   logit_scale: Array,
   mask: Array,
-  prints: Array | None = None,
+  text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
   chunk: int = 0,
 ) -> tuple[Array, Array, Array]:
@@ -33,21 +33,21 @@ def region_loss(
     descriptions: f32 [B, R, E], L2-normalised.
     logit_scale: [], ln s.
     mask: bool [B, R].
-    prints: u32 [B, R, 2] or None: where given, equal descriptions are no negatives.
-    axes: within `shard_map`, the mesh axes that cut the batch: negatives come from all of it.
-      Without them they come from this device's part alone, as in the published code.
-    chunk: columns of the logits at a time; 0: all.
+    text_hashes: u32 [B, R, 2] or None: where given, equal descriptions are no negatives.
+    axes: within `shard_map`, the mesh axes that shard the batch: negatives come from all shards.
+      Without them they come from this device's shard alone, as in the published code.
+    chunk: candidates at a time; 0: all.
 
   Returns:
     (sum, correct, weight): the loss is sum / weight; correct counts the regions whose own
     description scores highest; weight is the number of regions (of this device).
   """
   width, valid = regions.shape[-1], mask.reshape(-1)
-  prints = None if prints is None else prints.reshape(-1, 2)
-  texts = contrastive.Side(descriptions.reshape(-1, width), valid, prints)
-  whole, first = contrastive.gather(texts, axes)
-  rows = contrastive.Side(regions.reshape(-1, width), valid, prints)
+  text_hashes = None if text_hashes is None else text_hashes.reshape(-1, 2)
+  texts = contrastive.Candidates(descriptions.reshape(-1, width), valid, text_hashes)
+  candidates, offset = contrastive.gather(texts, axes)
+  rows = contrastive.Candidates(regions.reshape(-1, width), valid, text_hashes)
   sums = contrastive.cross_entropy(
-    rows, texts.embeddings, whole, logit_scale=logit_scale, first=first, chunk=chunk
+    rows, texts.embeddings, candidates, logit_scale=logit_scale, offset=offset, chunk=chunk
   )
   return sums.loss, sums.correct, sums.rows

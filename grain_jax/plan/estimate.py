@@ -130,9 +130,9 @@ class Planner:
         notes.append("the unrolled program does not fit: counts are from the one that runs")
         counted = program
       elif counted.xla_flops:
-        once = sum(counter.count(unrolled.jaxpr, turns=False).values()) / chips
-        whole = sum(counter.count(unrolled.jaxpr).values()) / chips
-        exact = counted.xla_flops + (whole - once)  # loops that are left, turn by turn
+        once = sum(counter.count(unrolled.jaxpr, trip_counts=False).values()) / chips
+        repeated = sum(counter.count(unrolled.jaxpr).values()) / chips
+        exact = counted.xla_flops + (repeated - once)  # loops left, by trip count
         if exact < 0.99 * flops:
           notes.append(
             "XLA merged what rematerialisation computes again in the unrolled program: counts are "
@@ -149,8 +149,8 @@ class Planner:
     for path in module.unknown_loops():
       notes.append(f"turns of the loop {path} are not in the program: counted once")
     everything, once = (
-      sum(t.bytes for t in plan_traffic.traffic(module, hbm_only=False, turns=turns))
-      for turns in (True, False)
+      sum(t.bytes for t in plan_traffic.traffic(module, hbm_only=False, trip_counts=trip_counts))
+      for trip_counts in (True, False)
     )
     found["xla_bytes"] = counted.xla_bytes + everything - once if counted.xla_bytes else everything
     found["traffic"] = plan_traffic.traffic(module)
@@ -159,14 +159,14 @@ class Planner:
     return found
 
   def useful_flops(self, batch_per_chip: int) -> float:
-    """FLOPs per chip that any implementation of the model needs (`plan_useful.useful`)."""
+    """FLOPs per chip that any implementation of the model needs (`plan_useful.useful_flops`)."""
     config, _ = self.config(batch_per_chip)
     keys = dict(configs.flatten(config))
     changes = {"model__remat": "none", "loss__chunk": 0, "accumulate": 1}
     changes = {k: v for k, v in changes.items() if k.replace("__", ".") in keys}
     counts = counter.count(self._trace(batch_per_chip, **changes).jaxpr)
     return (
-      plan_useful.useful(
+      plan_useful.useful_flops(
         counts,
         config,
         batch=config.batch_size,
@@ -220,7 +220,7 @@ class Planner:
       memory_bytes=hbm,
       collectives=costs["collectives"],
     )
-    gradients = sum(c.sent for c in costs["collectives"] if plan_traffic.of_gradients(c))
+    gradients = sum(c.sent for c in costs["collectives"] if plan_traffic.is_gradient_reduction(c))
     bound = max(seconds, key=lambda name: seconds[name])
     step = seconds[bound]
     hours = total_steps * step / 3600

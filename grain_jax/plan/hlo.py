@@ -1,7 +1,7 @@
-"""XLA's text of a compiled program (HLO), read: instructions, computations, turns of loops.
+"""XLA's text of a compiled program (HLO), read: instructions, computations, trip counts.
 
-The turns of a loop stand in the text, as `known_trip_count` or as the bound that its condition
-compares a counter with.
+The trip count of a loop stands in the text, as `known_trip_count` or as the bound that its
+condition compares a counter with.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Module:
     yield computation, times
     for i in computation.instructions.values():
       if i.op == "while":
-        turns = times * self.turns(computation, i)
-        yield from self._executed(i.called("body") or "", turns)
+        iterations = times * self.trip_count(computation, i)
+        yield from self._executed(i.called("body") or "", iterations)
       elif i.op == "call":
         yield from self._executed(i.called("to_apply") or i.called("calls") or "", times)
       elif i.op == "conditional":
@@ -156,13 +156,13 @@ class Module:
         for branch in names:
           yield from self._executed(branch, times)
 
-  def turns(self, computation: Computation, loop: Instruction) -> int:
-    """How often a while loop's body runs; 1 where the text does not say (`unknown_loops`)."""
+  def trip_count(self, computation: Computation, loop: Instruction) -> int:
+    """Trip count of a while loop; 1 where the text does not say (`unknown_loops`)."""
     known = re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes)
     return int(known.group(1)) if known else self._bound(computation, loop) or 1
 
   def unknown_loops(self) -> list[str]:
-    """Paths of loops whose number of turns is not in the text."""
+    """Paths of loops whose trip count is not in the text."""
     return [
       i.path or i.name
       for computation, _ in self.executed()
@@ -173,7 +173,7 @@ class Module:
     ]
 
   def _bound(self, computation: Computation, loop: Instruction) -> int | None:
-    """Turns of `for (i = start; i < bound; i += step)`, from its condition, body and operands."""
+    """Trip count of `for (i = start; i < bound; i += step)`, from condition, body and operands."""
     condition = self.computations[loop.called("condition") or ""]
     body = self.computations[loop.called("body") or ""]
     test = condition.root

@@ -54,17 +54,17 @@ def first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
   if mesh:
     axes = re.findall(r"'([^']*)'=(\d+)", mesh.group(1))
-    cut = re.findall(r"'([^']*)'", mesh.group(2))
+    grouped = re.findall(r"'([^']*)'", mesh.group(2))
     ids = np.arange(math.prod(int(size) for _, size in axes))
     ids = ids.reshape([int(size) for _, size in axes])
-    index = tuple(slice(None) if axis in cut else 0 for axis, _ in axes)
+    index = tuple(slice(None) if axis in grouped else 0 for axis, _ in axes)
     return tuple(int(i) for i in np.ravel(ids[index]))
   return tuple(range(num_devices))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-  """A collective as it stands in the text, alone or within a fusion."""
+class _CollectiveOp:
+  """The instruction of a collective, alone or within a fusion."""
 
   kind: str
   instruction: plan_hlo.Instruction
@@ -73,11 +73,11 @@ class _Part:
 
   @property
   def channel(self) -> str:
-    """What the parts of one exchange share."""
+    """Identifies a collective that the compiler spread over several instructions."""
     found = re.search(r"channel_id=(\d+)", self.instruction.attributes)
     return found.group(1) if found else self.instruction.name
 
-  def exchange(self, num_devices: int, times: int) -> Collective:
+  def to_collective(self, num_devices: int, times: int) -> Collective:
     group = first_group(self.instruction.attributes, num_devices)
     operands = (self.computation.instructions[o] for o in self.instruction.operands)
     payload = sum(a.bytes for operand in operands for a in operand.types)
@@ -86,43 +86,43 @@ class _Part:
     return Collective(self.kind, payload, group, times, self.instruction.path)
 
 
-def _parts(
+def _collective_ops(
   module: plan_hlo.Module, computation: plan_hlo.Computation, *, kind: str = "", fused: bool = False
-) -> Iterator[_Part]:
+) -> Iterator[_CollectiveOp]:
   """The collectives of a computation and of the fusions it calls."""
   for i in computation.instructions.values():
     base = i.op.removesuffix("-start")
     if base in COLLECTIVES:
-      yield _Part(kind or base, i, computation, fused)
+      yield _CollectiveOp(kind or base, i, computation, fused)
     elif i.op in ("fusion", "async-start") and (name := i.called("calls")):
-      # A TPU's reduce-scatter is an all-reduce of which each chip keeps a part, in one fusion.
+      # A TPU's reduce-scatter is an all-reduce of which each chip keeps a shard, in one fusion.
       inner = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-      yield from _parts(
+      yield from _collective_ops(
         module, module.computations[name], kind=inner, fused=fused or i.op == "fusion"
       )
 
 
 def collectives(module: plan_hlo.Module) -> list[Collective]:
-  """All exchanges of a step.
+  """All collectives of a step.
 
-  A TPU's compiler spreads one exchange over several fusions, and over the turns of a loop that it
-  overlaps with: these parts share a channel and count as one, as often as the rarest of them runs.
+  A TPU's compiler spreads one collective over several fusions, and over the iterations of a loop
+  that it overlaps with: these share a channel and count as one, as often as the rarest runs.
   """
-  found: dict[tuple[str, str], tuple[_Part, int]] = {}
+  found: dict[tuple[str, str], tuple[_CollectiveOp, int]] = {}
   for computation, times in module.executed():
-    for part in _parts(module, computation):
-      key = (part.channel, "" if part.fused else f"{computation.name} {part.instruction.name}")
+    for op in _collective_ops(module, computation):
+      key = (op.channel, "" if op.fused else f"{computation.name} {op.instruction.name}")
       if key not in found or times < found[key][1]:
-        found[key] = part, times
+        found[key] = op, times
   fused = {channel for channel, where in found if not where}
   return [
-    part.exchange(module.num_devices, times)
-    for (channel, where), (part, times) in found.items()
+    op.to_collective(module.num_devices, times)
+    for (channel, where), (op, times) in found.items()
     if not where or channel not in fused
   ]
 
 
-def of_gradients(exchange: Collective) -> bool:
+def is_gradient_reduction(exchange: Collective) -> bool:
   """Whether it adds up gradients of parameters: a reduction within the model's backward pass.
 
   Features and logits of the losses have no module of the model in their path.
@@ -169,7 +169,7 @@ def _slice_reads(
   return total
 
 
-def _written(fusion: plan_hlo.Computation, name: str) -> int | None:
+def _bytes_written(fusion: plan_hlo.Computation, name: str) -> int | None:
   """Bytes written by a fusion's result where it is an update in place; None: all of it."""
   instruction = fusion.instructions[name]
   while instruction.op == "bitcast" and instruction.operands:
@@ -179,7 +179,7 @@ def _written(fusion: plan_hlo.Computation, name: str) -> int | None:
   return sum(a.bytes for a in fusion.instructions[instruction.operands[1]].types)
 
 
-def _moved(
+def _bytes_moved(
   module: plan_hlo.Module,
   computation: plan_hlo.Computation,
   i: plan_hlo.Instruction,
@@ -219,31 +219,33 @@ def _moved(
     total += read(operand) if sliced is None else min(sliced, read(operand))
   results = fusion.root.operands if fusion.root.op == "tuple" else (fusion.root.name,)
   for result, array in zip(results, i.types, strict=False):
-    update = _written(fusion, result)
+    update = _bytes_written(fusion, result)
     total += size([array]) if update is None else min(update, size([array]))
   return total
 
 
-def traffic(module: plan_hlo.Module, *, hbm_only: bool = True, turns: bool = True) -> list[Traffic]:
+def traffic(
+  module: plan_hlo.Module, *, hbm_only: bool = True, trip_counts: bool = True
+) -> list[Traffic]:
   """Bytes moved by each instruction of a step, times of execution included.
 
   Args:
     module: the program.
     hbm_only: leave out arrays that the compiler placed in on-chip memory.
-    turns: count the body of a loop as often as it runs; else once, as XLA does.
+    trip_counts: count the body of a loop as often as it runs; else once, as XLA does.
   """
   found = []
   for computation, times in module.executed():
     for i in computation.instructions.values():
       if i.op in _FREE or (i.op.endswith("-done") and i.op != "fusion"):
         continue
-      size = _moved(module, computation, i, hbm_only) * (times if turns else 1)
+      size = _bytes_moved(module, computation, i, hbm_only) * (times if trip_counts else 1)
       if size:
         found.append(Traffic(i.path, i.op, size))
   return found
 
 
-def part(path: str) -> str:
+def module_and_op(path: str) -> str:
   """The module of the model and the operation of a path of names, for people.
 
   'jit(train_step)/transpose(jvp(Grain))/Grain.encode_text/text_tower/norm1/mul' becomes
@@ -261,9 +263,9 @@ def part(path: str) -> str:
 
 
 def causes(found: Sequence[Traffic], largest: int = 3) -> list[tuple[str, int]]:
-  """The parts that move most, and their bytes; unnamed instructions are copies of the compiler."""
+  """The modules that move most, and their bytes; unnamed instructions are compiler copies."""
   total: dict[str, int] = {}
   for item in found:
-    name = part(item.path) if item.path else f"compiler's {item.op.removesuffix('-start')}"
+    name = module_and_op(item.path) if item.path else f"compiler's {item.op.removesuffix('-start')}"
     total[name] = total.get(name, 0) + item.bytes
   return sorted(total.items(), key=lambda kv: -kv[1])[:largest]

@@ -1,4 +1,4 @@
-"""FLOPs that a train step needs however it is written: no padding, nothing computed again."""
+"""FLOPs that a train step needs however it is written: no padding, nothing rematerialised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from grain_jax.models import attention
 _TEXT = ("text_tower", "text_projection")  # modules that see tokens
 
 
-def text_tower(config: ml_collections.ConfigDict, *, caption: float, description: float) -> float:
+def text_tower_flops(
+  config: ml_collections.ConfigDict, *, caption: float, description: float
+) -> float:
   """FLOPs a sample of the text tower and its gradient without padding.
 
   A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
@@ -33,7 +35,7 @@ def text_tower(config: ml_collections.ConfigDict, *, caption: float, description
   return 3.0 * ((t.depth - 1) * layer + last + projection)
 
 
-def useful(
+def useful_flops(
   counts: Mapping[str, int],
   config: ml_collections.ConfigDict,
   *,
@@ -41,7 +43,7 @@ def useful(
   caption: float,
   description: float,
 ) -> float:
-  """FLOPs of a step that any implementation needs: nothing computed again, no padded token.
+  """FLOPs of a step that any implementation needs: nothing rematerialised, no padded token.
 
   Args:
     counts: `flops.count` of the step without rematerialisation.
@@ -50,8 +52,8 @@ def useful(
     caption: mean tokens of a caption.
     description: mean tokens of a description.
   """
-  once = {path: n for path, n in counts.items() if attention.AGAIN not in path}
+  once = {path: n for path, n in counts.items() if attention.RECOMPUTED_SCOPE not in path}
   rest = sum(n for path, n in once.items() if not any(m in path.split("/") for m in _TEXT))
   padded = sum(once.values()) - rest
-  text = batch * text_tower(config, caption=caption, description=description)
+  text = batch * text_tower_flops(config, caption=caption, description=description)
   return rest + min(text, padded)

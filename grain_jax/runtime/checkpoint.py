@@ -20,9 +20,9 @@ from etils import epath
 from grain_jax import failures, trees
 from grain_jax.runtime import distributed, orbax_noise
 
-# A replicated array is written in parts, one by each replica, where a part has so many bytes at
-# least. Orbax's default is none, and each cut of each array is a program that is compiled.
-_LEAST_PART = 1 << 20
+# A replicated array is written in slices, one by each replica, where a slice has so many bytes at
+# least. Orbax's default is none, and each slice of each array is a program that is compiled.
+_MIN_REPLICA_SLICE_BYTES = 1 << 20
 
 
 # Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
@@ -72,7 +72,7 @@ class Checkpoints:
       orbax_noise.silence()
     self._keep, self._best_metric, self._keep_best = keep, best_metric, keep_best
     self._results = self._read_results()
-    processes = set(range(distributed.count())) if distributed.count() > 1 else None
+    processes = set(range(distributed.process_count())) if distributed.process_count() > 1 else None
     multiprocessing = ocp.options.MultiprocessingOptions(active_processes=processes)
     self._manager = _Manager(
       self._directory,
@@ -134,7 +134,7 @@ class Checkpoints:
     raise SaveError(f"{failure}. Make room or mend the storage, and start again.")
 
   def _set_damaged_aside(self) -> None:
-    if distributed.index() == 0:
+    if distributed.process_index() == 0:
       for step in self._damaged:
         target, number = self._directory / f"damaged-{step}", 1
         while target.exists():
@@ -266,7 +266,7 @@ class Checkpoints:
 
     It waits for no other process.
     """
-    here = distributed.index()
+    here = distributed.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     folder = epath.Path(self._directory) / str(step)
     try:
@@ -307,7 +307,7 @@ class Checkpoints:
     # Of process 0, so that all keep the same.
     value = distributed.broadcast("best", repr(float(results[self._best_metric])))
     self._results[step] = float(value)
-    if distributed.index() == 0:
+    if distributed.process_index() == 0:
       path = self._directory / "best.json"
       temporary = path.with_suffix(".tmp")
       content = {"metric": self._best_metric, "best": self.best(), "results": self._results}
@@ -364,7 +364,7 @@ class Checkpoints:
 def _types() -> ocp.type_handlers.TypeHandlerRegistry:
   """How the leaves of a state are written."""
   handlers = ocp.type_handlers
-  arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+  arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_SLICE_BYTES)
   scalars = handlers.ScalarHandler()
   return handlers.create_type_handler_registry(
     (jax.Array, arrays),

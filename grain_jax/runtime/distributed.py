@@ -49,20 +49,20 @@ def _state() -> Any:
   return private.global_state
 
 
-def index() -> int:
-  """Number of this process."""
+def process_index() -> int:
+  """Index of this process, as `jax.process_index`, without starting a backend."""
   return _state().process_id if jax.distributed.is_initialized() else 0
 
 
-def count() -> int:
-  """Processes of the run."""
+def process_count() -> int:
+  """Number of processes, as `jax.process_count`, without starting a backend."""
   return _state().num_processes if jax.distributed.is_initialized() else 1
 
 
-def progress(phase: str, step: int) -> None:
+def report_progress(phase: str, step: int) -> None:
   """Tells the watchdog, if there is one, that this process begins `phase` of `step`."""
   if _watchdog is not None:
-    _watchdog.at(phase, step)
+    _watchdog.set_phase(phase, step)
 
 
 def keep_cpu_backend() -> None:
@@ -100,31 +100,31 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
   global _watchdog
   if address is not None:
     _join(address)
-  store = _state().client if count() > 1 else None
-  _watchdog = Watchdog(store, index=index(), count=count(), limit=limit)
+  store = _state().client if process_count() > 1 else None
+  _watchdog = Watchdog(store, index=process_index(), count=process_count(), limit=limit)
   _watchdog.start()
   try:
-    with preemption.interruptible(_watchdog.end, several=count() > 1):
+    with preemption.interruptible(_watchdog.end, several=process_count() > 1):
       yield
     code = 0
   except preemption.Preempted as stop:
-    if index() == 0:
+    if process_index() == 0:
       print(stop, file=sys.stderr, flush=True)
     code = stop.code
   except (Exception, KeyboardInterrupt) as error:
-    if count() > 1:
+    if process_count() > 1:
       _fail(error, _watchdog)
-    if not of_machine(error) and not failures.restart_helps(error):
+    if not is_runtime_failure(error) and not failures.restart_helps(error):
       _watchdog.stop()
       raise
-    if of_machine(error):
+    if is_runtime_failure(error):
       traceback.print_exc()
     print(_line(error), file=sys.stderr, flush=True)
     code = RESTART
   _watchdog.done()
   gather("end", "", seconds=_END)  # watched, so that none waits for a process that is lost
   _watchdog.stop()
-  if count() > 1:
+  if process_count() > 1:
     jax.distributed.shutdown()
   if code:
     # Threads of the input pipeline may still run; a process that unwinds around them can abort.
@@ -176,7 +176,7 @@ def _join(address: addresses.Address) -> None:
     multihost_utils.sync_global_devices("start")
 
 
-def of_machine(error: BaseException) -> bool:
+def is_runtime_failure(error: BaseException) -> bool:
   """Whether the runtime failed (a device lost, a link down), so that a new start may go well.
 
   A program that asks for too much memory, or for what cannot be done, fails again. So does what a
@@ -199,12 +199,12 @@ def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   transient = failures.restart_helps(error)
   # A lost process is behind it, perhaps: then the watchdog knows more in a moment.
   if _LOST.search(text.lower()) and not transient:
-    watchdog.suspect()
-    time.sleep(watchdog.patience + 5)
+    watchdog.shorten_timeout()
+    time.sleep(watchdog.heartbeat_timeout + 5)
   if not (transient or isinstance(error, cli.USER_ERRORS)) or flags.FLAGS.traceback:
     traceback.print_exc()
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
-  again = transient or of_machine(error)
+  again = transient or is_runtime_failure(error)
   watchdog.end(RESTART if again else code, _line(error))
   raise SystemExit(code)
 
@@ -217,14 +217,14 @@ def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
   Raises:
     TransientError: a process did not call it within `seconds`.
   """
-  if count() == 1:
+  if process_count() == 1:
     return [value]
   store = _state().client
   key = f"grain_jax/gather/{name}/{_rounds[name]}"
   _rounds[name] += 1
-  store.key_value_set(f"{key}/{index()}", f"={value}")
+  store.key_value_set(f"{key}/{process_index()}", f"={value}")
   values = []
-  for process in range(count()):
+  for process in range(process_count()):
     try:
       values.append(store.blocking_key_value_get(f"{key}/{process}", round(seconds * 1000))[1:])
     except jax.errors.JaxRuntimeError as error:
@@ -236,10 +236,10 @@ def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
 
 def broadcast(name: str, value: str) -> str:
   """The `value` of process 0, on all; all must call it."""
-  return gather(name, value if index() == 0 else "")[0]
+  return gather(name, value if process_index() == 0 else "")[0]
 
 
-def agree(name: str, values: Mapping[str, Any]) -> None:
+def check_equal(name: str, values: Mapping[str, Any]) -> None:
   """Checks that all processes have the same `values`, by their hash; all must call it.
 
   Raises:
@@ -250,7 +250,7 @@ def agree(name: str, values: Mapping[str, Any]) -> None:
   odd = next((i for i, value in enumerate(hashes) if value != hashes[0]), None)
   if odd is None:
     return
-  texts = gather(f"{name} values", text if index() in (0, odd) else "")
+  texts = gather(f"{name} values", text if process_index() in (0, odd) else "")
   ours, theirs = json.loads(texts[0]), json.loads(texts[odd])
   key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
   raise ValueError(

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from grain_jax import trees
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # the batch is cut over both
+BATCH_AXES = ("data", "fsdp")  # the batch is sharded over both
 
 
 def create(
@@ -30,8 +30,8 @@ def create(
   Args:
     config: whole configuration.
     devices: others than all.
-    batches: keys of the batches that will be cut over it; whoever only evaluates has no use for
-      `batch_size`.
+    batches: keys of the batches that will be sharded over it; whoever only evaluates has no use
+      for `batch_size`.
 
   Raises:
     ValueError: the axes do not multiply to the number of devices, a batch does not divide, or the
@@ -48,17 +48,17 @@ def create(
       f"config.mesh ({asked}) does not multiply to the {len(devices)} devices there are. "
       "Set one axis to -1 to let it take what is left."
     )
-  parts = sizes[0] * sizes[1]
+  shards = sizes[0] * sizes[1]
   for key in batches:
-    if config[key] % parts:
-      below = max(config[key] // parts, 1) * parts
+    if config[key] % shards:
+      below = max(config[key] // shards, 1) * shards
       raise ValueError(
-        f"config.{key} = {config[key]} does not divide by the {parts} devices along the data and "
-        f"fsdp axes. Try {below} or {below + parts}."
+        f"config.{key} = {config[key]} does not divide by the {shards} devices along the data and "
+        f"fsdp axes. Try {below} or {below + shards}."
       )
-  if "batch_size" in batches and config.batch_size % (parts * config.accumulate):
+  if "batch_size" in batches and config.batch_size % (shards * config.accumulate):
     raise ValueError(
-      f"config.accumulate = {config.accumulate} does not divide the {config.batch_size // parts} "
+      f"config.accumulate = {config.accumulate} does not divide the {config.batch_size // shards} "
       f"examples a device of config.batch_size = {config.batch_size}."
     )
   return Mesh(arrange(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -145,37 +145,37 @@ def _torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def num_shards(mesh: Mesh) -> int:
-  """Parts into which the batch is cut."""
+  """Shards of the batch."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_share(devices: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
-  """Which parts of the batch a process reads: (their numbers, ascending; how many parts there are).
+def process_batch_shards(devices: np.ndarray, process: int) -> tuple[tuple[int, ...], int]:
+  """Which shards of the batch a process reads: (their indices, ascending; the number of shards).
 
-  A part is what one place along data and fsdp holds. The parts of a process need not lie together:
-  on a TPU the mesh follows the links between chips. Processes that only hold other parts of the
-  parameters (the tensor axis) read the same parts.
+  A shard is what one position along data and fsdp holds. The shards of a process need not be
+  contiguous: on a TPU the mesh follows the links between chips. Processes that differ along the
+  tensor axis alone read the same shards.
 
   Args:
     devices: of the mesh, [data, fsdp, tensor].
     process: index of the process.
 
   Raises:
-    ValueError: the parts of two processes overlap without being the same.
+    ValueError: the shards of two processes overlap without being the same.
   """
   rows = devices.reshape(-1, devices.shape[-1])
-  of: dict[int, list[int]] = {}
+  shards_of: dict[int, list[int]] = {}
   for row, row_devices in enumerate(rows):
     for owner in {device.process_index for device in row_devices}:
-      of.setdefault(owner, []).append(row)
-  parts = {tuple(part) for part in of.values()}
-  if sum(map(len, parts)) != len(rows):
+      shards_of.setdefault(owner, []).append(row)
+  distinct = {tuple(shards) for shards in shards_of.values()}
+  if sum(map(len, distinct)) != len(rows):
     raise ValueError(
-      f"config.mesh.tensor = {devices.shape[-1]} cuts the {len(of)} processes unevenly: some share "
-      "a part of the batch only partly. Make tensor a multiple or a divisor of the devices of a "
-      "process."
+      f"config.mesh.tensor = {devices.shape[-1]} cuts the {len(shards_of)} processes unevenly: "
+      "some share a part of the batch only partly. Make tensor a multiple or a divisor of the "
+      "devices of a process."
     )
-  return tuple(of[process]), len(rows)
+  return tuple(shards_of[process]), len(rows)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -184,7 +184,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on each device."""
+  """A full copy on each device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -203,7 +203,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
   """A sharding for each leaf of a train state, by `config.mesh.rules`.
 
   What carries a parameter's name at the end of its own (optimiser moments, the running mean) is
-  sharded with it; the rest is whole everywhere.
+  sharded with it; the rest is replicated.
 
   Args:
     state: TrainState of arrays or ShapeDtypeStructs.
@@ -214,7 +214,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Any) -> Any:
 
 
 def _shardings(tree: Any, params: Any, mesh: Mesh, rules: Any) -> Any:
-  """Of the leaves of a tree, by the rules whose regexes fit the names of parameters."""
+  """NamedShardings of the leaves, by the rules whose regexes match the names of parameters."""
   partitions = [tuple(partition) for _, partition in rules]
   numbered = [(pattern, number) for number, (pattern, _) in enumerate(rules)]
   chosen = trees.match(params, numbered, -1, what="config.mesh.rules")
@@ -225,7 +225,7 @@ def _shardings(tree: Any, params: Any, mesh: Mesh, rules: Any) -> Any:
     ends = ("/".join(parts[i:]) for i in range(len(parts)))  # the longest first
     return next((by_name[end] for end in ends if end in by_name), ())
 
-  def place(name: str, leaf: Any) -> NamedSharding:
+  def named_sharding(name: str, leaf: Any) -> NamedSharding:
     spec = () if leaf.ndim == 0 else spec_of(name)
     where = f"config.mesh.rules: partition {spec}"
     if len(spec) > leaf.ndim:
@@ -238,15 +238,15 @@ def _shardings(tree: Any, params: Any, mesh: Mesh, rules: Any) -> Any:
       unknown = [axis for axis in axes if axis not in AXES]
       if unknown:
         raise ValueError(f"{where} names {unknown[0]!r}, which is none of {', '.join(AXES)}.")
-      parts = math.prod(mesh.shape[axis] for axis in axes)
-      if size % parts:
+      shards = math.prod(mesh.shape[axis] for axis in axes)
+      if size % shards:
         raise ValueError(
-          f"{where} cuts {size} of {name!r} {list(leaf.shape)} into {parts} parts, which does not "
+          f"{where} cuts {size} of {name!r} {list(leaf.shape)} into {shards} parts, which does not "
           "divide. Cut another dimension, or change config.mesh."
         )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return trees.map_with_name(place, tree)
+  return trees.map_with_name(named_sharding, tree)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -279,7 +279,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's parts of a batch, in their order -> global arrays sharded over the mesh."""
+  """This process's shards of a batch, in their order -> global arrays sharded over the mesh."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()

@@ -62,7 +62,7 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
   return kept
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
   """'1:02:03' or '2:03'."""
   minutes, s = divmod(int(seconds), 60)
   hours, m = divmod(minutes, 60)
@@ -125,7 +125,7 @@ class Progress:
     return (
       f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['train/loss']:.3f} "
       f"({', '.join(parts)})  {values['train/samples_per_second']:.0f} samples/s  "
-      f"{clock(left)} left{skipped}"
+      f"{format_duration(left)} left{skipped}"
     )
 
 

@@ -21,7 +21,7 @@ from grain_jax.failures import EXIT_RESTART as RESTART
 
 _BEATS, _FAILED, _GONE = "grain_jax/beats/", "grain_jax/failed/", "grain_jax/gone/"
 _LINGER = 10.0  # seconds that the coordinator waits for the others to read why it ends
-_AGAIN = "Start all again: they go on from the last checkpoint."
+_RESTART_HINT = "Start all again: they go on from the last checkpoint."
 
 # What a process does, in the order of a step, and whether a limit holds: compiling has none.
 _PHASES = {
@@ -36,7 +36,7 @@ _PHASES = {
 }
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
   """The part used here of `jax.distributed`'s key-value store."""
 
   def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
@@ -52,7 +52,7 @@ class Watchdog:
 
   def __init__(
     self,
-    store: Store | None = None,
+    store: KeyValueStore | None = None,
     *,
     index: int = 0,
     count: int = 1,
@@ -72,9 +72,9 @@ class Watchdog:
     self._store, self._index, self._count, self._limit = store, index, count, limit
     self._leave = leave
     self._interval = max(1.0, count / 32)  # every process reads what all have written
-    self._patience = max(30.0, 5 * self._interval)
+    self._heartbeat_timeout = max(30.0, 5 * self._interval)
     if limit:
-      self._patience = max(min(self._patience, limit), 3 * self._interval)
+      self._heartbeat_timeout = max(min(self._heartbeat_timeout, limit), 3 * self._interval)
     self._mark = ("starting", 0, time.monotonic())
     self._seen: dict[int, tuple[int, float]] = {}  # process -> (its last beat, when it came)
     self._beats: dict[int, dict[str, Any]] = {}
@@ -90,14 +90,14 @@ class Watchdog:
       self._words = _last_words(self.name)
     self._thread.start()
 
-  def at(self, phase: str, step: int) -> None:
+  def set_phase(self, phase: str, step: int) -> None:
     """This process makes progress: it begins `phase` of `step`."""
     self._mark = (phase, step, time.monotonic())
 
   def done(self) -> None:
     """The work ended well; the others need not wait for this process any more."""
-    self.at("done", self._mark[1])
-    self._tell()
+    self.set_phase("done", self._mark[1])
+    self._publish_beat()
 
   def stop(self) -> None:
     """The end of watching, to be called before the store closes and before Python ends.
@@ -106,28 +106,28 @@ class Watchdog:
     """
     self._stopped.set()
     self._thread.join(_LINGER)
-    self.hush()
+    self.stop_last_words()
 
-  def hush(self) -> None:
-    """The process is about to end in an orderly way: no last words."""
+  def stop_last_words(self) -> None:
+    """Stops the helper: the process is about to end in an orderly way."""
     if self._words is not None and self._words.poll() is None:
       self._words.communicate(b".")
     self._words = None
 
-  def suspect(self) -> None:
-    """Something failed that a lost process would explain: less patience with silence."""
-    self._patience = min(self._patience, max(5.0, 3 * self._interval))
+  def shorten_timeout(self) -> None:
+    """Something failed that a lost process would explain: a shorter heartbeat timeout."""
+    self._heartbeat_timeout = min(self._heartbeat_timeout, max(5.0, 3 * self._interval))
 
   @property
-  def patience(self) -> float:
+  def heartbeat_timeout(self) -> float:
     """Seconds of silence after which a process counts as lost."""
-    return self._patience
+    return self._heartbeat_timeout
 
   def end(self, code: int, line: str, *, tell: bool = True) -> None:
     """Prints one line and ends this process; the others learn the line and end too."""
     self._ending.acquire()  # for good: a process ends once
     print(line, file=sys.stderr, flush=True)
-    self.hush()
+    self.stop_last_words()
     if self._store is not None:
       try:
         if tell:
@@ -153,7 +153,7 @@ class Watchdog:
     entries = self._store.key_value_dir_get(folder)
     return {int(key.rsplit("/", 1)[-1]): json.loads(value) for key, value in entries}
 
-  def _tell(self) -> None:
+  def _publish_beat(self) -> None:
     if self._store is None:
       return
     phase, step, since = self._mark
@@ -164,9 +164,9 @@ class Watchdog:
   def _watch(self) -> None:
     while not self._stopped.is_set():
       try:
-        verdict = self.look()
+        verdict = self.check()
       except Exception as error:  # of the store: its process is gone
-        line = f"process 0, which all meet at, is lost ({_first(error)}). {_AGAIN}"
+        line = f"process 0, which all meet at, is lost ({_first(error)}). {_RESTART_HINT}"
         verdict = (RESTART, line, False)
       if verdict is not None:
         self.end(verdict[0], verdict[1], tell=verdict[2])
@@ -184,11 +184,11 @@ class Watchdog:
       self._mark = (phase, step, since + stood)
       self._seen = {p: (beat, when + stood) for p, (beat, when) in self._seen.items()}
 
-  def look(self) -> tuple[int, str, bool] | None:
+  def check(self) -> tuple[int, str, bool] | None:
     """Tells and reads once: (exit code, line, whether to tell the others) if the run must end."""
     now = time.monotonic()
     if self._store is not None:
-      self._tell()
+      self._publish_beat()
       for process, failure in sorted(self._get(_FAILED).items()):
         if process != self._index:
           return failure["code"], failure["line"], False
@@ -197,38 +197,38 @@ class Watchdog:
         number, when = self._seen.get(process, (None, now))
         self._seen[process] = (beat["beat"], now if beat["beat"] != number else when)
         silent = now - self._seen[process][1]
-        if process != self._index and beat["phase"] != "done" and silent > self._patience:
+        if process != self._index and beat["phase"] != "done" and silent > self._heartbeat_timeout:
           line = (
             f"process {process} of {self._count} ({beat['host']}) is lost: no sign of it for "
-            f"{silent:.0f} s; it was last seen where it {_doing(beat)}. {_AGAIN}"
+            f"{silent:.0f} s; it was last seen where it {_describe(beat)}. {_RESTART_HINT}"
           )
           return RESTART, line, True
     phase, step, since = self._mark
     if self._limit and _PHASES[phase][1] and now - since > self._limit:
-      return RESTART, self._late(now - since), True
+      return RESTART, self._describe_late(now - since), True
     return None
 
-  def _late(self, seconds: float) -> str:
+  def _describe_late(self, seconds: float) -> str:
     """The line that says who is late."""
     head = f"no progress for {seconds:.0f} s (config.watchdog_seconds = {self._limit:g})"
     if len(self._beats) < 2:
       phase, step, _ = self._mark
-      return f"{head}: the run {_doing({'phase': phase, 'step': step})}. {_AGAIN}"
+      return f"{head}: the run {_describe({'phase': phase, 'step': step})}. {_RESTART_HINT}"
     order = list(_PHASES)
-    place = {p: (b["step"], order.index(b["phase"])) for p, b in self._beats.items()}
-    behind = [p for p in sorted(place) if place[p] == min(place.values())]
-    if len(behind) == len(place):
-      return f"{head}: every process {_doing(self._beats[0])}. {_AGAIN}"
+    position = {p: (b["step"], order.index(b["phase"])) for p, b in self._beats.items()}
+    behind = [p for p in sorted(position) if position[p] == min(position.values())]
+    if len(behind) == len(position):
+      return f"{head}: every process {_describe(self._beats[0])}. {_RESTART_HINT}"
     late = ", ".join(
       f"process {p} of {self._count} ({self._beats[p]['host']}) is late: it "
-      f"{_doing(self._beats[p])} for {self._beats[p]['seconds']:.0f} s"
+      f"{_describe(self._beats[p])} for {self._beats[p]['seconds']:.0f} s"
       for p in behind[:4]
     )
-    ahead = max(place, key=lambda p: place[p])
-    return f"{head}: {late}; process {ahead} {_doing(self._beats[ahead])}. {_AGAIN}"
+    ahead = max(position, key=lambda p: position[p])
+    return f"{head}: {late}; process {ahead} {_describe(self._beats[ahead])}. {_RESTART_HINT}"
 
 
-def _doing(beat: dict[str, Any]) -> str:
+def _describe(beat: dict[str, Any]) -> str:
   return _PHASES[beat["phase"]][0].format(step=beat["step"])
 
 
@@ -250,7 +250,7 @@ def _last_words(name: str) -> subprocess.Popen:
   """
   line = (
     f"{name} ended without a word: it was killed, ran out of memory, or process 0, which all meet "
-    f"at, was lost. {_AGAIN}"
+    f"at, was lost. {_RESTART_HINT}"
   )
   return subprocess.Popen(
     [sys.executable, "-I", "-S", "-c", _LAST_WORDS, line],

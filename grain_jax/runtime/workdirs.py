@@ -39,7 +39,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
   Raises:
     ValueError: another run holds it; one line that names it.
   """
-  if distributed.index() != 0:
+  if distributed.process_index() != 0:
     yield
     return
   lock = filelock.FileLock(folder / _LOCK)
@@ -78,25 +78,25 @@ def prove_shared(folder: pathlib.Path, *, seconds: float | None = None) -> None:
   Raises:
     ValueError: a process does not, within `seconds` (SHARED_SECONDS); the same line on all.
   """
-  if distributed.count() == 1:
+  if distributed.process_count() == 1:
     return
   seconds = SHARED_SECONDS if seconds is None else seconds
   name = distributed.broadcast("proof", f".shared-{secrets.token_hex(8)}")
-  if distributed.index() == 0:
+  if distributed.process_index() == 0:
     (folder / name).write_text(name)
   distributed.broadcast("proof written", "")
   until = time.monotonic() + seconds
   while not (seen := _reads(folder / name, name)) and time.monotonic() < until:
     time.sleep(min(1.0, seconds / 10))
   all_seen = distributed.gather("proof", str(seen), seconds=seconds + 600)
-  if distributed.index() == 0:
+  if distributed.process_index() == 0:
     (folder / name).unlink(missing_ok=True)
   blind = [i for i, value in enumerate(all_seen) if value != "True"]
   if blind:
     raise ValueError(
       f"--workdir={folder} is not one folder for all processes: what process 0 writes there, "
-      f"process {', '.join(map(str, blind[:8]))} of {distributed.count()} does not see within "
-      f"{seconds:.0f} s. Name a folder that all machines share."
+      f"process {', '.join(map(str, blind[:8]))} of {distributed.process_count()} does not see "
+      f"within {seconds:.0f} s. Name a folder that all machines share."
     )
 
 
@@ -130,7 +130,7 @@ def save_probe(folder: pathlib.Path, state: Any) -> None:
   probe.save(0, state, {"step": 0})
   probe.close()
   distributed.broadcast("probe written", "")
-  if distributed.index() == 0:
+  if distributed.process_index() == 0:
     shutil.rmtree(place, ignore_errors=True)
     if place.exists():
       logging.warning("%s could not be removed; it is no part of the run", place)

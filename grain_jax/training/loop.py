@@ -63,8 +63,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   evaluate.check(config, dataset)
   _check_best(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  made_of = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
-  _agree(config, workdir, **made_of)
+  provenance = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  _check_processes_agree(config, workdir, **provenance)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
     logging.warning(
       "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
@@ -81,7 +81,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   folder = pathlib.Path(workdir)
   provenance.check_workdir(folder, config)
   folder.mkdir(parents=True, exist_ok=True)
-  with workdirs.hold(folder), preemption.Preemption(several=distributed.count() > 1) as stopping:
+  with (
+    workdirs.hold(folder),
+    preemption.Preemption(several=distributed.process_count() > 1) as stopping,
+  ):
     workdirs.prove_shared(folder)
     checkpoints = checkpoint.Checkpoints(
       folder / "checkpoints",
@@ -89,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
       keep_best=config.checkpoint.keep_best,
     )
-    meta = {"config": config.to_dict(), **made_of}
+    meta = {"config": config.to_dict(), **provenance}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
       state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)
@@ -100,7 +103,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       from grain_jax.runtime import writers
 
       writer = writers.create_writer(folder, start_step=step)
-      several = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+      several = (
+        f" of {distributed.process_count()} processes" if distributed.process_count() > 1 else ""
+      )
       _say(
         f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
         f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
@@ -111,10 +116,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         at = int(state.step)
 
         def on_batch() -> None:
-          distributed.progress("evaluating", at)
+          distributed.report_progress("evaluating", at)
           stopping.check()
 
-        distributed.progress("evaluating", at)
+        distributed.report_progress("evaluating", at)
         outcome = evaluate.run(
           config, model, state.eval_params, dataset,
           mesh=mesh, tokenizer=tokenizer, on_batch=on_batch, options=Options(warn=_warn),
@@ -126,9 +131,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         return outcome
 
       if step < total_steps:
-        parts, num_parts = meshes.batch_share(mesh.devices, jax.process_index())
+        shards, num_shards = meshes.process_batch_shards(mesh.devices, jax.process_index())
         batches = pipeline.train_batches(
-          dataset, config, start_step=step, host=parts, num_hosts=num_parts
+          dataset, config, start_step=step, host=shards, num_hosts=num_shards
         )
         profiler = metrics.Profiler(config.profile, folder / "profile")
         with contextlib.closing(batches), contextlib.closing(profiler):
@@ -157,7 +162,7 @@ def _start(
   meta: dict[str, Any],
 ) -> steps.TrainState:
   """The fresh state, or that of the newest checkpoint; the workdir has taken a checkpoint of it."""
-  distributed.progress("saving", 0)
+  distributed.report_progress("saving", 0)
   if checkpoints.agree_on_latest() is not None:
     state, found = checkpoints.restore(abstract)
     others = {name: value for name, value in meta.items() if name != "config"}
@@ -195,12 +200,12 @@ def _evaluate_last(
     outcome = run_evals(state)
   except preemption.StopRequested:
     raise _stopped(step, stopping) from None
-  _say(f"evaluated in {metrics.clock(time.monotonic() - began)}")
+  _say(f"evaluated in {metrics.format_duration(time.monotonic() - began)}")
   writer.write_scalars(step, outcome.results)
   writer.flush()
-  if distributed.index() == 0:
-    subject = evaluate.Subject(str(folder), config, state.eval_params, step)
-    evaluate.write(folder, outcome, step=step, facts=evaluate.describe(subject))
+  if distributed.process_index() == 0:
+    evaluated = evaluate.EvaluatedModel(str(folder), config, state.eval_params, step)
+    evaluate.write(folder, outcome, step=step, facts=evaluate.describe(evaluated))
   return outcome.results
 
 
@@ -258,10 +263,10 @@ def _loop(
     progress.pause(time.monotonic() - began)
 
   def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
-    distributed.progress("saving", step)
+    distributed.report_progress("saving", step)
     if not saved:
       checkpoints.save_surely(step, state, {**meta, "step": step})
-    distributed.progress("closing", step)
+    distributed.report_progress("closing", step)
     batches.close()
     checkpoints.close()
     writer.close()
@@ -276,10 +281,10 @@ def _loop(
   for step in range(first + 1, total_steps + 1):
     began = time.monotonic()
     if step > first + 1:
-      distributed.progress("data", step)
+      distributed.report_progress("data", step)
     batch = meshes.to_global(next(batches), mesh)
     progress.waited(time.monotonic() - began)
-    distributed.progress("step" if step > first + 1 else "compiling", step)
+    distributed.report_progress("step" if step > first + 1 else "compiling", step)
     if lockstep and step == first + 1:
       # Gloo gives up on a process that still compiles: first all compile, then all begin.
       train_step = train_step.lower(state, batch).compile()
@@ -293,7 +298,7 @@ def _loop(
     profiler.after(step, values)
     if step == first + 1:
       jax.block_until_ready(values)
-      _say(f"first step after {metrics.clock(time.monotonic() - began)} of compilation")
+      _say(f"first step after {metrics.format_duration(time.monotonic() - began)} of compilation")
       if jax.default_backend() == "gpu":
         _say(f"attention: {attention.summary()}")
       progress.start(step)
@@ -315,7 +320,7 @@ def _loop(
       stop(step, state, saved=False)
     if save:
       began = time.monotonic()
-      distributed.progress("saving", step)
+      distributed.report_progress("saving", step)
       last = step == total_steps
       keep = checkpoints.save_surely if last else checkpoints.save
       keep(step, state, {**meta, "step": step})
@@ -325,20 +330,20 @@ def _loop(
         evaluate_now(step, state)
       except preemption.StopRequested:
         stop(step, state, saved=save)
-  distributed.progress("closing", total_steps)
+  distributed.report_progress("closing", total_steps)
   batches.close()
   writer.flush()
   return state
 
 
 # What may differ from machine to machine.
-_OWN = frozenset({"data.dir", "data.threads", "data.prefetch", "compile_cache"})
+_MACHINE_KEYS = frozenset({"data.dir", "data.threads", "data.prefetch", "compile_cache"})
 
 
-def _agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
+def _check_processes_agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
   """Ends a run whose processes were started differently, before it can hang."""
-  values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _OWN}
-  distributed.agree("configuration", {**values, "--workdir": workdir, **others})
+  values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _MACHINE_KEYS}
+  distributed.check_equal("configuration", {**values, "--workdir": workdir, **others})
 
 
 def _check_best(config: ml_collections.ConfigDict) -> None:
@@ -383,6 +388,6 @@ def _warn(line: str) -> None:
 
 
 def _say(line: str) -> None:
-  if distributed.index() == 0:
+  if distributed.process_index() == 0:
     print(line, flush=True)
   logging.debug(line)

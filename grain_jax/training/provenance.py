@@ -20,7 +20,7 @@ def check_workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> No
 
 
 def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  if distributed.index() == 0:
+  if distributed.process_index() == 0:
     path = folder / "config.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(configs.to_json(config))
@@ -43,11 +43,11 @@ def check_checkpoint(
   folder: pathlib.Path,
   meta: dict[str, Any],
   config: ml_collections.ConfigDict,
-  made_of: dict[str, str],
+  provenance: dict[str, str],
 ) -> None:
   """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
   _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
-  for what, now in made_of.items():
+  for what, now in provenance.items():
     was = meta.get(what, now)
     if was != now:
       raise ValueError(
@@ -58,6 +58,6 @@ def check_checkpoint(
 
 def has_evaluation(folder: pathlib.Path, step: int) -> bool:
   """Whether the metrics hold an evaluation of `step`: a run may end between save and evaluation."""
-  lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.index() == 0 else []
+  lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.process_index() == 0 else []
   found = any(line["step"] == step and "train/loss" not in line for line in lines)
   return distributed.broadcast("evaluated", str(found)) == "True"

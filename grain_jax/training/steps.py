@@ -75,7 +75,7 @@ def create_state(
 
 
 def encode(params: Any, batch: Batch, dropout_key: Array, *, model: grain.Grain) -> grain.Output:
-  """The model's output for a training batch, or for a part of one."""
+  """The model's output for a training batch, or for a microbatch."""
   return model.apply(
     {"params": params},
     batch,
@@ -92,7 +92,7 @@ def objective(
   config: ml_collections.ConfigDict,
   batch_axes: tuple[str, ...] = (),
 ) -> tuple[Array, Metrics]:
-  """(loss, its parts as (sum, weight) pairs) of the output for a whole batch."""
+  """(loss, its parts as (sum, weight) pairs) of the output for a full batch."""
   losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes)
   scale = (jnp.exp(output.logit_scale), jnp.ones(()))
   return losses.total, {**losses.parts, "logit_scale": scale}
@@ -134,7 +134,7 @@ def make_train_step(
     gradients_of = accumulation.value_and_grad(
       functools.partial(encode, model=model),
       functools.partial(objective, **options),
-      parts=config.accumulate,
+      num_microbatches=config.accumulate,
       mesh=mesh,
     )
 
@@ -162,12 +162,12 @@ def make_train_step(
     )
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-  whole = meshes.replicated(mesh)
+  replicated = meshes.replicated(mesh)
   effort = config.get("compile_effort", 0.0)  # config.json of older runs lacks it
   return jax.jit(
     train_step,
     in_shardings=(shardings, meshes.batch_sharding(mesh)),
-    out_shardings=(shardings, whole),
+    out_shardings=(shardings, replicated),
     donate_argnums=0,
     compiler_options={"exec_time_optimization_effort": effort} if effort else None,
   )

@@ -43,7 +43,7 @@ def model_flops(config: ml_collections.ConfigDict) -> float:
   """FLOPs that the model itself needs for one image in a step of training.
 
   Three times the matrix products of the forward pass (the backward pass has two for each), whatever
-  is computed again to save memory; the losses' own products are left out (under 1 %). Padding of
+  is rematerialised to save memory; the losses' own products are left out (under 1 %). Padding of
   the packed texts counts, as it is computed.
   """
   config = ml_collections.ConfigDict(config.to_dict())

@@ -149,7 +149,7 @@ def test_out_and_in_again_is_bit_equal(run, folder, model, tmp_path):
 
 
 def test_a_trained_clip_embeds_alike_in_transformers(tmp_path, tiny, rng):
-  """Own weights, a patch bias among them; texts and a picture through their preprocessing."""
+  """Own weights, a patch bias among them; texts and an image through their preprocessing."""
   tiny.method, tiny.data.max_regions, tiny.data.row_length = "clip", 0, 32
   tiny.model.image.update(pre_norm=True, qk_norm=False, activation="gelu", mlp_ratio=3.0)
   params = stock.random_run(tmp_path / "run", tiny, rng)

@@ -333,7 +333,7 @@ def test_an_image_is_decoded_no_larger_than_it_has_to_be():
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
 def test_reduced_decoding_shows_the_same_picture_and_boxes(tmp_path, resize):
-  """Of 480-pixel pictures at 48; evaluations decode whole."""
+  """Of 480-pixel images at 48; evaluations decode whole."""
   data = toy_data.built(tmp_path / "large", [toy_data.record(i, size=480) for i in range(8)])
   batches = {}
   for reduced in (False, True):
@@ -343,7 +343,7 @@ def test_reduced_decoding_shows_the_same_picture_and_boxes(tmp_path, resize):
     assert_equal([{"image": evaluated}], [batches.setdefault("eval", {"image": evaluated})])
   whole, reduced = batches[False], batches[True]
   difference = np.abs(whole["image"].astype(int) - reduced["image"])
-  assert 0 < difference.mean() < 3  # another program, the same picture
+  assert 0 < difference.mean() < 3  # another program, the same image
   for name in whole.keys() - {"image", "boxes"}:
     np.testing.assert_array_equal(whole[name], reduced[name])
   np.testing.assert_allclose(whole["boxes"], reduced["boxes"], atol=1 / 48)

@@ -1,4 +1,4 @@
-"""Small datasets for the tests of data: pictures of coloured rectangles, and whatever is wrong."""
+"""Small datasets for the tests of data: images of coloured rectangles, and whatever is wrong."""
 
 import io
 
@@ -24,7 +24,7 @@ def jpeg(pixels):
 
 
 def record(index, *, size=48, regions=None, **changes):
-  """A picture of up to four rectangles side by side; the texts name their colours."""
+  """An image of up to four rectangles side by side; the texts name their colours."""
   rng = np.random.default_rng(index)
   pixels = np.full((size, size, 3), 255, np.uint8)
   names = list(COLORS)[: rng.integers(1, 5) if regions is None else regions]

@@ -43,7 +43,7 @@ def picture(path, red):
 
 @pytest.fixture
 def many(tmp_path, rng):
-  """40 items on 12 pictures with 25 texts, and random encoders."""
+  """40 items on 12 images with 25 texts, and random encoders."""
   paths = [picture(tmp_path / f"{i}.png", i) for i in range(12)]
   images = rng.normal(size=(12, 6))
   texts = {f"text {i}": rng.normal(size=6) for i in range(25)}
@@ -153,23 +153,22 @@ def test_pictures_and_texts_are_encoded_once_and_in_bounded_calls(many):
   counted = encoders(image, text, batch_size=5)
   verdicts = composition.evaluate(counted, items, what="test", texts_per_call=4)
   np.testing.assert_array_equal(verdicts.correct, expected)
-  assert sorted(images) == sorted({int(item.picture.stem) for item in items})
+  assert sorted(images) == sorted({int(item.image.stem) for item in items})
   assert len(texts) == len(set(texts)) and longest == 4
 
 
 def test_items_of_pictures_that_cannot_be_read_do_not_count(many, tmp_path):
   items, model, expected, _ = many
-  broken = items[0].picture
+  broken = items[0].image
   broken.write_bytes(b"no picture")
-  gone = next(item.picture for item in items if item.picture != broken)
+  gone = next(item.image for item in items if item.image != broken)
   items = [
-    Item(Crop(i.picture, (0, 0, 10, 10)), i.true, i.false) if i.picture == gone else i
-    for i in items
+    Item(Crop(i.image, (0, 0, 10, 10)), i.true, i.false) if i.image == gone else i for i in items
   ]
   gone.unlink()
   lines = []
   verdicts = composition.evaluate(model, items, what="some set", warn=lines.append)
-  lost = np.array([getattr(i.picture, "path", i.picture) in (broken, gone) for i in items])
+  lost = np.array([getattr(i.image, "path", i.image) in (broken, gone) for i in items])
   np.testing.assert_array_equal(verdicts.counted, ~lost)
   np.testing.assert_array_equal(verdicts.correct, expected & ~lost)
   assert len(lines) == 1 and lines[0].startswith("some set: 2 of ")

@@ -206,7 +206,7 @@ def test_given_descriptions_as_detr_measures_boxes(seed):
   regions = unit(rng.normal(size=(images, queries, 4)))
   boxes = np.stack([random_boxes(rng, queries) for _ in range(images)])
   given = [
-    grounding.Given(
+    grounding.GroundingTargets(
       [str(rng.choice(list(TEXTS))) for _ in range(1 + i % 3)],
       [random_boxes(rng, 1 + (i + j) % 3) for j in range(1 + i % 3)],
     )
@@ -251,7 +251,7 @@ def test_given_descriptions_hand_worked():
   image = np.zeros((1, 2, 2, 3), np.uint8)
 
   def run(texts, true):
-    given = [grounding.Given(texts, [np.array(t, np.float32) for t in true])]
+    given = [grounding.GroundingTargets(texts, [np.array(t, np.float32) for t in true])]
     return grounding.evaluate_given(lambda _: (regions, boxes), encode_text, [(image, given)])
 
   # The cat's query has half of the left box; the hen's (a tie: the first) has nothing of the right.

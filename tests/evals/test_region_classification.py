@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from grain_jax.evals import region_classification as rc
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 
 
@@ -64,7 +64,7 @@ def embeddings(method, annotated, encoders=None, unreadable=None):
     method,
     annotated,
     what="test",
-    unreadable=pictures.Unreadable() if unreadable is None else unreadable,
+    unreadable=images_lib.Unreadable() if unreadable is None else unreadable,
   )
   index, values = zip(*blocks, strict=True)
   return np.concatenate(index), np.concatenate(values)
@@ -93,7 +93,7 @@ def test_each_method_sees_what_is_in_the_box(method):
 @pytest.mark.parametrize("method", rc.METHODS)
 def test_an_unreadable_picture_takes_its_own_boxes_along(method, tmp_path):
   broken = rc.Annotated(tmp_path / "none.png", np.array([LEFT, RIGHT]))
-  unreadable = pictures.Unreadable()
+  unreadable = images_lib.Unreadable()
   index, values = embeddings(method, [ANNOTATED[0], broken, *ANNOTATED[1:]], unreadable=unreadable)
   assert index.tolist() == [0, 1, 4, 5]
   assert values.argmax(axis=1).tolist() == COLORS

@@ -16,7 +16,7 @@ def unit(values):
 
 
 def make_batches(embeddings, captions, mask, *, rows):
-  """Batches whose pictures carry their own index, so that a fake encoder can look it up."""
+  """Batches whose images carry their own index, so that a fake encoder can look it up."""
   for start in range(0, len(embeddings), rows):
     index = np.arange(start, min(start + rows, len(embeddings)))
     image = np.zeros((len(index), 2, 2, 3), np.uint8)
@@ -87,7 +87,7 @@ def test_block_size_bounds_what_is_held_at_once(monkeypatch):
   assert sum(held) == 100 * 100 and max(held) <= 1000
 
 
-# Three pictures along the axes; a's first caption is nearest to a, b's captions are swapped.
+# Three images along the axes; a's first caption is nearest to a, b's captions are swapped.
 EMBEDDINGS = np.eye(3)
 TEXTS = {
   "a": unit([1, 0, 0]),
@@ -102,7 +102,7 @@ def test_worked_example_with_one_caption():
   encode_image, encode_text = encoders(EMBEDDINGS, TEXTS)
   batches = make_batches(EMBEDDINGS, CAPTIONS, [True] * 3, rows=2)
   results = retrieval.evaluate(encode_image, encode_text, batches, ks=(1, 2))
-  # b's picture is nearest to its own text; b's text is nearer to a's picture.
+  # b's image is nearest to its own text; b's text is nearer to a's image.
   assert results["retrieval/image_to_text/r1"] == 1
   assert results["retrieval/text_to_image/r1"] == pytest.approx(2 / 3)
   assert results["retrieval/text_to_image/r2"] == 1
@@ -116,7 +116,7 @@ def test_worked_example_with_all_captions():
   results = retrieval.evaluate(
     encode_image, encode_text, batches, captions_per_image=None, ks=(1, 2)
   )
-  # a2 belongs to a and looks like b: b's picture finds it first, and it finds b's picture.
+  # a2 belongs to a and looks like b: b's image finds it first, and it finds b's image.
   assert results["retrieval/image_to_text/r1"] == pytest.approx(2 / 3)
   assert results["retrieval/image_to_text/r2"] == 1
   assert results["retrieval/text_to_image/r1"] == pytest.approx(2 / 4)

@@ -9,7 +9,7 @@ from sklearn import metrics
 from sklearn.decomposition import PCA
 
 from grain_jax.evals import segmentation
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 
 SIZES = [
   ((3, 5), (17, 9)),
@@ -195,14 +195,17 @@ def test_similarity_map_is_the_cosine_of_each_patch_upsampled():
 
 def test_plane_is_the_two_first_coordinates_of_sklearns_pca():
   features = np.random.default_rng(6).standard_normal((25, 7)) * [5, 3, 1, 1, 1, 1, 1]
-  ours, theirs = segmentation.plane(features), PCA(2, svd_solver="full").fit_transform(features)
+  ours, theirs = (
+    segmentation.project_to_plane(features),
+    PCA(2, svd_solver="full").fit_transform(features),
+  )
   theirs *= np.sign(np.sum(ours * theirs, axis=0))
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
-  np.testing.assert_array_equal(segmentation.plane(features[:1]), [[0, 0]])
+  np.testing.assert_array_equal(segmentation.project_to_plane(features[:1]), [[0, 0]])
 
 
 def test_prompts_have_their_article():
-  assert segmentation.photos(["cat", "apple", "Umbrella"]) == [
+  assert segmentation.photo_prompts(["cat", "apple", "Umbrella"]) == [
     "a photo of a cat",
     "a photo of an apple",
     "a photo of an Umbrella",
@@ -212,7 +215,7 @@ def test_prompts_have_their_article():
 # A world in which the red channel of a pixel says which text it shows.
 
 CLASSES = ["cat", "apple", "house"]
-TEXTS = ["a plain background", *segmentation.photos(CLASSES)]
+TEXTS = ["a plain background", *segmentation.photo_prompts(CLASSES)]
 CELL, SIDE = 4, 16
 
 
@@ -235,7 +238,7 @@ def batch(cells, masks, counts=None):
   images = np.stack([picture(c) for c in cells])
   rows = len(images)
   mask = [True] * rows if counts is None else counts
-  png = [b"" if m is None else pictures.png(np.asarray(m, np.uint8)) for m in masks]
+  png = [b"" if m is None else images_lib.png(np.asarray(m, np.uint8)) for m in masks]
   return (
     {"image": images, "example_mask": np.array(mask)},
     {"key": [f"k{i}" for i in range(rows)], "mask": png},

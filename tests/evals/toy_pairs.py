@@ -17,7 +17,7 @@ def random_unit(key):
 
 
 def right(red, true, false):
-  """Whether the fake model prefers `true` for the picture of a red value."""
+  """Whether the fake model prefers `true` for the image of a red value."""
   image = random_unit(red)
   return bool(image @ random_unit(true) > image @ random_unit(false))
 

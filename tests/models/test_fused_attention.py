@@ -18,8 +18,8 @@ REAL = jax.nn.dot_product_attention
 def fresh():
   """No answer or note of another test."""
   yield
-  fused_attention._ask.cache_clear()
-  attention._taken.clear()
+  fused_attention._probe.cache_clear()
+  attention._implementations.clear()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_lengths_that_are_refused_are_padded_and_nothing_changes(rng, cudnn, que
   arrays, weight = inputs(rng, queries=queries, keys=keys)
   assert_as_xla(arrays, weight, fused="auto")
   assert cudnn.calls[-1][1] == queries + queries % 2
-  note = attention.taken()["test"]
+  note = attention.implementations()["test"]
   assert note.startswith("cuDNN, ") and ("padded" in note) == bool(queries % 2 or keys % 2)
 
 
@@ -83,15 +83,15 @@ def test_padding_of_masked_attention_goes_into_the_mask(rng, cudnn):
   arrays, weight = inputs(rng)
   mask = np.tril(np.ones((9, 9), bool))[None, None]
   assert_as_xla(arrays, weight, fused="cudnn", mask=mask)
-  assert attention.taken()["test"] == "cuDNN, 9 padded to 16 tokens"
+  assert attention.implementations()["test"] == "cuDNN, 9 padded to 16 tokens"
 
 
 def test_auto_leaves_masked_attention_and_float32_to_xla(rng, cudnn):
   arrays, weight = inputs(rng)
   both(arrays, weight, fused="auto", mask=np.ones((1, 1, 9, 9), bool))
-  assert attention.taken() == {"test": "XLA (masked)"}
+  assert attention.implementations() == {"test": "XLA (masked)"}
   both([x.astype(jnp.float32) for x in arrays], weight, fused="auto")
-  assert attention.taken() == {"test": "XLA (float32)"} and not cudnn.calls
+  assert attention.implementations() == {"test": "XLA (float32)"} and not cudnn.calls
 
 
 def test_what_is_refused_at_tracing_goes_to_xla_and_is_said(rng, cudnn, caplog):
@@ -99,7 +99,7 @@ def test_what_is_refused_at_tracing_goes_to_xla_and_is_said(rng, cudnn, caplog):
   arrays, weight = inputs(rng)
   assert_as_xla(arrays, weight, fused="auto")
   want = "XLA (cuDNN refuses: Unsupported sequence length Q 9)"
-  assert attention.taken() == {"test": want}
+  assert attention.implementations() == {"test": want}
   said = [r.getMessage() for r in caplog.records]
   assert said == [f"attention of the test: {want}"]
 
@@ -119,12 +119,12 @@ def test_what_is_refused_at_compiling_is_padded_or_goes_to_xla(rng, cudnn, monke
   arrays, weight = inputs(rng)
   monkeypatch.setattr(fused_attention, "compile_probe", compiles({3}))
   assert_as_xla(arrays, weight, fused="auto")
-  assert attention.taken()["test"] == "cuDNN, 9 padded to 16 tokens"
-  fused_attention._ask.cache_clear()
+  assert attention.implementations()["test"] == "cuDNN, 9 padded to 16 tokens"
+  fused_attention._probe.cache_clear()
   monkeypatch.setattr(fused_attention, "compile_probe", compiles(set()))
   assert_as_xla(arrays, weight, fused="auto")
   want = "XLA (cuDNN refuses: INTERNAL: no plan for this graph)"
-  assert attention.taken()["test"] == want
+  assert attention.implementations()["test"] == want
   with pytest.raises(ValueError, match="impossible for the test .* no plan") as error:
     both(arrays, weight, fused="cudnn")
   assert "\n" not in str(error.value)
@@ -136,7 +136,7 @@ def test_a_problem_is_tried_once(rng, cudnn):
     jax.clear_caches()
     both(arrays, weight, fused="auto")
   # The probe's and one call a program: the forward pass of a gradient.
-  assert fused_attention._ask.cache_info().misses == 1
+  assert fused_attention._probe.cache_info().misses == 1
   assert len([c for c in cudnn.calls if c == arrays[0].shape]) == 1 + 3
 
 
@@ -165,7 +165,7 @@ def test_on_a_mesh_each_device_has_what_was_tried(rng, cudnn):
     assert (2, 10, 1, 8) in cudnn.calls and not [c for c in cudnn.calls if c[0] == 8]
     odd, weight = inputs(rng, batch=3)
     both(odd, weight, fused="auto")
-    assert "do not divide" in attention.taken()["test"]
+    assert "do not divide" in attention.implementations()["test"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_model_names_its_parts_and_asks_nothing_to_make_parameters(tiny, cud
     tiny.model.attention = "auto"
     step = steps.make_train_step(grain.build(tiny), tiny, mesh, optimizer, shardings)
     step.trace(state, initial.dummy_batch(tiny, tiny.batch_size))
-  assert attention.taken() == {
+  assert attention.implementations() == {
     "image tower": "XLA (cuDNN refuses: Unsupported sequence length Q 5)",
     "text tower": "XLA (masked)",
     "query decoder, self-attention": "XLA (dropout)",

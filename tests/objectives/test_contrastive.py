@@ -1,4 +1,4 @@
-"""Columns in chunks: the same loss and gradients, and no array of all logits."""
+"""Candidates in chunks: the same loss and gradients, and no array of all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -10,54 +10,60 @@ from numpy.testing import assert_allclose
 from grain_jax.objectives import captions, contrastive, regions
 
 
-def make(rng, rows, columns, width=8):
-  """Rows i whose own columns are 2 + i; some are invalid, some columns equal others."""
-  a, b = (rng.normal(size=(n, width)).astype(np.float32) for n in (rows, columns))
+def make(rng, rows, candidates, width=8):
+  """Rows i whose positives are candidates 2 + i; some are invalid, some equal others."""
+  a, b = (rng.normal(size=(n, width)).astype(np.float32) for n in (rows, candidates))
   a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
-  prints = rng.integers(0, columns // 2, (columns, 1)).astype(np.uint32).repeat(2, 1)
-  valid = rng.random(columns) < 0.8
-  own = slice(2, 2 + rows)
-  return a, b, valid, prints, own
+  text_hashes = rng.integers(0, candidates // 2, (candidates, 1)).astype(np.uint32).repeat(2, 1)
+  valid = rng.random(candidates) < 0.8
+  positives = slice(2, 2 + rows)
+  return a, b, valid, text_hashes, positives
 
 
-def loss(a, b, scale, *, valid, prints, own, chunk):
-  rows = contrastive.Side(a, valid[own], None if prints is None else prints[own])
-  columns = contrastive.Side(b, valid, prints)
+def loss(a, b, scale, *, valid, text_hashes, positives, chunk):
+  rows = contrastive.Candidates(
+    a, valid[positives], None if text_hashes is None else text_hashes[positives]
+  )
+  candidates = contrastive.Candidates(b, valid, text_hashes)
   return contrastive.cross_entropy(
-    rows, b[own], columns, logit_scale=scale, first=own.start, chunk=chunk
+    rows, b[positives], candidates, logit_scale=scale, offset=positives.start, chunk=chunk
   )
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3, 10, 11, 12, 13, 100])
 @pytest.mark.parametrize("named", [True, False])
 def test_any_chunk_gives_the_loss_worked_out_row_by_row(rng, chunk, named):
-  a, b, valid, prints, own = make(rng, 7, 12)
+  a, b, valid, text_hashes, positives = make(rng, 7, 12)
   if not named:
-    prints = np.arange(12, dtype=np.uint32)[:, None].repeat(2, 1)
+    text_hashes = np.arange(12, dtype=np.uint32)[:, None].repeat(2, 1)
   sums = loss(
     jnp.asarray(a), jnp.asarray(b), jnp.float32(1.5), valid=jnp.asarray(valid),
-    prints=jnp.asarray(prints) if named else None, own=own, chunk=chunk,
+    text_hashes=jnp.asarray(text_hashes) if named else None, positives=positives, chunk=chunk,
   )  # fmt: skip
   want, correct = 0.0, 0
-  for i in np.flatnonzero(valid[own]):
-    target = i + own.start
+  for i in np.flatnonzero(valid[positives]):
+    target = i + positives.start
     others = [
       j for j in range(12)
-      if j != target and valid[j] and prints[j, 0] != prints[target, 0]
+      if j != target and valid[j] and text_hashes[j, 0] != text_hashes[target, 0]
     ]  # fmt: skip
     logits = np.exp(1.5) * a[i] @ b[[target, *others]].T
     want -= scipy.special.log_softmax(logits)[0]
     correct += logits[0] >= logits.max()
   assert_allclose(sums.loss, want, rtol=1e-5)
-  assert (float(sums.correct), float(sums.rows)) == (correct, valid[own].sum())
+  assert (float(sums.correct), float(sums.rows)) == (correct, valid[positives].sum())
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12])
 def test_gradients_do_not_depend_on_the_chunk(rng, chunk):
-  a, b, valid, prints, own = make(rng, 7, 12)
+  a, b, valid, text_hashes, positives = make(rng, 7, 12)
 
   def value(a, b, scale, chunk):
-    keys = {"valid": jnp.asarray(valid), "prints": jnp.asarray(prints), "own": own}
+    keys = {
+      "valid": jnp.asarray(valid),
+      "text_hashes": jnp.asarray(text_hashes),
+      "positives": positives,
+    }
     return loss(a, b, scale, chunk=chunk, **keys).loss
 
   args = jnp.asarray(a), jnp.asarray(b), jnp.float32(1.0)

@@ -44,10 +44,10 @@ def test_equal_captions_are_no_negatives_of_each_other(rng):
   same = np.zeros((4, 4), bool)
   same[0, 2] = same[2, 0] = True
   same |= np.eye(4, dtype=bool)
-  prints = np.array([[5, 1], [6, 1], [5, 1], [5, 2]], np.uint32)
+  text_hashes = np.array([[5, 1], [6, 1], [5, 1], [5, 2]], np.uint32)
   total, _ = captions.caption_loss(
     jnp.asarray(image), jnp.asarray(text), logit_scale=jnp.float32(1.0), mask=jnp.ones(4, bool),
-    prints=jnp.asarray(prints),
+    text_hashes=jnp.asarray(text_hashes),
   )  # fmt: skip
   logits = np.exp(1.0) * image @ text.T
   want = 0.0
@@ -82,10 +82,10 @@ def test_region_loss_is_cross_entropy_over_the_valid_descriptions(rng):
 
 def test_region_loss_masks_equal_descriptions(rng):
   q, d = unit(rng, 1, 3, 8), unit(rng, 1, 3, 8)
-  prints = np.array([[[1, 1], [2, 2], [1, 1]]], np.uint32)
+  text_hashes = np.array([[[1, 1], [2, 2], [1, 1]]], np.uint32)
   total, _, _ = regions.region_loss(
     jnp.asarray(q), jnp.asarray(d), logit_scale=jnp.float32(1.0), mask=jnp.ones((1, 3), bool),
-    prints=jnp.asarray(prints),
+    text_hashes=jnp.asarray(text_hashes),
   )  # fmt: skip
   logits = np.exp(1.0) * q[0] @ d[0].T
   rows = [[0, 1], [0, 1, 2], [1, 2]]
@@ -97,10 +97,10 @@ def test_multi_positive_loss_by_loops(rng):
   image, text = unit(rng, 3, 8), unit(rng, 3, 2, 8)
   mask = np.array([[1, 1], [1, 0], [1, 1]], bool)
   names = np.array([["a", "b"], ["a", "x"], ["c", "d"]])
-  prints = np.vectorize(ord)(names).astype(np.uint32)[..., None].repeat(2, -1)
+  text_hashes = np.vectorize(ord)(names).astype(np.uint32)[..., None].repeat(2, -1)
   total, weight = captions.multi_positive_loss(
     jnp.asarray(image), jnp.asarray(text), logit_scale=jnp.float32(1.0), mask=jnp.asarray(mask),
-    prints=jnp.asarray(prints),
+    text_hashes=jnp.asarray(text_hashes),
   )  # fmt: skip
   valid = [(i, r) for i in range(3) for r in range(2) if mask[i, r]]
   score = lambda i, j, r: np.exp(1.0) * image[i] @ text[j, r]  # noqa: E731
@@ -118,13 +118,13 @@ def test_multi_positive_loss_by_loops(rng):
   assert weight == len(valid)
 
 
-def test_fingerprints_tell_equal_texts_from_others():
+def test_text_hashes_are_equal_for_equal_texts_alone():
   texts = [[5, 6, 7], [5, 6, 7], [7, 6, 5], [5, 6], [5, 6, 8]]
   tokens = np.concatenate([*texts, [0, 0]])[None].astype(np.int32)
   segments = np.concatenate([np.full(len(t), i + 1) for i, t in enumerate(texts)] + [[0, 0]])
   positions = np.concatenate([np.arange(len(t)) for t in texts] + [[0, 0]])
-  prints = duplicates.fingerprints(
+  text_hashes = duplicates.hash_texts(
     jnp.asarray(tokens), jnp.asarray(segments)[None], jnp.asarray(positions)[None], num_texts=5
   )[0]
   want = [[a == b for b in texts] for a in texts]
-  assert_array_equal(duplicates.equal(prints, prints), want)
+  assert_array_equal(duplicates.pairwise_equal(text_hashes, text_hashes), want)

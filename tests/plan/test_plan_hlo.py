@@ -11,7 +11,7 @@ from grain_jax.plan import chips as plan_chips
 from grain_jax.plan import hlo as plan_hlo
 from grain_jax.plan import traffic as plan_traffic
 
-# A loop of 12 turns, on 4 chips: each turn reads a row of a stacked weight and sums it over chips.
+# A loop of 12 iterations, on 4 chips: each reads a row of a stacked weight and sums it over chips.
 LOOP = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %fused_slice (p0: f32[12,256], p1: s32[]) -> f32[256] {
@@ -74,14 +74,14 @@ def loop(start=0, step=1):
   return plan_hlo.parse(LOOP.replace("START", str(start)).replace("STEP", str(step)))
 
 
-@pytest.mark.parametrize(("start", "step", "turns"), [(0, 1, 12), (3, 1, 9), (0, 5, 3)])
-def test_turns_are_read_from_bound_start_and_step(start, step, turns):
+@pytest.mark.parametrize(("start", "step", "trip_count"), [(0, 1, 12), (3, 1, 9), (0, 5, 3)])
+def test_trip_counts_are_read_from_bound_start_and_step(start, step, trip_count):
   module = loop(start, step)
-  assert [times for _, times in module.executed()] == [1, turns]
+  assert [times for _, times in module.executed()] == [1, trip_count]
   assert module.unknown_loops() == []
 
 
-def test_the_compilers_word_on_turns_goes_before_the_bound():
+def test_the_compilers_trip_count_goes_before_the_bound():
   text = LOOP.replace("START", "0").replace("STEP", "1")
   text = text.replace("body=%body,", 'body=%body, backend_config={"known_trip_count":{"n":"7"}},')
   assert [times for _, times in plan_hlo.parse(text).executed()] == [1, 7]
@@ -95,13 +95,13 @@ def test_a_loop_without_a_bound_counts_once_and_is_named():
 
 
 def test_traffic_of_slices_in_a_loop_by_hand():
-  """A turn reads and writes a row, exchanges it, and puts it in place; a scalar is read twice."""
+  """An iteration reads, writes and exchanges a row and puts it in place; a scalar is read twice."""
   found = plan_traffic.traffic(loop())
   by_op = {item.op + item.path[-3:]: item.bytes for item in found}
   assert by_op["fusionice"] == 12 * (2 * ROW + 4)
   assert by_op["all-reducesum"] == 12 * 2 * ROW
   assert by_op["fusionput"] == 12 * (2 * ROW + 4)
-  once = plan_traffic.traffic(loop(), turns=False)
+  once = plan_traffic.traffic(loop(), trip_counts=False)
   assert sum(i.bytes for i in once if i.path) * 12 == sum(i.bytes for i in found if i.path)
 
 
@@ -137,7 +137,7 @@ def test_collectives_in_a_loop_count_each_turn():
 )
 def test_exchanges_of_gradients_by_name(kind, path, gradients):
   exchange = plan_chips.Collective(kind, 8, (0, 1), name=path)
-  assert plan_traffic.of_gradients(exchange) is gradients
+  assert plan_traffic.is_gradient_reduction(exchange) is gradients
 
 
 # A TPU's form: one all-gather whose parts stand in three fusions, one of them within a loop.
@@ -304,7 +304,7 @@ ENTRY %m (a: bf16[4,8], b: bf16[8,4]) -> bf16[4,4] {
   ],
 )
 def test_names_of_causes(path, name):
-  assert plan_traffic.part(path) == name
+  assert plan_traffic.module_and_op(path) == name
 
 
 def test_causes_are_the_largest_first():

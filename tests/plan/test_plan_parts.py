@@ -90,7 +90,7 @@ def test_flops_of_a_scan_count_each_turn():
 
   jaxpr = jax.make_jaxpr(scanned)(jnp.zeros((8, 16)), jnp.zeros((12, 16, 16))).jaxpr
   assert sum(counter.count(jaxpr).values()) == 12 * 2 * 8 * 16 * 16
-  assert sum(counter.count(jaxpr, turns=False).values()) == 2 * 8 * 16 * 16
+  assert sum(counter.count(jaxpr, trip_counts=False).values()) == 2 * 8 * 16 * 16
 
 
 def test_flops_count_what_is_computed_again_and_every_shard():
@@ -114,7 +114,7 @@ def test_text_without_padding_by_hand(tiny):
   whole = 10 * dense + 4 * 10**2 * 32 + 6 * dense + 4 * 6**2 * 32
   last = 16 * 4 * 32**2 + 2 * (dense - 4 * 32**2) + 4 * 16 * 32
   expected = 3 * (whole + last + 2 * 2 * 32 * 16)
-  assert_allclose(plan_useful.text_tower(tiny, caption=10, description=6), expected)
+  assert_allclose(plan_useful.text_tower_flops(tiny, caption=10, description=6), expected)
 
 
 @pytest.mark.parametrize("start", [8, 64, 5000])

@@ -117,15 +117,15 @@ def test_agreement_names_the_first_difference(monkeypatch):
         assert ready.wait_for(lambda: key in store, milliseconds / 1000), key
         return store[key]
 
-  monkeypatch.setattr(distributed, "count", lambda: 2)
-  monkeypatch.setattr(distributed, "index", lambda: here.index)
+  monkeypatch.setattr(distributed, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed, "process_index", lambda: here.index)
   monkeypatch.setattr(distributed, "_state", lambda: type("S", (), {"client": Client()}))
   lines = {}
 
   def process(index, values):
     here.index = index
     try:
-      distributed.agree("configuration", values)
+      distributed.check_equal("configuration", values)
       lines[index] = None
     except ValueError as error:
       lines[index] = str(error)
@@ -214,7 +214,7 @@ def test_two_processes_of_four_devices_train_as_one_device_does(
   ],
 )
 def test_a_new_start_may_help_where_the_machine_failed(error, again, monkeypatch, capsys):
-  assert distributed.of_machine(error) == again
+  assert distributed.is_runtime_failure(error) == again
   codes = []
   monkeypatch.setattr(distributed.os, "_exit", codes.append)
   with contextlib.nullcontext() if again else pytest.raises(type(error)):  # noqa: SIM117
@@ -267,7 +267,7 @@ distributed.Watchdog = Busy
 with distributed.session(addresses.Address("flags", sys.argv[1], 2, int(sys.argv[2]))):
   a, b, c, d = jax.devices()  # two of each process
   mesh = jax.sharding.Mesh(np.array([a, c, d, b]).reshape(4, 1, 1), meshes.AXES)
-  parts, number = meshes.batch_share(mesh.devices, jax.process_index())
+  parts, number = meshes.process_batch_shards(mesh.devices, jax.process_index())
   assert number == 4 and parts == ((0, 3), (1, 2))[jax.process_index()]
   local = np.concatenate([np.arange(2 * part, 2 * part + 2) for part in parts])
   for shard in meshes.to_global({"x": local}, mesh)["x"].addressable_shards:
@@ -304,8 +304,8 @@ def test_wrong_flags_answer_at_once():
 
 def test_one_process_needs_no_store():
   assert distributed.gather("x", "a") == ["a"] and distributed.broadcast("x", "b") == "b"
-  distributed.agree("configuration", {"a": 1})
-  assert (distributed.index(), distributed.count()) == (0, 1)
+  distributed.check_equal("configuration", {"a": 1})
+  assert (distributed.process_index(), distributed.process_count()) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,16 @@ def devices_of(owners):
     ([[[0]], [[1]], [[1]], [[0]]], [(0, 3), (1, 2)]),  # as on TPUs, where it follows the links
   ],
 )
-def test_every_process_reads_the_parts_of_the_batch_that_its_devices_hold(owners, shares):
+def test_every_process_reads_the_shards_of_the_batch_that_its_devices_hold(owners, shares):
   devices = devices_of(owners)
   rows = devices.shape[0] * devices.shape[1]
-  found = [meshes.batch_share(devices, p) for p in range(len(shares))]
+  found = [meshes.process_batch_shards(devices, p) for p in range(len(shares))]
   assert found == [(share, rows) for share in shares]
 
 
-def test_parts_of_the_batch_that_overlap_are_an_error():
+def test_shards_of_the_batch_that_overlap_are_an_error():
   with pytest.raises(ValueError, match=r"^config\.mesh\.tensor = 3 cuts the 2 processes unevenly"):
-    meshes.batch_share(devices_of([[[0, 0, 0]], [[0, 1, 1]]]), 0)
+    meshes.process_batch_shards(devices_of([[[0, 0, 0]], [[0, 1, 1]]]), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +265,7 @@ def test_every_mesh_of_every_tpu_is_made_or_refused_in_one_line(machine):
   for chip, (index,) in meshes.batch_sharding(mesh).devices_indices_map((rows,)).items():
     held.setdefault(chip.process_index, set()).add(range(rows)[index].start)
   try:
-    shares = {process: meshes.batch_share(devices, process) for process in held}
+    shares = {process: meshes.process_batch_shards(devices, process) for process in held}
   except ValueError as error:
     assert "cuts the" in str(error) and shape[2] > 1
     return

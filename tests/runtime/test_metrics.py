@@ -65,7 +65,7 @@ def test_writer_makes_a_jsonl_and_an_events_file(tmp_path):
   ("seconds", "text"), [(0, "0:00"), (61.9, "1:01"), (3599, "59:59"), (3723, "1:02:03")]
 )
 def test_clock(seconds, text):
-  assert metrics.clock(seconds) == text
+  assert metrics.format_duration(seconds) == text
 
 
 def test_speed_leaves_pauses_out(monkeypatch):

@@ -37,15 +37,15 @@ def pair(monkeypatch):
 
 def test_who_is_late(pair):
   clock, (zero, one), _ = pair
-  zero.at("step", 42)
-  one.at("data", 42)
-  assert zero.look() is None and one.look() is None
+  zero.set_phase("step", 42)
+  one.set_phase("data", 42)
+  assert zero.check() is None and one.check() is None
   clock[0] += 50
-  one.look()
-  zero.at("step", 43)
+  one.check()
+  zero.set_phase("step", 43)
   clock[0] += 20
-  assert zero.look() is None
-  code, line, tell = one.look()
+  assert zero.check() is None
+  code, line, tell = one.check()
   assert (code, tell) == (75, True)
   assert "no progress for 70 s (config.watchdog_seconds = 60)" in line
   assert "process 1 of 2" in line and "is late: it waits for the data of step 42 for 70 s" in line
@@ -55,42 +55,42 @@ def test_who_is_late(pair):
 def test_a_process_that_was_stopped_is_not_late_for_it(pair, monkeypatch):
   clock, (zero, one), _ = pair
   for dog in (zero, one):
-    dog.at("step", 7)
-    dog.look()
-  zero.look()
+    dog.set_phase("step", 7)
+    dog.check()
+  zero.check()
   clock[0] += 40
-  one.look()
+  one.check()
   wait = lambda seconds: clock.__setitem__(0, clock[0] + seconds + 500)  # noqa: E731
   monkeypatch.setattr(zero._stopped, "wait", wait)
   zero._sleep()
-  assert zero.look() is None
+  assert zero.check() is None
   clock[0] += 21
-  code, line, _ = zero.look()
+  code, line, _ = zero.check()
   assert code == 75 and "no progress for 62 s" in line
 
 
 def test_compiling_and_being_done_have_no_limit(pair):
   clock, (zero, one), _ = pair
-  zero.at("compiling", 1)
-  one.at("done", 9)
-  one.look()
-  zero.look()
+  zero.set_phase("compiling", 1)
+  one.set_phase("done", 9)
+  one.check()
+  zero.check()
   clock[0] += 5000
-  assert zero.look() is None  # nor is the silence of a process that is done
-  assert watchdog.Watchdog(limit=0).look() is None
+  assert zero.check() is None  # nor is the silence of a process that is done
+  assert watchdog.Watchdog(limit=0).check() is None
 
 
 def test_a_silent_process_is_lost(pair):
   clock, (zero, one), _ = pair
   for dog in (zero, one):
-    dog.at("step", 7)
-    dog.look()
-  zero.look()
+    dog.set_phase("step", 7)
+    dog.check()
+  zero.check()
   clock[0] += 29
-  zero.at("step", 8)
-  assert zero.look() is None
+  zero.set_phase("step", 8)
+  assert zero.check() is None
   clock[0] += 2
-  code, line, _ = zero.look()
+  code, line, _ = zero.check()
   assert code == 75 and "process 1 of 2" in line and "no sign of it for 31 s" in line
   assert "it was last seen where it is in step 7" in line
 
@@ -98,7 +98,7 @@ def test_a_silent_process_is_lost(pair):
 def test_an_error_on_one_process_ends_the_other_with_the_same_line(pair, capsys):
   _, (zero, one), codes = pair
   one.end(1, "ValueError: no data here")
-  code, line, tell = zero.look()
+  code, line, tell = zero.check()
   assert (code, tell) == (1, False) and line == f"{one.name}: ValueError: no data here"
   zero.end(code, line, tell=tell)
   assert codes == [(1, 1), (0, 1)]

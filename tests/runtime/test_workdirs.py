@@ -60,8 +60,8 @@ def test_a_damaged_note_of_the_holder_is_no_obstacle(holder, tmp_path, monkeypat
 
 def as_one_of_two(monkeypatch, index, answers):
   """This process is one of two; `answers` are the other's in `gather`."""
-  monkeypatch.setattr(distributed, "count", lambda: 2)
-  monkeypatch.setattr(distributed, "index", lambda: index)
+  monkeypatch.setattr(distributed, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed, "process_index", lambda: index)
   answers = iter(answers)
 
   def gather(name, value, **options):

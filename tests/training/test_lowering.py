@@ -26,8 +26,8 @@ def cuda(monkeypatch):
   lower = lambda traced: traced.lower(lowering_platforms=("cuda",))  # noqa: E731
   monkeypatch.setattr(fused_attention, "compile_probe", lower)
   yield
-  fused_attention._ask.cache_clear()
-  attention._taken.clear()
+  fused_attention._probe.cache_clear()
+  attention._implementations.clear()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +49,7 @@ def test_a_recipes_step_is_lowered_for_cuda(name, cuda):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   calls = set(re.findall(r"__cudnn\$fmha\w*", text))
   if config.model.dtype == "float32":
-    assert not calls and attention.taken()["image tower"] == "XLA (float32)"
+    assert not calls and attention.implementations()["image tower"] == "XLA (float32)"
   else:
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= calls
-    assert attention.taken()["image tower"] == "cuDNN, 197 padded to 198 tokens"
+    assert attention.implementations()["image tower"] == "cuDNN, 197 padded to 198 tokens"

@@ -1,4 +1,4 @@
-"""The train step on one device, on eight, and cut in other ways: the same loss and gradients."""
+"""The train step on one device and on eight, however sharded: the same loss and gradients."""
 
 import functools
 import re
@@ -83,7 +83,7 @@ def assert_same(ours, theirs):
     assert_allclose(gradients[name] / scale, value / scale, atol=1e-5, err_msg=name)
 
 
-CUTS = {
+LAYOUTS = {
   "data=8": {},
   "fsdp=8": {"fsdp": 8},
   "tensor=2": {"tensor": 2},
@@ -119,7 +119,7 @@ def one_device(config, batches):
 
 
 @pytest.mark.parametrize(
-  ("devices", "cut", "solver"),
+  ("devices", "layout", "solver"),
   [
     (1, "data=8", "host"),
     (8, "data=8", "host"),
@@ -130,12 +130,12 @@ def one_device(config, batches):
   ],
 )
 def test_any_devices_and_either_matcher_give_the_losses_and_gradients_of_three_steps(
-  config, batches, one_device, devices, cut, solver
+  config, batches, one_device, devices, layout, solver
 ):
   """With dropout on."""
-  config.mesh.update(CUTS[cut])
+  config.mesh.update(LAYOUTS[layout])
   config.loss.matcher = solver
-  if cut != "data=8":  # so that something is cut
+  if layout != "data=8":  # so that something is sharded
     shardings = meshes.state_shardings(
       jax.eval_shape(lambda: steps.TrainState(0, drawn.params(config), ())),
       meshes.create(config), config.mesh.rules,
@@ -149,18 +149,19 @@ def test_any_devices_and_either_matcher_give_the_losses_and_gradients_of_three_s
 
 
 @pytest.mark.parametrize(
-  ("devices", "cut", "parts"), [(1, "data=8", 4), (8, "data=8", 2), (8, "tensor=2", 2)]
+  ("devices", "layout", "num_microbatches"),
+  [(1, "data=8", 4), (8, "data=8", 2), (8, "tensor=2", 2)],
 )
-def test_a_batch_encoded_in_parts_gives_the_gradient_of_the_whole(
-  config, batch, devices, cut, parts
+def test_a_batch_encoded_in_microbatches_gives_the_gradient_of_the_full_batch(
+  config, batch, devices, layout, num_microbatches
 ):
-  """Without dropout, of which each part draws its own."""
+  """Without dropout, of which each microbatch draws its own."""
   config.model.decoder.dropout = 0.0
   config.loss.matcher = "device"
   if "whole" not in _KEPT:
     _KEPT["whole"] = gradients_of_step(config, batch, devices=1)
-  config.mesh.update(CUTS[cut])
-  config.accumulate = parts
+  config.mesh.update(LAYOUTS[layout])
+  config.accumulate = num_microbatches
   assert_same(gradients_of_step(config, batch, devices=devices), _KEPT["whole"])
 
 

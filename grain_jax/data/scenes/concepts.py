@@ -189,7 +189,7 @@ def drawing(concept: Concept) -> str:
 
 
 def attribution() -> str:
-  """The line that pictures made of the drawings have to carry."""
+  """The line that images made of the drawings have to carry."""
   return _openmoji().ATTRIBUTION
 
 

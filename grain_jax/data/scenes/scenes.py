@@ -1,4 +1,4 @@
-"""The embedded data: pictures composed of drawings, with captions, boxes, descriptions and masks.
+"""The embedded data: images composed of drawings, with captions, boxes, descriptions and masks.
 
 A scene shows 1 to 5 tinted OpenMoji drawings on a plain or patterned background. Everything about
 it follows from (settings, split, index) alone: not from the process, nor from the order.
@@ -6,12 +6,12 @@ it follows from (settings, split, index) alone: not from the process, nor from t
 Splits:
   train:   scenes of seen pairs of colour and concept.
   val:     new layouts of seen pairs, with masks.
-  objects: one object a picture, every pair of colour and concept equally often, with label and
+  objects: one object an image, every pair of colour and concept equally often, with label and
            mask. `unseen_pairs` of them occur in no other split.
 
 Boxes are exact and amodal: the tight box of an object's own alpha, also where a later object
 covers a part of it (never more than `max_overlap` of the smaller box); a region's score is the
-visible fraction. The drawings are CC BY-SA 4.0 (`concepts.attribution()`), and so are the pictures.
+visible fraction. The drawings are CC BY-SA 4.0 (`concepts.attribution()`), and so are the images.
 """
 
 from __future__ import annotations
@@ -260,7 +260,9 @@ class Scenes:
     areas = []
     for k, (label, _, side, rotation, center) in enumerate(placed):
       concept, color = divmod(label, len(s.colors))
-      patch = sprites.place(self._sprite(concept), side=side, rotation=rotation, center=center)
+      patch = sprites.transform_sprite(
+        self._sprite(concept), side=side, rotation=rotation, center=center
+      )
       solid = sprites.compose(canvas, patch, rgb=s.colors[color][1])
       solid = solid >= s.alpha_threshold
       top, left, bottom, right = patch.window(s.image_size)

@@ -87,8 +87,10 @@ def load(concept: concepts_lib.Concept, *, max_side: int, max_rotation: int) -> 
   return Sprite(tuple(levels), short / long, _extents(alpha > 127, box, max_rotation))
 
 
-def place(sprite: Sprite, *, side: float, rotation: int, center: tuple[float, float]) -> Patch:
-  """Turns and scales a sprite.
+def transform_sprite(
+  sprite: Sprite, *, side: float, rotation: int, center: tuple[float, float]
+) -> Patch:
+  """The sprite rotated and scaled, as a patch of the scene.
 
   Args:
     sprite: what `load` returned.

@@ -1,4 +1,4 @@
-"""Annotation files of outside datasets: one-line errors, pictures of COCO, Karpathy's split."""
+"""Annotation files of outside datasets: one-line errors, images of COCO, Karpathy's split."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _GET_KARPATHY = (
 
 
 class Captioned(NamedTuple):
-  """A picture and its captions."""
+  """An image and its captions."""
 
-  picture: pathlib.Path
+  image: pathlib.Path
   captions: tuple[str, ...]
 
 
@@ -83,7 +83,7 @@ def texts(entry: Any, name: str, where: str) -> tuple[str, ...]:
 
 
 def coco_2014(root: pathlib.Path, filename: str) -> pathlib.Path:
-  """Where the picture COCO_{split}_{id}.jpg lies: ROOT/coco/{split}."""
+  """Where the image COCO_{split}_{id}.jpg lies: ROOT/coco/{split}."""
   parts = filename.split("_")
   if len(parts) != 3 or parts[0] != "COCO":
     raise ValueError(f"{filename!r} is no name of a COCO 2014 picture: COCO_val2014_ID.jpg.")
@@ -94,7 +94,7 @@ def karpathy(options: Options, dataset: str, what: str) -> list[Captioned]:
   """The test split of Karpathy and Fei-Fei (CVPR 2015), as their file orders it.
 
   Reads ROOT/karpathy/dataset_{dataset}.json: {"images": [{"filename", "split", "sentences":
-  [{"raw"}, ...]}, ...]}. All captions: some COCO pictures have six or seven.
+  [{"raw"}, ...]}, ...]}. All captions: some COCO images have six or seven.
 
   Args:
     options: with the root.
@@ -108,21 +108,21 @@ def karpathy(options: Options, dataset: str, what: str) -> list[Captioned]:
     if field(image, "split", str, where) != "test":
       continue
     name = field(image, "filename", str, where)
-    picture = options.root / "flickr30k" / "images" / name
+    file = options.root / "flickr30k" / "images" / name
     if dataset == "coco":
-      picture = coco_2014(options.root, name)
+      file = coco_2014(options.root, name)
     sentences = field(image, "sentences", list, where)
     captions = tuple(field(s, "raw", str, where).strip() for s in sentences)
     if not captions:
       raise ValueError(f"{where}: sentences = []: each picture needs a caption.")
-    found.append(Captioned(picture, captions))
+    found.append(Captioned(file, captions))
   if not found:
     raise ValueError(f"{what}: {path} has no image of split 'test'. Get it once more.")
   return found
 
 
-def check_pictures(paths: Iterable[pathlib.Path], what: str, how: str) -> None:
-  """A one-line ValueError where a folder holds none of the pictures needed from it."""
+def check_images(paths: Iterable[pathlib.Path], what: str, how: str) -> None:
+  """A one-line ValueError where a folder holds none of the images needed from it."""
   needed: dict[pathlib.Path, list[pathlib.Path]] = {}
   for path in dict.fromkeys(paths):
     needed.setdefault(path.parent, []).append(path)

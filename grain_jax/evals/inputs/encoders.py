@@ -1,4 +1,4 @@
-"""What an evaluation knows of a model: functions from NumPy to NumPy, and how it sees a picture."""
+"""What an evaluation knows of a model: functions from NumPy to NumPy, and how it sees an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grain_jax.evals.inputs.share import ALONE, Share
+from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 
 
 def _no_patches(images: np.ndarray) -> np.ndarray:
@@ -28,14 +28,14 @@ class Encoders:
   # u8 [n, size, size, 3] -> [n, rows, columns, E]: patches in the space of the texts
   patches: Callable[[np.ndarray], np.ndarray] = _no_patches
   size: int = 224  # side of the images in pixels
-  resize: str = "squash"  # how a picture becomes such an image: one of `transforms.RESIZES`
+  resize: str = "squash"  # how images are brought to that size: one of `transforms.RESIZES`
   batch_size: int = 256  # images or rows of text in one call of the compiled program
   context: int = 77  # tokens of a text, start and end included; longer ones are cut
   has_regions: bool = True  # whether there are region queries
   templates: tuple[str, ...] = ("a photo of a {}.",)  # prompts where a dataset brings none
   # Of the text encoder: equal only where equal texts embed equally; '' where it cannot be told.
   fingerprint: Callable[[], str] = lambda: ""
-  share: Share = ALONE  # of the pictures, that this process reads
+  shard: ProcessShard = SINGLE_PROCESS  # of the images, that this process reads
 
   def require_regions(self, what: str) -> None:
     """Raises a one-line ValueError where `what` needs region queries and there are none."""

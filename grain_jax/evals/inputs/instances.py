@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax.evals.inputs import annotations, pictures
+from grain_jax.evals.inputs import annotations
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 
@@ -28,13 +29,13 @@ class Set:
   """Where the files of a dataset lie below --datasets."""
 
   annotations: tuple[str, ...]
-  # Folder of pictures named without one; a name such as val2017/1.jpg starts at the folder above.
-  pictures: tuple[str, ...]
+  # Folder of images named without one; a name such as val2017/1.jpg starts at the folder above.
+  images: tuple[str, ...]
   how: str  # to get it
 
   def file(self, root: pathlib.Path, name: str) -> pathlib.Path:
-    """The file of a picture by its name in the annotations."""
-    folder = self.pictures[:-1] if "/" in name else self.pictures
+    """The file of an image by its name in the annotations."""
+    folder = self.images[:-1] if "/" in name else self.images
     return root.joinpath(*folder, name)
 
 
@@ -54,8 +55,8 @@ SETS: dict[str, Set] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """An image with its R annotated boxes."""
+class AnnotatedImage:
+  """One image with its R annotated boxes."""
 
   id: int
   name: str  # of its file, as the annotations give it
@@ -79,7 +80,7 @@ class Picture:
 class Instances:
   """What an annotation file holds."""
 
-  pictures: Sequence[Picture]
+  images: Sequence[AnnotatedImage]
   names: dict[int, str]  # id of a category -> its name in words, in the order of the file
   frequency: dict[int, str]  # id -> r, c or f (LVIS); else empty
   federated: bool  # not every category was looked for in every image
@@ -87,8 +88,8 @@ class Instances:
   dropped: int  # boxes without area
 
   def first(self, count: int) -> Instances:
-    """With the first so many pictures; 0 for all. The counts stay those of the whole file."""
-    return dataclasses.replace(self, pictures=self.pictures[:count]) if count else self
+    """With the first so many images; 0 for all. The counts stay those of the whole file."""
+    return dataclasses.replace(self, images=self.images[:count]) if count else self
 
 
 def spec(name: str, sets: dict[str, Set] = SETS) -> Set:
@@ -108,20 +109,20 @@ def load(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS)
 
 
 def check(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS) -> Instances:
-  """`load`; a one-line ValueError where boxes or all the pictures are missing."""
+  """`load`; a one-line ValueError where boxes or all the images are missing."""
   own, instances = spec(name, sets), load(name, options, what=what, sets=sets)
-  if not sum(len(picture.single()) for picture in instances.pictures):
+  if not sum(len(image.single()) for image in instances.images):
     raise ValueError(
       f"{what}: {options.root.joinpath(*own.annotations)} has no box for its "
-      f"{len(instances.pictures)} images. Give a split with annotations."
+      f"{len(instances.images)} images. Give a split with annotations."
     )
-  files = [own.file(options.root, picture.name) for picture in instances.pictures]
+  files = [own.file(options.root, image.name) for image in instances.images]
   check_files(files, what=what, how=own.how)
   return instances
 
 
 def check_files(files: Sequence[pathlib.Path], *, what: str, how: str) -> None:
-  """Raises a one-line ValueError where none of the pictures is there (single ones are counted)."""
+  """Raises a one-line ValueError where none of the images is there (single ones are counted)."""
   if not any(file.is_file() for file in files):
     raise ValueError(f"{what}: none of its {len(files)} pictures is there, not {files[0]}. {how}")
 
@@ -171,7 +172,9 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
       continue
     clipped += outside > CLIP_TOLERANCE
     own[image].append((box, annotation))
-  found = [_picture(image, own[image["id"]], f"{file}: images") for image in content["images"]]
+  found = [
+    _annotated_image(image, own[image["id"]], f"{file}: images") for image in content["images"]
+  ]
   keys = ("neg_category_ids", "not_exhaustive_category_ids")
   federated = bool(found) and all(k in image for image in content["images"] for k in keys)
   return Instances(found, names, frequency, federated, clipped, dropped)
@@ -179,25 +182,25 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
 
 def batches(
   encoders: Encoders,
-  files: Sequence[pictures.Source],
+  files: Sequence[images_lib.Source],
   *,
   what: str,
-  unreadable: pictures.Unreadable,
+  unreadable: images_lib.Unreadable,
   resize: str = "squash",
-) -> Iterator[pictures.Batch]:
-  """`pictures.batches` at the model's size, squashed so that fractions of the image hold.
+) -> Iterator[images_lib.Batch]:
+  """`images.batches` at the model's size, squashed so that fractions of the image hold.
 
   Raises:
     ValueError: at the end, none could be read.
   """
   read_any = False
-  for batch in pictures.batches(
+  for batch in images_lib.batches(
     files,
     size=encoders.size,
     resize=resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
-    share=encoders.share,
+    shard=encoders.shard,
   ):
     read_any = True
     yield batch
@@ -206,9 +209,9 @@ def batches(
 
 
 def warn(
-  what: str, total: int, unreadable: pictures.Unreadable, say: Callable[[str], None]
+  what: str, total: int, unreadable: images_lib.Unreadable, say: Callable[[str], None]
 ) -> None:
-  """One line where pictures were left out."""
+  """One line where images were left out."""
   if unreadable:
     say(f"{what}: {unreadable.line(total)}")
 
@@ -246,7 +249,9 @@ def _fractions(box: Any, width: int, height: int, where: str) -> tuple[np.ndarra
   return np.concatenate([(corners[:2] + corners[2:]) / 2, corners[2:] - corners[:2]]), outside
 
 
-def _picture(image: dict[str, Any], own: list[tuple[np.ndarray, dict]], where: str) -> Picture:
+def _annotated_image(
+  image: dict[str, Any], own: list[tuple[np.ndarray, dict]], where: str
+) -> AnnotatedImage:
   name = image.get("file_name")
   if not name and isinstance(image.get("coco_url"), str):
     name = "/".join(image["coco_url"].split("/")[-2:])  # .../val2017/1.jpg
@@ -254,7 +259,7 @@ def _picture(image: dict[str, Any], own: list[tuple[np.ndarray, dict]], where: s
     raise ValueError(f"{where}: {image['id']} has neither file_name nor coco_url. Give one.")
   boxes = np.array([box for box, _ in own], np.float64).reshape(-1, 4)
   pixels = boxes[:, 2] * image["width"] * boxes[:, 3] * image["height"]
-  return Picture(
+  return AnnotatedImage(
     id=image["id"],
     name=name,
     height=image["height"],

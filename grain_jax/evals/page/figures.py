@@ -45,7 +45,7 @@ def mask_sheet(examples: Sequence[segmentation.Example]) -> figure.Figure:
       example.labels[label]: value for label, value in color.items() if label in example.labels
     }
     shown = [
-      patches.Patch(facecolor=value, edgecolor=QUIET, linewidth=0.5, label=_cut(name))
+      patches.Patch(facecolor=value, edgecolor=QUIET, linewidth=0.5, label=_truncate(name))
       for name, value in {**legend, "another class": _OTHER}.items()
     ]
     cells[4].legend(
@@ -112,5 +112,5 @@ def _groups(groups: np.ndarray) -> np.ndarray:
   return table[groups % len(COLORS)]
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
   return text if len(text) <= 22 else text[:21] + "…"

@@ -184,7 +184,7 @@ def _section(family: str, results: Mapping[str, float | int], known: Sequence[Fi
   head += '<th class="published">published, %</th>' if of_row else ""
   body = ""
   for row, values in rows.items():
-    cells = "".join(f"<td>{_share(values.get(c))}</td>" for c in shares)
+    cells = "".join(f"<td>{_percent(values.get(c))}</td>" for c in shares)
     cells += "".join(f"<td>{_count(values.get(c))}</td>" for c in counts)
     if of_row:
       cells += f'<td class="published">{_figures(of_row.get(row, []))}</td>'
@@ -201,7 +201,7 @@ def _words(name: str) -> str:
   return " ".join(_TERMS.get(word, word) for word in words)
 
 
-def _share(value: float | int | None) -> str:
+def _percent(value: float | int | None) -> str:
   return "" if value is None else f"{100 * value:.1f}"
 
 

@@ -1,7 +1,7 @@
 """ARO: attribution, relation and order (Yuksekgonul et al., ICLR 2023, arXiv 2210.01936).
 
 Annotations and protocol are those of github.com/mertyg/vision-language-models-are-bows (MIT):
-pictures are cropped to the box around the two objects, relations are averaged over those that are
+images are cropped to the box around the two objects, relations are averaged over those that are
 neither symmetric nor rare, attributes over pairs with 25 items or more.
 """
 
@@ -94,7 +94,7 @@ def order_reader(dataset: str) -> Callable[[Options, str], list[Item]]:
     given = options.root / "aro" / f"{dataset}_order.json" if options.root else None
     if given is None or not given.exists():
       return [
-        Item(captioned.picture, (clean(caption),), false, "trigrams")
+        Item(captioned.image, (clean(caption),), false, "trigrams")
         for captioned in annotations.karpathy(options, dataset, what)
         for caption in captioned.captions
         if (false := trigram_perturbations(caption))
@@ -103,15 +103,15 @@ def order_reader(dataset: str) -> Callable[[Options, str], list[Item]]:
     items = []
     for where, entry in annotations.entries(annotations.read_json(given), given):
       name = pathlib.PurePosixPath(field(entry, "image", str, where)).name
-      picture = options.root / "flickr30k" / "images" / name
+      image = options.root / "flickr30k" / "images" / name
       if dataset == "coco":
-        picture = annotations.coco_2014(options.root, name)
+        image = annotations.coco_2014(options.root, name)
       caption = field(entry, "caption", str, where)
       false = tuple(
         text for text in annotations.texts(entry, "perturbations", where) if text != caption
       )
       if false:  # a shuffle of equal words changes nothing
-        items.append(Item(picture, (caption,), false, "given"))
+        items.append(Item(image, (caption,), false, "given"))
     return items
 
   return read
@@ -170,9 +170,9 @@ def _read_visual_genome(
     x, y, width, height = (field(entry, f"bbox_{k}", (int, float), where) for k in "xywh")
     if width < 1 or height < 1:
       raise ValueError(f"{where}: a box of {width} x {height} pixels shows nothing. Mend it.")
-    picture = path.parent / "images" / field(entry, "image_path", str, where)
+    image = path.parent / "images" / field(entry, "image_path", str, where)
     true, false = (field(entry, f"{side}_caption", str, where) for side in ("true", "false"))
-    crop = Crop(picture, (x, y, x + width, y + height))
+    crop = Crop(image, (x, y, x + width, y + height))
     items.append(Item(crop, (true,), (false,), kind(entry, where)))
   return items
 

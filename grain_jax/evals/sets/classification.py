@@ -7,7 +7,7 @@ the region queries see of the raw descriptors is mixed in (GRAIN, arXiv 2412.044
   score = alpha * image . class + (1 - alpha) * mean over queries of max over its descriptors of
   region . descriptor
 
-with the class embedding of `descriptors`. Every picture is encoded once, for all protocols.
+with the class embedding of `descriptors`. Every image is encoded once, for all protocols.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from grain_jax.evals import retrieval, zero_shot
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 from grain_jax.evals.sets import labelled
@@ -96,12 +96,12 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     `zero_shot/NAME/PROTOCOL/top1`, `.../top5` (left out where there are at most 5 classes) and
     `.../mean_per_class` (`zero_shot.mean_per_class`), fractions in [0, 1]; for regions
     `zero_shot/NAME/regions/alpha=A/...` for every A of `options.alphas`: choosing one by these
-    pictures would be choosing by the answers. `zero_shot/NAME/top1` and so on are those of the
+    images would be choosing by the answers. `zero_shot/NAME/top1` and so on are those of the
     first protocol (of a single alpha, if that is `regions`; of several, there are none).
-    `zero_shot/NAME/classes`, `zero_shot/NAME/examples` of `zero_shot/NAME/rows` pictures counted.
+    `zero_shot/NAME/classes`, `zero_shot/NAME/examples` of `zero_shot/NAME/rows` images counted.
 
   Raises:
-    ValueError: what `check` finds; no picture can be read; a model without region queries.
+    ValueError: what `check` finds; no image can be read; a model without region queries.
   """
   if "regions" in options.protocols:
     encoders.require_regions(f"zero_shot:{name} by protocol 'regions'")
@@ -112,21 +112,21 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
 
   labels: list[int] = []
 
-  def sources() -> Iterator[pictures.Source]:
-    for picture, label in itertools.islice(data.read(), options.limit or None):
+  def sources() -> Iterator[images_lib.Source]:
+    for image, label in itertools.islice(data.read(), options.limit or None):
       labels.append(label)
-      yield picture
+      yield image
 
-  unreadable = pictures.Unreadable()
+  unreadable = images_lib.Unreadable()
   counted: list[int] = []
   ranks: dict[str, list[np.ndarray]] = {}
-  for batch in pictures.batches(
+  for batch in images_lib.batches(
     sources(),
     size=encoders.size,
     resize=encoders.resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
-    share=encoders.share,
+    shard=encoders.shard,
   ):
     own = [labels[i] for i in batch.index]
     counted += own

@@ -1,12 +1,12 @@
 """Composition on outside datasets, from the files that their projects publish. DIR is --datasets.
 
-| set | annotations | pictures |
+| set | annotations | images |
 |---|---|---|
 | sugarcrepe | DIR/sugarcrepe/{add,replace,swap}_*.json, seven files | DIR/coco/val2017 |
 | aro_relation, aro_attribution | DIR/aro/visual_genome_*.json | DIR/aro/images |
 | aro_coco_order | DIR/aro/coco_order.json, else Karpathy's (see `aro`) | DIR/coco/val2014 |
 | aro_flickr30k_order | DIR/aro/flickr30k_order.json, else Karpathy's | DIR/flickr30k/images |
-| valse | DIR/valse/PIECE.json, eleven files | see `valse_picture` |
+| valse | DIR/valse/PIECE.json, eleven files | see `valse_image` |
 | vl_checklist | DIR/vl_checklist/data/{Attribute,Object,Relation}/**.json | DIR/{vg,swig,hake} |
 
 All are pairwise: s(caption) > s(false caption), a tie is wrong (see `composition`). An average is
@@ -63,7 +63,7 @@ class Set:
 
   read: Callable[[Options, str], list[Item]]  # options, name of the evaluation -> items
   results: Callable[[Sequence[Item], Verdicts], Results]  # by names below composition/SET/
-  how: str  # where the pictures come from
+  how: str  # where the images come from
 
 
 def check(name: str, options: Options) -> None:
@@ -72,8 +72,8 @@ def check(name: str, options: Options) -> None:
   items = SETS[name].read(options, what)
   if not items:
     raise ValueError(f"{what}: its files hold no item that counts. Get them once more.")
-  paths = (i.picture.path if isinstance(i.picture, Crop) else i.picture for i in items)
-  annotations.check_pictures(paths, what, SETS[name].how)
+  paths = (i.image.path if isinstance(i.image, Crop) else i.image for i in items)
+  annotations.check_images(paths, what, SETS[name].how)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> Results:
@@ -103,11 +103,11 @@ def run(encoders: Encoders, name: str, options: Options) -> Results:
   return {f"composition/{name}/{key}": value for key, value in results.items()}
 
 
-def read_sugarcrepe(path: pathlib.Path, pictures: pathlib.Path) -> list[Item]:
+def read_sugarcrepe(path: pathlib.Path, images: pathlib.Path) -> list[Item]:
   """Items of one file of SugarCrepe (Hsieh et al., NeurIPS 2023); their kind is its stem."""
   return [
     Item(
-      pictures / field(entry, "filename", str, where),
+      images / field(entry, "filename", str, where),
       (field(entry, "caption", str, where),),
       (field(entry, "negative_caption", str, where),),
       path.stem,
@@ -123,7 +123,7 @@ def read_valse(path: pathlib.Path, root: pathlib.Path) -> list[Item]:
   """
   return [
     Item(
-      valse_picture(root, entry, where),
+      valse_image(root, entry, where),
       (field(entry, "caption", str, where),),
       (field(entry, "foil", str, where),),
       path.stem,
@@ -133,8 +133,8 @@ def read_valse(path: pathlib.Path, root: pathlib.Path) -> list[Item]:
   ]
 
 
-def valse_picture(root: pathlib.Path, entry: Mapping, where: str) -> pathlib.Path:
-  """Where the picture of an entry lies.
+def valse_image(root: pathlib.Path, entry: Mapping, where: str) -> pathlib.Path:
+  """Where the image of an entry lies.
 
   COCO_*2014_* below ROOT/coco, VisualDialog_val2018_* below ROOT/visdial; else by dataset:
   visual7w in ROOT/visual7w/images, SWiG in ROOT/swig, coco2017 and coco_2017 in ROOT/coco/val2017.
@@ -158,7 +158,7 @@ def valse_picture(root: pathlib.Path, entry: Mapping, where: str) -> pathlib.Pat
 def read_vl_checklist(path: pathlib.Path, data: pathlib.Path, root: pathlib.Path) -> list[Item]:
   """Items of one file of VL-CheckList (Zhao et al., EMNLP 2022 demos), by its layout.
 
-  A file is a list of [picture, {"POS": [text, ...], "NEG": [text, ...]}], of which the first texts
+  A file is a list of [image, {"POS": [text, ...], "NEG": [text, ...]}], of which the first texts
   count. Its path below `data` tells the rest: data/Object/Size/vg_size/vg_obj_small.json is of
   type 'object', property 'small', source 'vg'. Kind: "object/small/vg/PATH".
   """
@@ -168,7 +168,7 @@ def read_vl_checklist(path: pathlib.Path, data: pathlib.Path, root: pathlib.Path
   source = next((word for word in sources if word in ("vg", "vaw", "swig", "hake")), None)
   if source is None or prop not in VL_CHECKLIST.get(type_, ()):
     raise ValueError(f"{path} is no file of VL-CheckList's data/. {_GET_VL_CHECKLIST}")
-  pictures = root / ("vg" if source == "vaw" else source)  # VAW annotates Visual Genome
+  images = root / ("vg" if source == "vaw" else source)  # VAW annotates Visual Genome
   kind = f"{type_}/{prop}/{source}/{'/'.join(parts)}"
   items = []
   known: dict[str, pathlib.Path] = {}
@@ -176,8 +176,8 @@ def read_vl_checklist(path: pathlib.Path, data: pathlib.Path, root: pathlib.Path
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
       raise ValueError(f"{where} is no [picture, {{'POS', 'NEG'}}]. {_GET_VL_CHECKLIST}")
     true, false = (annotations.texts(entry[1], side, where)[:1] for side in ("POS", "NEG"))
-    picture = known.setdefault(entry[0], pictures / entry[0])
-    items.append(Item(picture, true, false, kind))
+    image = known.setdefault(entry[0], images / entry[0])
+    items.append(Item(image, true, false, kind))
   return items
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from grain_jax.evals import detection, grounding, zero_shot
-from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import instances
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 
@@ -21,7 +22,7 @@ _LVIS_LIMITS = (1, 10, 300)
 
 
 def check(name: str, options: Options) -> None:
-  """Raises a one-line ValueError where annotations or all pictures are missing or malformed."""
+  """Raises a one-line ValueError where annotations or all images are missing or malformed."""
   content = instances.check(name, options, what=f"detection:{name}")
   if not content.names:
     raise ValueError(f"detection:{name}: the annotations have no categories. Name them.")
@@ -36,7 +37,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     `detection/{name}/...`: `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar1`,
     `ar10`, `ar100`, `ar100_small`, ... (see `detection.Precision.summary`), for LVIS `ar300` in the
     place of `ar100`, and `ap_rare`, `ap_common`, `ap_frequent`; counts: `classes`, `boxes` (without
-    those around crowds), `queries` an image, `examples` pictures of `rows`, `clipped_boxes`,
+    those around crowds), `queries` an image, `examples` images of `rows`, `clipped_boxes`,
     `dropped_boxes`.
   """
   what = f"detection:{name}"
@@ -45,10 +46,10 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   ids = np.asarray(list(content.names))
   prompts = zero_shot.class_prompts(list(content.names.values()), encoders.templates)
   heads = zero_shot.class_embeddings(encoders.text, prompts)
-  unreadable = pictures.Unreadable()
-  files = [own.file(options.root, picture.name) for picture in content.pictures]
+  unreadable = images_lib.Unreadable()
+  files = [own.file(options.root, image.name) for image in content.images]
   parts: list[detection.Detections] = []
-  read: list[instances.Picture] = []
+  read: list[instances.AnnotatedImage] = []
   queries = 0
   for batch in instances.batches(encoders, files, what=what, unreadable=unreadable):
     regions, boxes = grounding.check_regions(
@@ -56,17 +57,17 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     )
     labels, scores = detection.classify(regions, heads)
     queries = boxes.shape[1]
-    for i, picture_labels, picture_scores, found in zip(
+    for i, image_labels, image_scores, found in zip(
       batch.index, labels, scores, boxes, strict=True
     ):
-      picture = content.pictures[i]
-      read.append(picture)
+      image = content.images[i]
+      read.append(image)
       parts.append(
         detection.Detections(
-          np.full(queries, picture.id),
-          ids[picture_labels],
-          detection.to_pixels(found, picture.width, picture.height),
-          picture_scores.astype(np.float64),
+          np.full(queries, image.id),
+          ids[image_labels],
+          detection.to_pixels(found, image.width, image.height),
+          image_scores.astype(np.float64),
         )
       )
   instances.warn(what, len(files), unreadable, options.warn)
@@ -74,8 +75,8 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   federation = None
   if content.federated:
     federation = detection.Federation(
-      {picture.id: picture.absent for picture in read},
-      {picture.id: picture.not_exhaustive for picture in read},
+      {image.id: image.absent for image in read},
+      {image.id: image.not_exhaustive for image in read},
     )
   tables = detection.average_precision(
     objects,
@@ -101,12 +102,12 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   return {f"detection/{name}/{key}": value for key, value in results.items()}
 
 
-def _objects(read: list[instances.Picture]) -> detection.Objects:
-  """The annotated boxes of the pictures that could be read."""
+def _objects(read: list[instances.AnnotatedImage]) -> detection.Objects:
+  """The annotated boxes of the images that could be read."""
   return detection.Objects(
-    np.repeat([picture.id for picture in read], [len(picture.boxes) for picture in read]),
-    np.concatenate([picture.category for picture in read]),
+    np.repeat([image.id for image in read], [len(image.boxes) for image in read]),
+    np.concatenate([image.category for image in read]),
     np.concatenate([detection.to_pixels(p.boxes, p.width, p.height) for p in read]),
-    np.concatenate([picture.area for picture in read]),
-    np.concatenate([picture.crowd for picture in read]),
+    np.concatenate([image.area for image in read]),
+    np.concatenate([image.crowd for image in read]),
   )

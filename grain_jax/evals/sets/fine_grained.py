@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from grain_jax.evals import region_classification, retrieval
-from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import instances
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 from grain_jax.evals.sets import grounding as grounding_sets
@@ -54,7 +55,7 @@ class Choices:
 
 
 def check(name: str, options: Options) -> None:
-  """Raises a one-line ValueError where annotations or all pictures are missing or malformed."""
+  """Raises a one-line ValueError where annotations or all images are missing or malformed."""
   what = f"fine_grained:{name}"
   choices = load(name, options, what=what)
   if not choices.positive:
@@ -71,7 +72,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
 
   Returns:
     `fine_grained/{name}/{method}/accuracy`, with `.../boxes` chosen for; `fine_grained/{name}/...`:
-    `chance`; counts: `without_negatives` boxes left out, `examples` pictures of `rows`,
+    `chance`; counts: `without_negatives` boxes left out, `examples` images of `rows`,
     `clipped_boxes`, `dropped_boxes`.
   """
   what = f"fine_grained:{name}"
@@ -83,7 +84,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   negatives = [[index[text] for text in own] for own in choices.negatives]
   results: dict[str, float | int] = {}
   for method in region_classification.methods(encoders):
-    unreadable, hits = pictures.Unreadable(), []
+    unreadable, hits = images_lib.Unreadable(), []
     for block in region_classification.embed(
       encoders, method, choices.annotated, what=what, unreadable=unreadable
     ):
@@ -116,20 +117,18 @@ def load(name: str, options: Options, *, what: str) -> Choices:
   own = SETS[name]
   file = find(options, *own.annotations, what=what, how=own.how)
   content = instances.read(file)
-  unknown = {n for p in content.pictures for of in p.negatives for n in of} - content.names.keys()
+  unknown = {n for p in content.images for of in p.negatives for n in of} - content.names.keys()
   if unknown:
     raise ValueError(f"{file}: neg_category_ids has {min(unknown)}, which is no category.")
   rows = [
     (
-      own.file(options.root, picture.name),
+      own.file(options.root, image.name),
       [
         (box, content.names[int(category)], [content.names[n] for n in wrong])
-        for box, category, wrong in zip(
-          picture.boxes, picture.category, picture.negatives, strict=True
-        )
+        for box, category, wrong in zip(image.boxes, image.category, image.negatives, strict=True)
       ],
     )
-    for picture in content.pictures
+    for image in content.images
   ]
   return _choices(rows, options, content.clipped, content.dropped)
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from grain_jax import schema
 from grain_jax.evals import grounding
-from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import instances
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 
@@ -66,10 +67,10 @@ SETS: dict[str, instances.Set] = {**REFERRING, **PHRASES, **instances.SETS}
 
 @dataclasses.dataclass(frozen=True)
 class Grounded:
-  """Pictures and what is to be found in them."""
+  """Images and what is to be found in them."""
 
   files: Sequence[pathlib.Path]
-  given: Sequence[grounding.Given]  # of each picture; one description or more
+  given: Sequence[grounding.GroundingTargets]  # of each image; one description or more
   clipped: int  # boxes that reached out of their image
   dropped: int  # boxes without area
 
@@ -93,7 +94,7 @@ class Lines:
 
 
 def check(name: str, options: Options) -> None:
-  """Raises a one-line ValueError where annotations or all pictures are missing or malformed."""
+  """Raises a one-line ValueError where annotations or all images are missing or malformed."""
   what = f"grounding:{name}"
   found = load(name, options, what=what)
   if not found.files:
@@ -106,15 +107,15 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   """Mean IoU and recall of the boxes found for descriptions; see `grounding.evaluate_given`.
 
   Returns:
-    `grounding/{name}/...`: those, and counts: `examples` pictures of `rows`, `clipped_boxes`,
+    `grounding/{name}/...`: those, and counts: `examples` images of `rows`, `clipped_boxes`,
     `dropped_boxes`.
   """
   what = f"grounding:{name}"
   encoders.require_regions(what)
   found = load(name, options, what=what)
-  unreadable = pictures.Unreadable()
+  unreadable = images_lib.Unreadable()
 
-  def batches() -> Iterator[tuple[np.ndarray, list[grounding.Given]]]:
+  def batches() -> Iterator[tuple[np.ndarray, list[grounding.GroundingTargets]]]:
     for batch in instances.batches(encoders, found.files, what=what, unreadable=unreadable):
       yield batch.image, [found.given[i] for i in batch.index]
 
@@ -137,7 +138,7 @@ def load(name: str, options: Options, *, what: str) -> Grounded:
   kept = [(image, regions) for image, regions in lines.rows if regions]
   kept = kept[: options.limit or None]
   given = [
-    grounding.Given([r.description for r in regions], [r.box[None] for r in regions])
+    grounding.GroundingTargets([r.description for r in regions], [r.box[None] for r in regions])
     for _, regions in kept
   ]
   return Grounded([file.parent / image for image, _ in kept], given, lines.clipped, lines.dropped)
@@ -220,14 +221,14 @@ def _referring(name: str, options: Options, what: str) -> Grounded:
   content = instances.read(find(options, *own.annotations, what=what, how=own.how))
   texts: dict[str, list[str]] = {}
   boxes: dict[str, list[np.ndarray]] = {}
-  for picture in content.pictures:
-    if picture.caption.strip() and len(picture.boxes):
-      texts.setdefault(picture.name, []).append(picture.caption.strip())
-      boxes.setdefault(picture.name, []).append(picture.boxes)
+  for image in content.images:
+    if image.caption.strip() and len(image.boxes):
+      texts.setdefault(image.name, []).append(image.caption.strip())
+      boxes.setdefault(image.name, []).append(image.boxes)
   names = list(texts)[: options.limit or None]
   return Grounded(
     [own.file(options.root, n) for n in names],
-    [grounding.Given(texts[n], boxes[n]) for n in names],
+    [grounding.GroundingTargets(texts[n], boxes[n]) for n in names],
     content.clipped,
     content.dropped,
   )
@@ -238,16 +239,16 @@ def _categories(name: str, options: Options, what: str) -> Grounded:
   own = SETS[name]
   content = instances.load(name, options, what=what)
   files, given = [], []
-  for picture in content.pictures:
-    single = picture.single()
+  for image in content.images:
+    single = image.single()
     if not len(single):
       continue
-    present = np.unique(picture.category[single])
-    files.append(own.file(options.root, picture.name))
+    present = np.unique(image.category[single])
+    files.append(own.file(options.root, image.name))
     given.append(
-      grounding.Given(
+      grounding.GroundingTargets(
         [content.names[int(c)] for c in present],
-        [picture.boxes[single][picture.category[single] == c] for c in present],
+        [image.boxes[single][image.category[single] == c] for c in present],
       )
     )
   return Grounded(files, given, content.clipped, content.dropped)
@@ -268,7 +269,9 @@ def _phrases(name: str, options: Options, what: str) -> Grounded:
     phrases = [m for m in _PHRASE.findall(text.read_text(encoding="utf-8")) if m[0] in boxes]
     if phrases:
       files.append(own.file(options.root, f"{key}.jpg"))
-      given.append(grounding.Given([p for _, p in phrases], [boxes[c] for c, _ in phrases]))
+      given.append(
+        grounding.GroundingTargets([p for _, p in phrases], [boxes[c] for c, _ in phrases])
+      )
   return Grounded(files, given, clipped, dropped)
 
 

@@ -26,12 +26,12 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   """Bottom-up grouping: patches by their image's principal components, no text anywhere.
 
   The true segments are the objects one by one where the set tells them apart (VOC), else the
-  classes of each picture; the background of a set that has one is no segment.
+  classes of each image; the background of a set that has one is no segment.
 
   Returns:
     `grouping/NAME/jaccard`: the mean over segments of the IoU with the best of `GROUPS` groups
     (`segmentation.best_overlaps`), a fraction in [0, 1]; `grouping/NAME/segments`: how many;
-    `.../examples`: pictures counted, of `.../rows`.
+    `.../examples`: images counted, of `.../rows`.
   """
   what = f"grouping:{name}"
   words = segmentation_sets.load_vocabulary(SETS[name].vocabulary)

@@ -1,4 +1,4 @@
-"""Pictures with one label each, as a stream: TFDS datasets by name, and folders of images.
+"""Images with one label each, as a stream: TFDS datasets by name, and folders of images.
 
 `vocabularies/SET.json` says of a set known by name: `tfds` and `split`, `names` {label as TFDS
 spells it: name in prompts} in the order of TFDS's labels, `templates` of prompts, `source`,
@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax.evals.inputs import annotations, pictures
+from grain_jax.evals.inputs import annotations
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.options import Options, find
 
 VOCABULARIES = pathlib.Path(__file__).parent / "vocabularies"
@@ -36,13 +37,13 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """A labelled set: C classes and a stream of pictures."""
+  """A labelled set: C classes and a stream of images."""
 
   labels: tuple[str, ...]  # as the set spells them, C of them
   classes: tuple[str, ...]  # as prompts spell them, in the same order; may repeat
   templates: tuple[str, ...]  # of prompts, one {} in each; () where the set brings none
-  # A new pass over (picture, index of its class), always in the same order.
-  read: Callable[[], Iterator[tuple[pictures.Source, int]]]
+  # A new pass over (image, index of its class), always in the same order.
+  read: Callable[[], Iterator[tuple[images_lib.Source, int]]]
 
 
 def load(name: str, options: Options, *, what: str, how: str = "") -> Labelled:
@@ -55,7 +56,7 @@ def load(name: str, options: Options, *, what: str, how: str = "") -> Labelled:
     how: how to get a set without a vocabulary.
 
   Raises:
-    ValueError: it is not there, holds no picture, or its classes are not those expected.
+    ValueError: it is not there, holds no image, or its classes are not those expected.
   """
   vocabulary = read_vocabulary(name)
   folder = None if options.root is None else options.root / name
@@ -138,11 +139,11 @@ def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
       "empty or was not prepared. Remove that folder and prepare the dataset again."
     )
 
-  def read() -> Iterator[tuple[pictures.Source, int]]:
+  def read() -> Iterator[tuple[images_lib.Source, int]]:
     dataset = builder.as_dataset(
       split=vocabulary.split,
       shuffle_files=False,
-      # Decoding is ours, so that a broken picture is counted and stops nothing.
+      # Decoding is ours, so that a broken image is counted and stops nothing.
       decoders=tfds.decode.PartialDecoding(
         {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
       ),
@@ -180,7 +181,7 @@ def check_labels(found: Sequence[str], expected: Sequence[str], *, what: str) ->
 
 
 def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -> Labelled:
-  """A folder with one sub-folder a class, a picture of each class in turn."""
+  """A folder with one sub-folder a class, an image of each class in turn."""
   subs = sorted(
     entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
   )
@@ -201,15 +202,15 @@ def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -
   files = [
     (turn, index[sub], path)
     for sub in subs
-    for turn, path in enumerate(sorted(p for p in (folder / sub).iterdir() if _is_picture(p)))
+    for turn, path in enumerate(sorted(p for p in (folder / sub).iterdir() if _is_image(p)))
   ]
   if not files:
     raise ValueError(
       f"{what}: no picture ({', '.join(SUFFIXES)}) in the {len(subs)} sub-folders of {folder}."
     )
-  files.sort()  # a class after another, so that the first N pictures are of all of them
+  files.sort()  # a class after another, so that the first N images are of all of them
 
-  def read() -> Iterator[tuple[pictures.Source, int]]:
+  def read() -> Iterator[tuple[images_lib.Source, int]]:
     for _, label, path in files:
       yield path, label
 
@@ -280,7 +281,7 @@ def _strings(path: pathlib.Path, held: Any, *, what: str) -> list[str]:
   return held
 
 
-def _is_picture(path: pathlib.Path) -> bool:
+def _is_image(path: pathlib.Path) -> bool:
   return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from grain_jax.evals import region_classification, zero_shot
-from grain_jax.evals.inputs import instances, pictures
+from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import instances
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 
@@ -17,7 +18,7 @@ SETS = instances.SETS
 
 
 def check(name: str, options: Options) -> None:
-  """Raises a one-line ValueError where annotations or all pictures are missing or malformed."""
+  """Raises a one-line ValueError where annotations or all images are missing or malformed."""
   content = instances.check(name, options, what=f"region_classification:{name}")
   if not content.names:
     raise ValueError(f"region_classification:{name}: the annotations have no categories.")
@@ -30,7 +31,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
 
   Returns:
     `region_classification/{name}/{method}/...`: `top1`, `top5`, `mean_per_class`, `boxes`;
-    `region_classification/{name}/...`: counts: `classes`, `examples` pictures of `rows` with boxes,
+    `region_classification/{name}/...`: counts: `classes`, `examples` images of `rows` with boxes,
     `clipped_boxes`, `dropped_boxes`.
   """
   what = f"region_classification:{name}"
@@ -38,8 +39,8 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   index = {category: i for i, category in enumerate(content.names)}
   prompts = zero_shot.class_prompts(list(content.names.values()), encoders.templates)
   heads = zero_shot.class_embeddings(encoders.text, prompts)
-  kept = [(picture, picture.single()) for picture in content.pictures]
-  kept = [(picture, single) for picture, single in kept if len(single)]
+  kept = [(image, image.single()) for image in content.images]
+  kept = [(image, single) for image, single in kept if len(single)]
   labels = np.asarray([index[int(c)] for p, single in kept for c in p.category[single]])
   annotated = [
     region_classification.Annotated(own.file(options.root, p.name), p.boxes[single])
@@ -47,7 +48,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   ]
   results: dict[str, float | int] = {}
   for method in region_classification.methods(encoders):
-    unreadable = pictures.Unreadable()
+    unreadable = images_lib.Unreadable()
     blocks = region_classification.embed(
       encoders, method, annotated, what=what, unreadable=unreadable
     )

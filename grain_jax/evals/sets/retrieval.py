@@ -1,6 +1,6 @@
 """Image-text retrieval on outside datasets, short and long captions. DIR is --datasets.
 
-| set | captions | pictures |
+| set | captions | images |
 |---|---|---|
 | coco | DIR/karpathy/dataset_coco.json, test (5,000) | DIR/coco/val2014 |
 | flickr30k | DIR/karpathy/dataset_flickr30k.json, test (1,000) | DIR/flickr30k/images |
@@ -8,7 +8,7 @@
 | docci | DIR/docci/docci_descriptions.jsonlines, test (5,000; ECCV 2024) | DIR/docci/images |
 | any | DIR/NAME/captions.jsonl: {"image", "caption": text or "captions": [text]} | below DIR/NAME |
 
-All captions of a picture count, of COCO the first five (the protocol takes 25,000 of 25,010).
+All captions of an image count, of COCO the first five (the protocol takes 25,000 of 25,010).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _GET_DOCCI = (
 class Set:
   """An outside dataset for retrieval."""
 
-  read: Callable[[Options, str], list[Captioned]]  # options, name of the set -> all pictures
-  how: str  # where the pictures come from
+  read: Callable[[Options, str], list[Captioned]]  # options, name of the set -> all images
+  how: str  # where the images come from
   captions_per_image: int | None = None  # the first so many; None: all
 
 
@@ -44,7 +44,7 @@ def check(name: str, options: Options) -> None:
   """Raises a one-line ValueError where the set cannot be evaluated."""
   chosen = _set(name)
   captioned = chosen.read(options, name)
-  annotations.check_pictures((c.picture for c in captioned), f"retrieval:{name}", chosen.how)
+  annotations.check_images((c.image for c in captioned), f"retrieval:{name}", chosen.how)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:
@@ -70,30 +70,30 @@ def evaluate(
   warn: Callable[[str], None] = print,
   block_elements: int = 1 << 22,
 ) -> dict[str, float | int]:
-  """Recall at K both ways among the pictures that can be read, as `retrieval.evaluate` defines it.
+  """Recall at K both ways among the images that can be read, as `retrieval.evaluate` defines it.
 
   Args:
     encoders: of the model.
-    captioned: pictures with one caption or more each.
+    captioned: images with one caption or more each.
     name: of the set, in the names of the results.
-    captions_per_image: the first so many captions of a picture; None for all of them.
+    captions_per_image: the first so many captions of an image; None for all of them.
     ks: the K of recall at K.
-    warn: gets one line where pictures could not be read.
+    warn: gets one line where images could not be read.
     block_elements: most similarities held at once.
 
   Returns:
     `retrieval/{name}/image_to_text/r{k}`, `.../text_to_image/r{k}`: fractions in [0, 1];
     `.../pairs`: captions, `.../distinct_captions` of them differ in wording, `.../truncated` are
-    longer than the model's text context and were cut; `.../examples` of `.../rows` pictures
+    longer than the model's text context and were cut; `.../examples` of `.../rows` images
     counted.
 
   Raises:
-    ValueError: no picture that can be read, or embeddings that are not finite unit rows.
+    ValueError: no image that can be read, or embeddings that are not finite unit rows.
   """
   what = f"retrieval:{name}"
   if captions_per_image is not None and captions_per_image < 1:
     raise ValueError(f"{what}: captions_per_image = {captions_per_image}: give 1 or more, or None.")
-  images = retrieval.encode_pictures(encoders, (c.picture for c in captioned), what=what, warn=warn)
+  images = retrieval.encode_images(encoders, (c.image for c in captioned), what=what, warn=warn)
   own = [captioned[i].captions[:captions_per_image] for i in images.index]
   captions = [caption for group in own for caption in group]
   owners = np.repeat(np.arange(len(own)), [len(group) for group in own])
@@ -158,7 +158,7 @@ def _docci(options: Options, name: str) -> list[Captioned]:
 
 
 def _json_lines(options: Options, name: str) -> list[Captioned]:
-  """A user's own set; a picture on several lines is one picture with several captions."""
+  """A user's own set; an image on several lines is one image with several captions."""
   if not name or name in (".", "..") or "/" in name or "\\" in name:
     raise ValueError(f"retrieval:{name}: the name of a set is the name of a folder below DIR.")
   known = ", ".join(SETS)

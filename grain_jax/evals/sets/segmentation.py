@@ -1,6 +1,6 @@
 """Segmentation by prompts on PASCAL VOC, ADE20K and COCO, and the reading of their masks.
 
-Every picture is squashed to the model's square, whatever the model's own way of resizing, so that
+Every image is squashed to the model's square, whatever the model's own way of resizing, so that
 each patch has its place in the mask; masks keep their size.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from grain_jax import failures
 from grain_jax.evals import retrieval, segmentation
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 
@@ -27,9 +27,9 @@ _UNKNOWN = 254  # in a table of labels: a value that the dataset does not define
 
 
 class Item(NamedTuple):
-  """A picture with its mask of classes and, where the dataset has one, of instances."""
+  """An image with its mask of classes and, where the dataset has one, of instances."""
 
-  picture: pathlib.Path
+  image: pathlib.Path
   mask: pathlib.Path
   instances: pathlib.Path | None = None
 
@@ -58,7 +58,7 @@ class Vocabulary:
 
     Args:
       path: a PNG, grey or with a palette.
-      size: (height, width) of its picture.
+      size: (height, width) of its image.
     """
     values = read_png(path, size)
     labels = self.labels[values]
@@ -87,12 +87,12 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     `segmentation/NAME/miou`: the mean over classes of intersection over union, both counted over
     all pixels of the set; `.../pixel_accuracy`: fractions in [0, 1]. `.../classes`: how many are in
     the mean, for a class that occurs neither in a mask nor in a prediction is left out;
-    `.../examples`: pictures counted, of `.../rows`.
+    `.../examples`: images counted, of `.../rows`.
   """
   what = f"segmentation:{name}"
   words = load_vocabulary(SETS[name].vocabulary)
   items = items_of(name, options, family="segmentation")
-  texts = retrieval.encode_texts(encoders.text, segmentation.photos(words.prompts))
+  texts = retrieval.encode_texts(encoders.text, segmentation.photo_prompts(words.prompts))
   counts = np.zeros((len(words.classes),) * 2, np.int64)
   examples = 0
   for index, size, patches in patches_of(encoders, items, what, options.warn):
@@ -110,7 +110,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
 
 
 def items_of(name: str, options: Options, *, family: str) -> list[Item]:
-  """The pictures and masks of a set, the first `options.limit` of them; ValueError if none."""
+  """The images and masks of a set, the first `options.limit` of them; ValueError if none."""
   items = SETS[name].items(options, f"{family}:{name}")
   return items[: options.limit or None]
 
@@ -118,19 +118,19 @@ def items_of(name: str, options: Options, *, family: str) -> list[Item]:
 def patches_of(
   encoders: Encoders, items: Sequence[Item], what: str, warn: Callable[[str], None]
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
-  """(index of the item, (height, width) of its picture, patches [h, w, E]) of what can be read.
+  """(index of the item, (height, width) of its image, patches [h, w, E]) of what can be read.
 
   Raises:
     ValueError: none of them can be read.
   """
-  unreadable = pictures.Unreadable()
-  for batch in pictures.batches(
-    (item.picture for item in items),
+  unreadable = images_lib.Unreadable()
+  for batch in images_lib.batches(
+    (item.image for item in items),
     size=encoders.size,
     resize="squash",
     batch_size=encoders.batch_size,
     unreadable=unreadable,
-    share=encoders.share,
+    shard=encoders.shard,
   ):
     patches = segmentation.checked_patches(encoders.patches(batch.image), batch.image)
     for row, index in enumerate(batch.index.tolist()):
@@ -143,22 +143,22 @@ def patches_of(
 
 
 def check_files(items: Sequence[Item], what: str, kind: str) -> None:
-  """Raises a one-line ValueError where a picture or its file of `kind` is missing.
+  """Raises a one-line ValueError where an image or its file of `kind` is missing.
 
-  The sizes of the first pair are compared too: a folder of resized pictures shows there.
+  The sizes of the first pair are compared too: a folder of resized images shows there.
   """
-  for field in ("picture", kind):
+  for field in ("image", kind):
     missing = [path for item in items if not (path := getattr(item, field)).exists()]
     if missing:
       raise ValueError(
         f"{what}: {len(missing)} of {len(items)} files are missing, the first {missing[0]}. "
         "Unpack the archive again."
       )
-  first = items[0].picture
+  first = items[0].image
   try:
     data = failures.retry_read(first.read_bytes, first)
-    with Image.open(io.BytesIO(data)) as picture:
-      size = picture.height, picture.width
+    with Image.open(io.BytesIO(data)) as image:
+      size = image.height, image.width
   except OSError:
     return  # `run` counts it
   read_png(getattr(items[0], kind), size)

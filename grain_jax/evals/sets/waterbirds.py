@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grain_jax.evals import retrieval, segmentation
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 
@@ -39,7 +39,7 @@ class Set:
 
 
 class Row(NamedTuple):
-  """A picture of the metadata."""
+  """An image of the metadata."""
 
   path: pathlib.Path
   bird: int  # index into BIRDS
@@ -52,7 +52,7 @@ SETS: Mapping[str, Set] = {
 
 
 def check(name: str, options: Options) -> None:
-  """Raises a one-line ValueError where the metadata or a picture is missing or malformed."""
+  """Raises a one-line ValueError where the metadata or an image is missing or malformed."""
   rows = _rows(name, options)
   missing = [row.path for row in rows if not row.path.exists()]
   if missing:
@@ -70,14 +70,14 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   `drop_waterbird`, not equal.
 
   Returns:
-    Fractions: `waterbirds/NAME/accuracy` over all pictures; `.../BIRD_on_PLACE`: of one group;
+    Fractions: `waterbirds/NAME/accuracy` over all images; `.../BIRD_on_PLACE`: of one group;
     `.../worst_group`: the lowest of these; `.../drop_BIRD`: how much lower the accuracy is of that
     bird on the other background than on its own, in [-1, 1]. Counts: `.../BIRD_on_PLACE/examples`,
     `.../examples` of `.../rows`. A figure over nothing is left out.
   """
   rows = _rows(name, options)
-  texts = retrieval.encode_texts(encoders.text, segmentation.photos(BIRDS))
-  encoded = pictures.encode(
+  texts = retrieval.encode_texts(encoders.text, segmentation.photo_prompts(BIRDS))
+  encoded = images_lib.encode(
     encoders.image,
     [row.path for row in rows],
     encoders,
@@ -98,7 +98,7 @@ def group_results(right: np.ndarray, groups: np.ndarray) -> dict[str, float | in
   """Accuracy over all and of each group, the worst of them, and what a foreign background costs.
 
   Args:
-    right: whether each of n pictures was classified correctly, bool [n].
+    right: whether each of n images was classified correctly, bool [n].
     groups: 2 * bird + place of each, i64 [n].
   """
   results: dict[str, float | int] = {"accuracy": float(np.mean(right))}

@@ -219,7 +219,7 @@ def test_sizes_rotations_and_counts_are_drawn_as_set(default):
 def test_turned_sprite_reaches_as_far_as_announced():
   sprite = sprites.load(concepts.CONCEPTS_100[30], max_side=60, max_rotation=20)
   for rotation in (-20, 0, 13):
-    patch = sprites.place(sprite, side=40, rotation=rotation, center=(48.3, 50.7))
+    patch = sprites.transform_sprite(sprite, side=40, rotation=rotation, center=(48.3, 50.7))
     rows = np.flatnonzero((patch.pixels[..., 1] > 127).any(1)) + patch.top
     columns = np.flatnonzero((patch.pixels[..., 1] > 127).any(0)) + patch.left
     left, top, right, bottom = (40 * e for e in sprite.extents[rotation])
@@ -245,7 +245,7 @@ def nearest_tint(pixels):
 def test_every_tint_of_every_concept_is_recognised(default):
   for concept in range(100):
     sprite = default._sprite(concept)
-    patch = sprites.place(sprite, side=40, rotation=0, center=(48, 48))
+    patch = sprites.transform_sprite(sprite, side=40, rotation=0, center=(48, 48))
     for name, rgb in default.settings.colors:
       canvas = np.zeros((96, 96, 3), np.uint8)
       alpha = sprites.compose(canvas, patch, rgb=rgb)

@@ -47,9 +47,9 @@ def test_a_file_is_read_as_pycocotools_reads_it(tmp_path):
     coco = COCO(str(file))
   content = instances.read(file)
   assert content.names == {18: "traffic light", 2: "cat"}
-  assert [p.id for p in content.pictures] == [7, 3] and not content.federated
+  assert [p.id for p in content.images] == [7, 3] and not content.federated
   assert content.clipped == content.dropped == 0
-  for picture in content.pictures:
+  for picture in content.images:
     theirs = coco.loadAnns(coco.getAnnIds(imgIds=picture.id))
     x, y, w, h = np.array([a["bbox"] for a in theirs]).T
     expected = np.stack([x + w / 2, y + h / 2, w, h], 1)
@@ -68,7 +68,7 @@ def test_a_file_is_read_as_pycocotools_reads_it(tmp_path):
 def test_boxes_end_up_inside_or_are_dropped(tmp_path_factory, box):
   file = write(tmp_path_factory.mktemp("x") / "x.json", annotations=[BOX | {"bbox": box}])
   content = instances.read(file)
-  boxes = content.pictures[0].boxes
+  boxes = content.images[0].boxes
   assert len(boxes) == 1 - content.dropped and content.clipped <= 1 - content.dropped
   x, y, w, h = box
   visible = max(min(x + w, 200) - max(x, 0), 0) * max(min(y + h, 100) - max(y, 0), 0)
@@ -94,7 +94,7 @@ def test_clipped_and_degenerate_boxes_are_counted(tmp_path):
   content = instances.read(file)
   assert (content.clipped, content.dropped) == (1, 2)
   np.testing.assert_allclose(
-    content.pictures[0].boxes,
+    content.images[0].boxes,
     [[0.05, 0.15, 0.1, 0.3], [0.875, 0.75, 0.25, 0.5], [0.5, 0.5, 1, 1]],
   )
 
@@ -108,7 +108,7 @@ def test_lvis_has_urls_and_says_what_was_looked_for(tmp_path):
   categories = [c | {"frequency": f} for c, f in zip(CATEGORIES, "rf", strict=True)]
   file = write(tmp_path / "x.json", images=[image], categories=categories)
   content = instances.read(file)
-  (picture,) = content.pictures
+  (picture,) = content.images
   assert content.federated and content.frequency == {18: "r", 2: "f"}
   assert (picture.absent, picture.not_exhaustive) == ({18}, {2})
   assert picture.name == "train2017/000000000007.jpg" and not picture.crowd.any()
@@ -121,14 +121,14 @@ def test_lvis_has_urls_and_says_what_was_looked_for(tmp_path):
 def test_area_is_that_of_the_box_where_the_file_has_none(tmp_path):
   annotation = {k: v for k, v in BOX.items() if k != "area"}
   content = instances.read(write(tmp_path / "x.json", annotations=[annotation]))
-  assert content.pictures[0].area == pytest.approx([5000])
+  assert content.images[0].area == pytest.approx([5000])
 
 
 def test_a_changed_file_is_read_again(tmp_path):
   file = write(tmp_path / "x.json")
-  assert len(instances.read(file).pictures) == 2
+  assert len(instances.read(file).images) == 2
   write(file, images=IMAGES[:1])
-  assert len(instances.read(file).pictures) == 1
+  assert len(instances.read(file).images) == 1
 
 
 @pytest.mark.parametrize(

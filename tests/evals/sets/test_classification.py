@@ -65,7 +65,7 @@ class Model:
 
 @pytest.fixture
 def root(tmp_path):
-  """A folder of 7 classes with uneven numbers of pictures, each its own shade; one is broken."""
+  """A folder of 7 classes with uneven numbers of images, each its own shade; one is broken."""
   shade = itertools.count()
   for i, name in enumerate(NAMES):
     sub = tmp_path / "mine" / name.replace(" ", "_")
@@ -85,7 +85,7 @@ def options(root, *protocols, **fields):
 
 
 def readable(root):
-  """(shade, label) of all pictures but the broken one, straight from the files."""
+  """(shade, label) of all images but the broken one, straight from the files."""
   rows = []
   for label, sub in enumerate(sorted(p.name for p in (root / "mine").iterdir() if p.is_dir())):
     for path in sorted((root / "mine" / sub).iterdir()):
@@ -197,7 +197,7 @@ def test_region_scores_are_hand_worked_in_blocks_of_any_size(block):
 
 
 def test_classes_of_one_name_tie_and_the_lower_one_wins(root):
-  """ImageNet has two classes 'missile': pictures of the second can only be second."""
+  """ImageNet has two classes 'missile': images of the second can only be second."""
   names = {p.name: "thing" for p in (root / "mine").iterdir() if p.is_dir()}
   (root / "mine" / "classes.json").write_text(json.dumps(names))
   (root / "descriptors" / "mine.json").write_text('{"thing": ["a part", "wheels"]}')

@@ -32,7 +32,7 @@ def test_the_real_files_of_sugarcrepe():
   }
   assert sum(map(len, found.values())) == 7511
   first = found["swap_att"][0]
-  assert first.picture == folder / "000000565045.jpg" and first.kind == "swap_att"
+  assert first.image == folder / "000000565045.jpg" and first.kind == "swap_att"
   assert first.true == ("Blue bathroom with two white towels hanging by the shower.",)
   assert first.false == ("White bathroom with two blue towels hanging by the shower.",)
 
@@ -49,13 +49,13 @@ def test_the_real_files_of_sugarcrepe():
 def test_the_real_files_of_valse(piece, valid, folder):
   items = sets.read_valse(shared("valse") / f"{piece}.json", pathlib.Path("R"))
   assert len(items) == valid
-  assert {item.picture.parent for item in items} == {pathlib.Path("R") / folder}
+  assert {item.image.parent for item in items} == {pathlib.Path("R") / folder}
   assert all(item.true != item.false for item in items)
 
 
 @pytest.fixture
 def sugarcrepe(tmp_path):
-  """Files in the published format, 30 items each on 5 pictures."""
+  """Files in the published format, 30 items each on 5 images."""
   for i in range(5):
     picture(tmp_path / "coco" / "val2017" / f"{i:012}.jpg", i)
   for name in sets.SUGARCREPE:
@@ -192,7 +192,7 @@ def test_an_unknown_dataset_of_valse_is_named(tmp_path):
     sets.read_valse(tmp_path / "p.json", tmp_path)
 
 
-# path below data/, kind, folder of the pictures: as om-ai-lab/VL-CheckList lays them out
+# path below data/, kind, folder of the images: as om-ai-lab/VL-CheckList lays them out
 VL_FILES = [
   ("Attribute/vaw/action.json", "attribute/action", "vg/VG_100K"),
   ("Attribute/vg/action.json", "attribute/action", "vg/VG_100K_2"),

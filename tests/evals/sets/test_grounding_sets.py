@@ -1,7 +1,7 @@
 """Grounding, detection, region classification and description choice on files, end to end.
 
 The model of these tests knows the mean colour of what it sees; its queries are the four quarters of
-the image and the whole. Pictures are quarters of plain colours, so every figure is known by hand.
+the image and the whole. Images are quarters of plain colours, so every figure is known by hand.
 """
 
 import json
@@ -65,7 +65,7 @@ CLIP = {"regions": None, "has_regions": False}
 
 
 def paint(path, *colors, width=80, height=40):
-  """A picture with a colour for each quarter."""
+  """An image with a colour for each quarter."""
   path.parent.mkdir(parents=True, exist_ok=True)
   quarters = np.array([COLORS[c] for c in colors], np.uint8).reshape(2, 2, 3)
   picture = quarters.repeat(height // 2, 0).repeat(width // 2, 1)
@@ -92,7 +92,7 @@ def annotation(id_, image, category, bbox, **more):
 
 
 def coco(root, *, annotations, images=2, file="instances_val2017.json", categories=None, **more):
-  """COCO's files: picture 1 is red, green, blue, black; picture 2 red, red, black, black."""
+  """COCO's files: image 1 is red, green, blue, black; image 2 red, red, black, black."""
   paint(root / "coco/val2017/1.jpg", "red", "green", "blue", "black")
   paint(root / "coco/val2017/2.jpg", "red", "red", "black", "black")
   names = {1: "red_thing", 5: "green_thing", 3: "blue_thing"}
@@ -132,7 +132,7 @@ def run(family, name, root, *, model=None, **more):
 def test_grounding_by_the_categories_of_coco(tmp_path):
   coco(tmp_path, annotations=[*RIGHT, annotation(6, 2, 5, BOTTOM_LEFT, iscrowd=1)])
   results, lines = run(grounding_sets, "coco", tmp_path)
-  # The two red quarters of picture 2 are one description; one of them is found.
+  # The two red quarters of image 2 are one description; one of them is found.
   assert results == {
     "mean_iou": pytest.approx(1, abs=1e-6),
     "recall@0.5": 1,
@@ -164,7 +164,7 @@ def test_grounding_by_referring_expressions(tmp_path):
   )
   results, _ = run(grounding_sets, "refcoco+_testA", tmp_path)
   assert results["recall@0.5"] == pytest.approx(2 / 3)  # the red quarter lies elsewhere
-  assert (results["descriptions"], results["examples"]) == (3, 1)  # the picture is seen once
+  assert (results["descriptions"], results["examples"]) == (3, 1)  # the image is seen once
   with pytest.raises(ValueError, match="finetune_refcocog_val.json. Get mdetr_annotations"):
     grounding_sets.check("refcocog_val", Options(root=tmp_path))
 
@@ -281,7 +281,7 @@ def test_detection_on_lvis_judges_only_what_was_looked_for(tmp_path):
     coco(tmp_path, annotations=rows, file="lvis_v1_val.json", categories=categories, **image)
     return run(detection_sets, "lvis", tmp_path)[0]
 
-  # Red is everywhere in the second picture too, black in its lower half.
+  # Red is everywhere in the second image too, black in its lower half.
   unknown = ap(neg_category_ids=[], not_exhaustive_category_ids=[])
   assert unknown["ap_rare"] == pytest.approx(1) and "ap_frequent" not in unknown
   known = ap(neg_category_ids=[1], not_exhaustive_category_ids=[])

@@ -34,7 +34,7 @@ def png(shade, size=(6, 4)):
 
 
 def folder(root, name, pictures):
-  """ROOT/NAME/SUB/FILE from {SUB: [FILE, ...]}; a folder a class, each picture its own shade."""
+  """ROOT/NAME/SUB/FILE from {SUB: [FILE, ...]}; a folder a class, each image its own shade."""
   shade = 0
   for sub, files in pictures.items():
     (root / name / sub).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_names_and_templates_are_clip_benchmarks():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  """patch_camelyon as if TFDS had prepared it: five pictures to test on, one of them broken."""
+  """patch_camelyon as if TFDS had prepared it: five images to test on, one of them broken."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
@@ -345,5 +345,5 @@ def test_the_first_pictures_of_a_folder_are_spread_over_its_classes(tmp_path_fac
   assert np.bincount(labels, minlength=len(sizes)).tolist() == sizes
   for n in range(len(labels)):
     seen = np.bincount(labels[: n + 1], minlength=len(sizes))
-    # no class is two pictures behind another unless it has no more
+    # no class is two images behind another unless it has no more
     assert all(s == size or s >= seen.max() - 1 for s, size in zip(seen, sizes, strict=True))

@@ -150,7 +150,7 @@ def test_urban1k(tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"street {i} with many cars and people.\n" if i > 1 else "street")
   found = retrieval_sets.SETS["urban1k"].read(Options(root=tmp_path), "urban1k")
-  assert [(c.picture.name, c.captions[0].split()[0]) for c in found] == [
+  assert [(c.image.name, c.captions[0].split()[0]) for c in found] == [
     ("1.jpg", "street"),
     ("2.jpg", "street"),
     ("10.jpg", "street"),
@@ -187,7 +187,7 @@ def test_a_set_of_ones_own(tmp_path):
   lines = [
     {"image": "pictures/0.png", "caption": "zero"},
     {"image": "pictures/1.png", "captions": ["one", "uno"]},
-    {"image": "pictures/0.png", "caption": "null"},  # the same picture once more
+    {"image": "pictures/0.png", "caption": "null"},  # the same image once more
     {"image": "pictures/2.png", "caption": "two"},
   ]
   file = tmp_path / "mine" / "captions.jsonl"

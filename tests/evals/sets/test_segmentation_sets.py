@@ -10,7 +10,7 @@ from sklearn import metrics
 from tensorflow_datasets.object_detection import voc
 
 from grain_jax.evals import segmentation
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 from grain_jax.evals.sets import grouping as grouping_sets
@@ -39,7 +39,7 @@ def encoders(texts, batch_size=2):
 
 
 def prompts_of(name):
-  return segmentation.photos(segmentation_sets.load_vocabulary(name).prompts)
+  return segmentation.photo_prompts(segmentation_sets.load_vocabulary(name).prompts)
 
 
 def wide(cells, size=(SIDE, SIDE)):
@@ -51,7 +51,7 @@ def wide(cells, size=(SIDE, SIDE)):
 def save(path, values):
   """A PNG under whatever name."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(pictures.png(np.asarray(values, np.uint8)))
+  path.write_bytes(images_lib.png(np.asarray(values, np.uint8)))
 
 
 def red(values):
@@ -68,12 +68,12 @@ def save_palette(path, values):
 
 
 def index_of(name, prompt):
-  """Index of a prompt, which the picture shows in red."""
+  """Index of a prompt, which the image shows in red."""
   return segmentation_sets.load_vocabulary(name).prompts.index(prompt)
 
 
 def make_voc(root, pairs, *, inside="VOCdevkit/VOC2012"):
-  """pairs: (picture, mask, instances), each u8 [H, W]."""
+  """pairs: (image, mask, instances), each u8 [H, W]."""
   base = root / "voc2012" / inside
   keys = [f"2007_{i:06d}" for i in range(len(pairs))]
   for key, (picture, mask, instances) in zip(keys, pairs, strict=True):

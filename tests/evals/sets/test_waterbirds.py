@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
 from grain_jax.evals.sets import waterbirds
@@ -15,7 +15,7 @@ SIDE = 8
 
 
 def encoders(batch_size=2):
-  """A world in which a picture's red is the index of the text that it shows."""
+  """A world in which an image's red is the index of the text that it shows."""
   axes = np.eye(4, dtype=np.float32)
 
   def nothing(images):
@@ -31,7 +31,7 @@ def encoders(batch_size=2):
 
 
 def make_waterbirds(root, rows, inside="waterbird_complete95_forest2water2"):
-  """rows: (seen, y, place, split) with `seen` the class that the picture shows."""
+  """rows: (seen, y, place, split) with `seen` the class that the image shows."""
   base = root / "waterbirds" / inside
   base.mkdir(parents=True)
   with (base / "metadata.csv").open("w", newline="") as file:
@@ -41,7 +41,7 @@ def make_waterbirds(root, rows, inside="waterbird_complete95_forest2water2"):
       writer.writerow([i, f"001.Bird/{i}.jpg", y, split, place, "/o/ocean/1.jpg"])
       path = base / "001.Bird" / f"{i}.jpg"
       path.parent.mkdir(exist_ok=True)
-      path.write_bytes(pictures.png(np.full((SIDE, SIDE, 3), seen, np.uint8)))
+      path.write_bytes(images_lib.png(np.full((SIDE, SIDE, 3), seen, np.uint8)))
   return base
 
 

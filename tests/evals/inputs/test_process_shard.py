@@ -11,13 +11,13 @@ from numpy.testing import assert_array_equal
 
 from grain_jax.data import dataset
 from grain_jax.evals import built
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.inputs.share import Share
+from grain_jax.evals.inputs.process_shard import ProcessShard
 
 
 def together(count, work):
-  """`work(share)` by `count` threads, in their order."""
+  """`work(shard)` by `count` threads, in their order."""
   barrier, given = threading.Barrier(count, timeout=60), [None] * count
 
   def start(index):
@@ -29,7 +29,7 @@ def together(count, work):
       return whole
 
     try:
-      return work(Share(index, count, gather))
+      return work(ProcessShard(index, count, gather))
     except BaseException:
       barrier.abort()
       raise
@@ -45,12 +45,12 @@ def together(count, work):
 def test_rows_of_all_processes_come_back_in_their_order(count, texts):
   size = len(texts)
 
-  def work(share):
-    part = share.rows(size)
-    own = (texts + [""] * part * count)[share.index * part : (share.index + 1) * part]
-    rows = np.arange(part)[:, None] + share.index * part
-    mine = [row for row in range(size) if share.is_own(row, size)]
-    return share.join(rows, size), share.join_lists(own, size), mine
+  def work(shard):
+    part = shard.shard_size(size)
+    own = (texts + [""] * part * count)[shard.index * part : (shard.index + 1) * part]
+    rows = np.arange(part)[:, None] + shard.index * part
+    mine = [row for row in range(size) if shard.holds(row, size)]
+    return shard.gather_rows(rows, size), shard.gather_lists(own, size), mine
 
   found = together(count, work)
   for rows, joined, _ in found:
@@ -61,19 +61,19 @@ def test_rows_of_all_processes_come_back_in_their_order(count, texts):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_picture_of_a_folder_is_read_by_one_process(count, tmp_path, monkeypatch):
-  """Eleven pictures, of which 3 and 8 are broken, in batches of four."""
+  """Eleven images, of which 3 and 8 are broken, in batches of four."""
   files = [tmp_path / f"{i}.png" for i in range(11)]
   for i, file in enumerate(files):
     shape = (5 + i, 7, 3)
-    file.write_bytes(b"broken" if i in (3, 8) else pictures.png(np.full(shape, i, np.uint8)))
+    file.write_bytes(b"broken" if i in (3, 8) else images_lib.png(np.full(shape, i, np.uint8)))
   opened = []
-  real = pictures.open_picture
-  monkeypatch.setattr(pictures, "open_picture", lambda s: (opened.append(s), real(s))[1])
+  real = images_lib.open_image
+  monkeypatch.setattr(images_lib, "open_image", lambda s: (opened.append(s), real(s))[1])
 
-  def work(share):
-    unreadable = pictures.Unreadable()
-    found = pictures.batches(
-      iter(files), size=8, resize="squash", batch_size=4, unreadable=unreadable, share=share
+  def work(shard):
+    unreadable = images_lib.Unreadable()
+    found = images_lib.batches(
+      iter(files), size=8, resize="squash", batch_size=4, unreadable=unreadable, shard=shard
     )
     return list(found), unreadable
 
@@ -100,8 +100,8 @@ def test_each_record_of_a_split_is_read_by_one_process(count, scenes_dir, tiny, 
 
   monkeypatch.setattr(dataset.Dataset, "read", recorded)
 
-  def work(share):
-    encoders = Encoders(image=len, text=len, regions=len, share=share)
+  def work(shard):
+    encoders = Encoders(image=len, text=len, regions=len, shard=shard)
     return list(built._batches(tiny, encoders, data, "val"))
 
   (want,) = together(1, work)

@@ -1,6 +1,6 @@
-"""Pictures of any origin as the images a model sees, in batches; what cannot be read is counted.
+"""Images of any origin at the size a model sees, in batches; what cannot be read is counted.
 
-Every evaluation on files goes through here: pictures are decoded ahead by threads, one that cannot
+Every evaluation on files goes through here: images are decoded ahead by threads, one that cannot
 be read is left out and named in `Unreadable`, and results say how many of how many were used.
 """
 
@@ -22,21 +22,21 @@ from PIL import Image
 from grain_jax import failures
 from grain_jax.data import records, transforms
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.inputs.share import ALONE, Share
+from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 
 # The path of a file, its bytes, a PIL image, or u8 [H, W, 3] (or [H, W], [H, W, 1]: grey).
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
-# An image u8 [size, size, 3] with the (height, width) of its picture, or why that cannot be read.
+# An image u8 [size, size, 3] with its original (height, width), or why it cannot be read.
 _Loaded = tuple[np.ndarray, tuple[int, int]] | str
 
 
 @dataclasses.dataclass
 class Unreadable:
-  """Pictures that could not be read."""
+  """Images that could not be read."""
 
-  reasons: dict[int, str] = dataclasses.field(default_factory=dict)  # index of the picture -> why
+  reasons: dict[int, str] = dataclasses.field(default_factory=dict)  # index of the image -> why
 
   def __len__(self) -> int:
     return len(self.reasons)
@@ -55,25 +55,25 @@ class Unreadable:
 class Batch(NamedTuple):
   """Images that could be read, in order."""
 
-  index: np.ndarray  # of each in the pictures given, i64 [b]
+  index: np.ndarray  # of each in the images given, i64 [b]
   image: np.ndarray  # u8 [b, size, size, 3]
   original_size: np.ndarray  # (height, width) in pixels, i64 [b, 2]
 
 
 class Encoded(NamedTuple):
-  """Results of the pictures that could be read."""
+  """Results of the images that could be read."""
 
-  index: np.ndarray  # of each in the pictures given, rising, i64 [n]
+  index: np.ndarray  # of each in the images given, rising, i64 [n]
   values: Any  # arrays of n rows, as the encoder gave them
-  total: int  # pictures given
+  total: int  # images given
 
 
-def open_picture(source: Source) -> Image.Image:
-  """A picture as RGB.
+def open_image(source: Source) -> Image.Image:
+  """An image as RGB.
 
   Raises:
     ValueError: there is none, or what is there is none; one line.
-    failures.TransientError: the storage of its file fails; that says nothing of the picture.
+    failures.TransientError: the storage of its file fails; that says nothing of the image.
   """
   if isinstance(source, Image.Image):
     return source.convert("RGB")
@@ -94,43 +94,43 @@ def open_picture(source: Source) -> Image.Image:
 
 
 def batches(
-  pictures: Iterable[Source],
+  images: Iterable[Source],
   *,
   size: int,
   resize: str,
   batch_size: int,
   unreadable: Unreadable,
-  share: Share = ALONE,
+  shard: ProcessShard = SINGLE_PROCESS,
   threads: int = 0,
 ) -> Iterator[Batch]:
   """Batches of `batch_size` images (the last may be smaller) of those that can be read.
 
   Args:
-    pictures: may be a generator; it is read as the batches are asked for, a little ahead.
+    images: may be a generator; it is read as the batches are asked for, a little ahead.
     size: side of the images in pixels.
     resize: one of `transforms.RESIZES`.
     batch_size: images a batch.
     unreadable: filled in on the way.
-    share: of the pictures, that this process reads; all processes get all batches.
+    shard: of the images, that this process reads; all processes get all batches.
     threads: that decode; 0 for one a core.
   """
 
   def load(numbered: tuple[int, Source]) -> _Loaded | None:
     index, source = numbered
-    if not share.is_own(index % batch_size, batch_size):
+    if not shard.holds(index % batch_size, batch_size):
       return None
     try:
-      picture = open_picture(source)
+      image = open_image(source)
     except ValueError as error:
       return str(error)
-    return transforms.resize(picture, size, resize), (picture.height, picture.width)
+    return transforms.resize(image, size, resize), (image.height, image.width)
 
   waiting: list[tuple[int, np.ndarray, tuple[int, int]]] = []
   threads = threads or os.cpu_count() or 1
   with futures.ThreadPoolExecutor(threads) as pool:
-    ahead = 4 * threads * share.count + batch_size
-    own = _ahead(pool, load, enumerate(pictures), ahead=ahead)
-    for index, loaded in enumerate(_of_all(own, share, batch_size, size)):
+    ahead = 4 * threads * shard.count + batch_size
+    local = _ahead(pool, load, enumerate(images), ahead=ahead)
+    for index, loaded in enumerate(_all_gather_loaded(local, shard, batch_size, size)):
       if isinstance(loaded, str):
         unreadable.reasons[index] = loaded
         continue
@@ -144,36 +144,36 @@ def batches(
 
 def encode(
   encode_images: Callable[[np.ndarray], Any],
-  pictures: Iterable[Source],
+  images: Iterable[Source],
   encoders: Encoders,
   *,
   what: str,
   resize: str | None = None,
   warn: Callable[[str], None] = print,
 ) -> Encoded:
-  """The results of an encoder of images for all pictures that can be read.
+  """The results of an encoder for all images that can be read.
 
   Args:
     encode_images: `encoders.image`, `encoders.regions`, or what takes their place: u8
       [b, size, size, 3] -> an array, or a tuple of arrays, of b rows.
-    pictures: pictures in any form.
+    images: in any form.
     encoders: whose images they are.
     what: name of the evaluation, for messages.
     resize: in the place of `encoders.resize`.
-    warn: gets one line where pictures could not be read.
+    warn: gets one line where images could not be read.
 
   Raises:
-    ValueError: there is no picture, or none that can be read.
-    failures.TransientError: the storage of a picture fails.
+    ValueError: there is no image, or none that can be read.
+    failures.TransientError: the storage of an image fails.
   """
   unreadable, index, parts = Unreadable(), [], []
   for batch in batches(
-    pictures,
+    images,
     size=encoders.size,
     resize=resize or encoders.resize,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
-    share=encoders.share,
+    shard=encoders.shard,
   ):
     index.append(batch.index)
     parts.append(encode_images(batch.image))
@@ -203,24 +203,27 @@ def _stack(rows: list[tuple[int, np.ndarray, tuple[int, int]]]) -> Batch:
   return Batch(np.asarray(index), np.stack(image), np.asarray(original))
 
 
-def _of_all(
-  own: Iterator[_Loaded | None], share: Share, batch_size: int, size: int
+def _all_gather_loaded(
+  local: Iterator[_Loaded | None], shard: ProcessShard, batch_size: int, size: int
 ) -> Iterator[_Loaded]:
-  """What the processes loaded, put together for every `batch_size` pictures; None: another's."""
-  if share.count == 1:
-    yield from own  # none of them is another's
+  """All-gathers what the processes loaded, `batch_size` images at a time; None: another's."""
+  if shard.count == 1:
+    yield from local  # none of them is another's
     return
-  part = share.rows(batch_size)
-  while loaded := list(itertools.islice(own, batch_size)):
-    mine = loaded[share.index * part : (share.index + 1) * part]
-    images = np.zeros((part, size, size, 3), np.uint8)
-    facts: list[Any] = [None] * part  # why it cannot be read, or its original size
+  shard_size = shard.shard_size(batch_size)
+  while loaded := list(itertools.islice(local, batch_size)):
+    mine = loaded[shard.index * shard_size : (shard.index + 1) * shard_size]
+    images = np.zeros((shard_size, size, size, 3), np.uint8)
+    facts: list[Any] = [None] * shard_size  # why it cannot be read, or its original size
     for row, one in enumerate(mine):
       if isinstance(one, str):
         facts[row] = one
       else:
         images[row], facts[row] = one
-    all_images, all_facts = share.join(images, batch_size), share.join_lists(facts, batch_size)
+    all_images, all_facts = (
+      shard.gather_rows(images, batch_size),
+      shard.gather_lists(facts, batch_size),
+    )
     for image, fact in zip(all_images[: len(loaded)], all_facts[: len(loaded)], strict=True):
       yield fact if isinstance(fact, str) else (image, tuple(fact))
 

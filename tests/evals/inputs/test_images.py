@@ -1,4 +1,4 @@
-"""Pictures of any origin, those that cannot be read counted; CLIP's crop against transformers."""
+"""Images of any origin, those that cannot be read counted; CLIP's crop against transformers."""
 
 import hypothesis
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.clip import image_processing_pil_clip
 
 from grain_jax.data import transforms
-from grain_jax.evals.inputs import pictures
+from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 
 
@@ -25,12 +25,12 @@ def encoders(size=8, batch_size=4):
 
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=23).filter(any))
 def test_readable_pictures_keep_their_places_and_the_rest_is_counted(readable):
-  """The value of picture i is i: order, batches and places are seen in one."""
+  """The value of image i is i: order, batches and places are seen in one."""
   given = [
     np.full((5, 7, 3), i, np.uint8) if ok else b"no picture" for i, ok in enumerate(readable)
   ]
   lines = []
-  found = pictures.encode(encoders().image, iter(given), encoders(), what="x", warn=lines.append)
+  found = images_lib.encode(encoders().image, iter(given), encoders(), what="x", warn=lines.append)
   places = np.flatnonzero(readable)
   assert_array_equal(found.index, places)
   assert_array_equal(found.values[:, 0], places)
@@ -43,7 +43,7 @@ def test_readable_pictures_keep_their_places_and_the_rest_is_counted(readable):
 
 def test_tuples_are_joined_column_by_column():
   given = [np.full((8, 8, 3), i, np.uint8) for i in range(6)]
-  found = pictures.encode(encoders().regions, given, encoders(), what="x")
+  found = images_lib.encode(encoders().regions, given, encoders(), what="x")
   assert_array_equal(found.values[1][:, 0, 0], np.arange(6))
 
 
@@ -56,12 +56,12 @@ def test_all_kinds_of_pictures_are_the_same(tmp_path, rng):
     tmp_path / "a.png",
     str(tmp_path / "a.png"),
     (tmp_path / "a.png").read_bytes(),
-    pictures.png(pixels),
+    images_lib.png(pixels),
   ]
-  found = pictures.encode(encoders().image, kinds, encoders(), what="x").values
+  found = images_lib.encode(encoders().image, kinds, encoders(), what="x").values
   assert_array_equal(found, np.repeat(pixels.reshape(1, -1), len(kinds), 0))
   grey = pixels[..., 0]
-  found = pictures.encode(encoders().image, [grey, grey[..., None]], encoders(), what="x").values
+  found = images_lib.encode(encoders().image, [grey, grey[..., None]], encoders(), what="x").values
   assert_array_equal(found, np.repeat(np.repeat(grey.reshape(-1), 3)[None], 2, 0))
 
 
@@ -76,7 +76,7 @@ def test_all_kinds_of_pictures_are_the_same(tmp_path, rng):
 )
 def test_nothing_to_read_is_one_line(given, words):
   with pytest.raises(ValueError, match=words) as caught:
-    pictures.encode(encoders().image, given, encoders(), what="x")
+    images_lib.encode(encoders().image, given, encoders(), what="x")
   assert "\n" not in str(caught.value)
 
 
