@@ -22,7 +22,7 @@ from absl import flags
 from grain_jax import cli
 from grain_jax import config as configs
 
-SOLVERS = ("host", "device")
+SOLVERS = configs.CHOICES["loss.matcher"]
 
 
 def say(line: str) -> None:

@@ -25,7 +25,7 @@ VARIANTS = {
   "L/14": (1024, 24, 16, 14),
 }
 
-# What each of these keys may be.
+# What each of these keys may be; the one list of it, for the modules that read the key too.
 CHOICES = {
   "method": ("grain", "clip"),
   "data.resize": ("squash", "crop"),
@@ -93,16 +93,18 @@ _LEAST = {
   "watchdog_seconds": 0,
 }
 
-# Keys that came later, and what a config.json without them means.
+# Keys that came later, and what a config.json without them means: `from_json` fills them in.
 ADDED = {
   "accumulate": 1,
   "compile_effort": 0.0,
+  "composition.split": "val",
   "data.bad_window": 10_000,
   "data.eval_resize": "squash",
   "data.max_bad_fraction": 1.0,
   "data.max_bad_in_a_row": 0,
   "data.min_bad": 20,
   "data.reduced_decode": False,
+  "grounding.split": "val",
   "loss.chunk": 8192,
   "model.attention": "auto",
   "model.image.patch_bias": True,
@@ -111,6 +113,8 @@ ADDED = {
   "optimizer.ema_decay": 0.0,
   "optimizer.muon_rms": 0.2,
   "optimizer.name": "adamw",
+  "retrieval.split": "val",
+  "segmentation.split": "val",
 }
 _NO_RECIPES = ("__init__", "common")  # in configs/
 _FREE_PREFIXES = (
@@ -225,24 +229,26 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A copy in which the image tower's sizes stand as numbers, whatever its variant."""
   config = ml_collections.ConfigDict(config.to_dict())
   tower = config.model.image
-  if tower.variant not in VARIANTS:
-    raise ValueError(_not_a_choice("model.image.variant", tower.variant))
+  check_choice("model.image.variant", tower.variant)
   for key, value in zip(("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True):
     tower[key] = tower[key] or value
   return config
 
 
-def _not_a_choice(key: str, value: Any) -> str:
-  return f"config.{key} = {value!r} is unknown. Choose one of {', '.join(CHOICES[key])}."
+def check_choice(key: str, value: Any) -> None:
+  """Raises a one-line ValueError where `value` is none of the key's CHOICES."""
+  if value not in CHOICES[key]:
+    raise ValueError(
+      f"config.{key} = {value!r} is unknown. Choose one of {', '.join(CHOICES[key])}."
+    )
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a one-line ValueError for the first thing that cannot work in a resolved config."""
   check_places(config)
   flat = dict(flatten(config))
-  for key, choices in CHOICES.items():
-    if flat[key] not in choices:
-      raise ValueError(_not_a_choice(key, flat[key]))
+  for key in CHOICES:
+    check_choice(key, flat[key])
   positive = [
     "accumulate", "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
     "data.row_length", "model.embed_dim", "model.image.size", "model.image.patch",
@@ -314,14 +320,24 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-  """Inverse of `to_json`; lists come back as tuples, as the configs write them."""
+  """Inverse of `to_json`; lists come back as tuples, as the configs write them.
+
+  A configuration of an older version gets the keys that came later, with what they mean to it.
+  """
 
   def tuples(value: Any) -> Any:
     if isinstance(value, list):
       return tuple(tuples(v) for v in value)
     return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-  return ml_collections.ConfigDict(tuples(json.loads(text)))
+  values = tuples(json.loads(text))
+  for key, value in ADDED.items():
+    *sections, leaf = key.split(".")
+    node = values
+    for section in sections:
+      node = node.setdefault(section, {})
+    node.setdefault(leaf, value)
+  return ml_collections.ConfigDict(values)
 
 
 def read(path: pathlib.Path) -> ml_collections.ConfigDict:
@@ -338,7 +354,7 @@ def first_difference(
   old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> tuple[str, Any, Any] | None:
   """(key, old value, new value) of the first key that matters to the parameters and differs."""
-  a, b = ADDED | dict(flatten(old)), ADDED | dict(flatten(new))
+  a, b = dict(flatten(old)), dict(flatten(new))
   for key in dict.fromkeys([*a, *b]):
     free = key in FREE_KEYS or key.startswith(_FREE_PREFIXES)
     if not free and a.get(key) != b.get(key):

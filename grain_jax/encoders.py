@@ -71,7 +71,7 @@ def make(
     regions=lambda images: call(jitted["regions"], images),
     patches=lambda images: call(jitted["patches"], images),
     size=config.model.image.size,
-    resize=config.data.get("eval_resize", "squash"),  # config.json of older runs lacks it
+    resize=config.data.eval_resize,
     batch_size=size,
     context=min(config.model.text.context, config.data.row_length),
     has_regions=config.method != "clip",

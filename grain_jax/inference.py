@@ -131,8 +131,7 @@ class Model:
     Raises:
       ValueError: what is no image, or an array that is not u8 [..., H, W, 3].
     """
-    # config.json of older runs lacks the key
-    return self._pixels(images, self.config.data.get("eval_resize", "squash"))
+    return self._pixels(images, self.config.data.eval_resize)
 
   def _pixels(self, images: ImageInput | Sequence[ImageInput], how: str) -> np.ndarray:
     single = isinstance(images, (Image.Image, str, os.PathLike)) or (

@@ -4,10 +4,14 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from configs import common
 from grain_jax import config as configs
+from grain_jax.models import layers
+from grain_jax.objectives import matching
+from grain_jax.training import optim
 
 RECIPES = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "__init__")
 
@@ -61,16 +65,24 @@ def test_first_difference_names_what_touches_the_parameters_alone():
   assert configs.first_difference(old, new) == ("optimizer.lr", None, 0.5)
 
 
-def test_a_key_that_came_later_means_what_runs_before_it_did():
-  old, new = common.get_config(), common.get_config()
-  old.unlock()
+def test_an_old_config_json_reads_as_complete(tmp_path):
+  """A key that came later means what runs before it did."""
+  values, new = common.get_config().to_dict(), common.get_config()
   assert configs.ADDED.keys() <= dict(configs.flatten(new)).keys()
   for key in configs.ADDED:
-    *nodes, leaf = key.split(".")
-    node = old
-    for name in nodes:
-      node = node[name]
+    *sections, leaf = key.split(".")
+    node = values
+    for section in sections:
+      node = node[section]
     del node[leaf]
+  for section in ("retrieval", "grounding", "composition", "segmentation"):
+    assert not values.pop(section)  # older runs lack it
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(values))
+  old = configs.read(path)
+  flat = dict(configs.flatten(old))
+  assert flat.keys() == dict(configs.flatten(new)).keys()
+  assert {key: flat[key] for key in configs.ADDED} == configs.ADDED
   new.data.reduced_decode = False
   assert configs.first_difference(old, new) is None
   new.model.image.pre_norm = True
@@ -116,6 +128,23 @@ def test_hierarchical_stem_needs_patches_that_it_can_build():
   c = configs.load("configs/cc12m.py:model.image.variant=L/14,model.image.stem=hmlp")
   with pytest.raises(ValueError, match=r"model.image.stem = 'hmlp' .* 8, 16, 32, .* not of 14"):
     configs.check(configs.resolve(c))
+
+
+def test_modules_take_the_choices_of_a_key_from_one_list(monkeypatch):
+  for key, values in configs.CHOICES.items():
+    with pytest.raises(ValueError, match=rf"config\.{key} = 'x' is unknown.*{values[-1]}"):
+      configs.check_choice(key, "x")
+    configs.check_choice(key, values[-1])
+  monkeypatch.setitem(configs.CHOICES, "optimizer.decay_mask", ())
+  monkeypatch.setitem(configs.CHOICES, "loss.matcher", ())
+  monkeypatch.setitem(configs.CHOICES, "model.remat", ())
+  for call in (
+    lambda: optim.decay_mask({}, "clean"),
+    lambda: matching.solve(np.zeros((1, 1)), np.ones(1, bool), solver="device"),
+    lambda: layers.rematerialize(layers.Block, "block"),
+  ):
+    with pytest.raises(ValueError, match="is unknown"):
+      call()
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,9 @@ def save(path: pathlib.Path, *, config: ml_collections.ConfigDict, params: Any, 
 def _check_expressible(config: ml_collections.ConfigDict) -> None:
   image = config.model.image
   reasons = {
-    "config.model.image.pre_norm = True": image.get("pre_norm", False),
-    "config.model.image.patch_bias = False": not image.get("patch_bias", True),
-    "config.model.image.stem = 'hmlp'": image.get("stem", "linear") != "linear",
+    "config.model.image.pre_norm = True": image.pre_norm,
+    "config.model.image.patch_bias = False": not image.patch_bias,
+    "config.model.image.stem = 'hmlp'": image.stem != "linear",
     "config.model.decoder.memory_positions = True": (
       config.method == "grain" and config.model.decoder.memory_positions
     ),

@@ -186,10 +186,8 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
   reasons = {
     f"config.method = {config.method!r} (it is CLIP alone)": config.method != "clip",
     "config.model.image.qk_norm = True (it has no QK-norm)": image.qk_norm,
-    "config.model.image.pre_norm = False (it normalises the embeddings)": not image.get("pre_norm"),
-    "config.model.image.stem = 'hmlp' (its patch embedding is linear)": (
-      image.get("stem", "linear") != "linear"
-    ),
+    "config.model.image.pre_norm = False (it normalises the embeddings)": not image.pre_norm,
+    "config.model.image.stem = 'hmlp' (its patch embedding is linear)": image.stem != "linear",
   }
   stand = [reason for reason, applies in reasons.items() if applies]
   if stand:
@@ -231,7 +229,7 @@ def _save_config(
     architectures=["CLIPModel"],
     dtype="float32",
   ).save_pretrained(path)
-  crops = config.data.get("eval_resize", "squash") == "center_crop"
+  crops = config.data.eval_resize == "center_crop"
   sides = {"height": m.image.size, "width": m.image.size}
   processor = {
     "image_processor_type": "CLIPImageProcessor",

@@ -94,7 +94,7 @@ def load_run(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
   )
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
-  kept = "ema" if config.optimizer.get("ema_decay", 0.0) else "params"
+  kept = "ema" if config.optimizer.ema_decay else "params"
   state, meta = checkpoints.restore({kept: abstract}, step=step)
   checkpoints.close()
   return config, state[kept], meta["step"]

@@ -13,15 +13,13 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from grain_jax import config as configs
 from grain_jax import failures, schema, tokenizer
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import records, transforms
 
 _WARNINGS = 20  # bad records that are named in the log; all are counted
 _KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
-_RESIZE = ("squash", "crop")
-_CAPTION = ("half", "original", "generated", "joined")
-_ON_BAD_RECORD = ("skip", "stop")
 
 
 class BadRecord(ValueError):
@@ -62,12 +60,14 @@ class Examples:
     self.regions = config.data.max_regions
     self.negatives = negatives
     self.seed = config.seed
-    self.crop = training and _one_of(config, "resize", _RESIZE) == "crop"
+    for key in ("resize", "caption", "on_bad_record"):
+      configs.check_choice(f"data.{key}", config.data[key])
+    self.crop = training and config.data.resize == "crop"
     self.flip = training and config.data.flip
-    self.reduced = training and config.data.get("reduced_decode", False)
+    self.reduced = training and config.data.reduced_decode
     self.min_area = config.data.crop_min_area
-    self.caption = _one_of(config, "caption", _CAPTION) if training else "original"
-    self.stop = _one_of(config, "on_bad_record", _ON_BAD_RECORD) == "stop"
+    self.caption = config.data.caption if training else "original"
+    self.stop = config.data.on_bad_record == "stop"
     self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
     self.failure: Exception | None = None  # the first one on which to stop
@@ -244,10 +244,3 @@ class Examples:
         raise self.failure
     if first and len(self.bad) <= _WARNINGS:
       logging.getLogger(__name__).warning("skipped bad record: %s", line)
-
-
-def _one_of(config: ml_collections.ConfigDict, key: str, choices: tuple[str, ...]) -> str:
-  value = config.data[key]
-  if value not in choices:
-    raise ValueError(f"config.data.{key} = {value!r} is none of {', '.join(choices)}. Choose one.")
-  return value

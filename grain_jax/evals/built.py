@@ -160,7 +160,7 @@ EVALS: dict[str, Eval] = {
 
 def split_of(config: ml_collections.ConfigDict, section: str) -> str:
   """The split that a section of the configuration names."""
-  return config[section].split if section in config else "val"  # older runs lack the section
+  return config[section].split
 
 
 def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from grain_jax import config as configs
 from grain_jax.models import decoder, text, vit
 
 Array = jax.Array
 
-METHODS = ("grain", "clip")
+METHODS = configs.CHOICES["method"]
 
 
 @flax.struct.dataclass
@@ -144,7 +145,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
   common = {
     "unroll": m.unroll if unroll is None else unroll,
     "remat": m.remat,
-    "fused": m.get("attention", "xla"),  # config.json of older runs lacks it
+    "fused": m.attention,
     "dtype": jnp.dtype(m.dtype),
   }
   image_tower = vit.VisionTransformer(
@@ -159,10 +160,9 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     norm_eps=m.image.norm_eps,
     init_std=m.image.init_std,
     position_init=m.image.position_init,
-    # `get`: config.json of runs from before these keys lacks them.
-    pre_norm=m.image.get("pre_norm", False),
-    patch_bias=m.image.get("patch_bias", True),
-    stem=m.image.get("stem", "linear"),
+    pre_norm=m.image.pre_norm,
+    patch_bias=m.image.patch_bias,
+    stem=m.image.stem,
     **common,
   )
   text_tower = text.TextTransformer(

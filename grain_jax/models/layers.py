@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from grain_jax import config as configs
 from grain_jax.models import attention
 
 Array = jax.Array
@@ -21,7 +22,7 @@ Initializer = Callable[..., Array]
 
 # What the backward pass rematerialises: nothing; all but matrix products; all but the matrix
 # products with parameters; every block.
-REMAT = ("none", "elementwise", "attention", "block")
+REMAT = configs.CHOICES["model.remat"]
 
 
 def _matrix_products_saveable(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -198,8 +199,7 @@ def rematerialize(block: type[nn.Module], remat: str, *, scanned: bool = True) -
     scanned: it is the body of a scan, where nothing need stop the compiler from merging the two
       computations.
   """
-  if remat not in REMAT:
-    raise ValueError(f"config.model.remat = {remat!r} is unknown. Choose one of {REMAT}.")
+  configs.check_choice("model.remat", remat)
   if remat == "none":
     return block
   return nn.remat(block, prevent_cse=not scanned, policy=_POLICIES[remat])

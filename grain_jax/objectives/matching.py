@@ -16,9 +16,11 @@ import optax
 import scipy.optimize
 from jax.sharding import PartitionSpec as P
 
+from grain_jax import config as configs
+
 Array = jax.Array
 
-SOLVERS = ("host", "device")
+SOLVERS = configs.CHOICES["loss.matcher"]
 
 # Above this many assignments the device solver stops trying them all (7! = 5040).
 _MAX_ASSIGNMENTS = 5040
@@ -63,8 +65,7 @@ def solve(
   Returns:
     i32 [..., R]: index of the region's query; -1 where the mask is false. No gradient flows.
   """
-  if solver not in SOLVERS:
-    raise ValueError(f"config.loss.matcher = {solver!r} is unknown. Choose one of {SOLVERS}.")
+  configs.check_choice("loss.matcher", solver)
   queries, regions = cost.shape[-2:]
   if queries < regions:
     raise ValueError(f"{queries} queries for {regions} regions: every region needs a query.")

@@ -47,7 +47,7 @@ def for_machine(
         "planned with loss.matcher=device: the host's callback cannot be compiled for a GPU "
         "without one"
       )
-    if config.model.get("attention", "xla") != "xla":
+    if config.model.attention != "xla":
       config.model.attention = "xla"
       notes.append(
         "planned with XLA's attention: cuDNN's needs a GPU to compile; it needs less memory"

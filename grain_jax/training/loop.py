@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 
 from grain_jax import config as configs
-from grain_jax import evaluate, places, trees
+from grain_jax import evaluate, places, schema, trees
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.data import pipeline, sampler
@@ -282,7 +283,10 @@ def _loop(
     began = time.monotonic()
     if step > first + 1:
       distributed.report_progress("data", step)
-    batch = meshes.to_global(next(batches), mesh)
+    host_batch = next(batches)
+    if step == first + 1:
+      _check_batch(host_batch, config)
+    batch = meshes.to_global(host_batch, mesh)
     progress.waited(time.monotonic() - began)
     distributed.report_progress("step" if step > first + 1 else "compiling", step)
     if lockstep and step == first + 1:
@@ -353,6 +357,17 @@ def _check_best(config: ml_collections.ConfigDict) -> None:
       f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
       f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
     )
+
+
+def _check_batch(batch: dict[str, np.ndarray], config: ml_collections.ConfigDict) -> None:
+  """Checks that a host batch is what `schema` says, before the step is compiled for it."""
+  schema.check_batch(
+    batch,
+    batch=len(batch["example_mask"]),
+    image_size=config.model.image.size,
+    row_length=config.data.row_length,
+    regions=config.data.max_regions,
+  )
 
 
 def _check_finite(

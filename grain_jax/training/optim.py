@@ -11,9 +11,8 @@ import ml_collections
 import optax
 from optax import contrib
 
+from grain_jax import config as configs
 from grain_jax import trees
-
-DECAY_MASKS = ("clean", "published")
 
 _NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale)$")
 # The published code decays these of the decoder nevertheless.
@@ -48,10 +47,7 @@ def decay_mask(params: Any, kind: str) -> Any:
     kind: 'clean' (no norm, bias or scale) or 'published' (also the decoder's norm weights and
       attention input biases, as the published code does).
   """
-  if kind not in DECAY_MASKS:
-    raise ValueError(
-      f"config.optimizer.decay_mask = {kind!r} is unknown. Choose one of {DECAY_MASKS}."
-    )
+  configs.check_choice("optimizer.decay_mask", kind)
 
   def decays(name: str, leaf: Any) -> bool:
     del leaf

@@ -163,7 +163,7 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   replicated = meshes.replicated(mesh)
-  effort = config.get("compile_effort", 0.0)  # config.json of older runs lacks it
+  effort = config.compile_effort
   return jax.jit(
     train_step,
     in_shardings=(shardings, meshes.batch_sharding(mesh)),
