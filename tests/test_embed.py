@@ -17,6 +17,7 @@ from PIL import Image
 from bench import kills
 from grain_jax import embed, inference, trees
 from grain_jax.convert import native, run_folder
+from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain, initial
 
@@ -75,7 +76,7 @@ def read(path):
 
 
 def test_a_folder_is_its_pictures_by_path(folder):
-  found = embed.find(str(folder))
+  found = files.find(str(folder))
   assert found.paths == PATHS and found.labels is None
   assert found.files == [folder / path for path in PATHS]
 
@@ -86,18 +87,18 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path, rng):
   (folder / "dog" / "up").symlink_to(folder)
   (tmp_path / "elsewhere" / "round").symlink_to(folder / "cat")
   (folder / "cat" / "round").symlink_to(tmp_path / "elsewhere")
-  names = embed.find(str(folder)).paths
+  names = files.find(str(folder)).paths
   assert "linked/z.png" in names and len(names) == len(set(names))
   assert sorted(p for p in names if p.endswith("z.png")) == ["cat/round/z.png", "linked/z.png"]
 
 
 def test_classes_are_the_folders_of_the_first_level(folder, tmp_path, rng):
-  found = embed.find(str(folder), labels="folders")
+  found = files.find(str(folder), labels="folders")
   assert found.label_names == ["cat", "dog"]
   assert found.labels.dtype == np.int64 and found.labels.tolist() == [0, 0, 0, 0, 1, 1]
   draw(folder / "loose.png", rng)
   with pytest.raises(ValueError, match=r"1 pictures of .* lie in no class folder.* loose\.png"):
-    embed.find(str(folder), labels="folders")
+    files.find(str(folder), labels="folders")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_classes_are_the_folders_of_the_first_level(folder, tmp_path, rng):
 def test_a_table_with_labels(folder, tmp_path, labels, numbers, names):
   rows = zip(PATHS, labels, strict=False)
   (folder / "list.csv").write_text("label,image\n" + "".join(f'{b},"{a}"\n' for a, b in rows))
-  found = embed.find(str(folder / "list.csv"))
+  found = files.find(str(folder / "list.csv"))
   assert found.paths == PATHS[:3] and found.files[0] == folder / PATHS[0]
   assert found.labels.tolist() == numbers and found.label_names == names
 
@@ -115,8 +116,8 @@ def test_a_table_with_labels(folder, tmp_path, labels, numbers, names):
 def test_lists_without_labels(folder):
   (folder / "list.csv").write_text("image,size\ndog/2.png,3\n")
   (folder / "list.txt").write_text("\ufeffdog/2.png\r\n\n  cat/a.webp \n")
-  assert embed.find(str(folder / "list.csv")).paths == ["dog/2.png"]
-  found = embed.find(str(folder / "list.txt"))
+  assert files.find(str(folder / "list.csv")).paths == ["dog/2.png"]
+  found = files.find(str(folder / "list.txt"))
   assert found.paths == ["dog/2.png", "cat/a.webp"] and found.labels is None
 
 
@@ -138,7 +139,7 @@ def test_inputs_that_are_none(tmp_path, name, content, labels, line):
   if content is not None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError, match=line) as caught:
-    embed.find(str(tmp_path / name), labels=labels)
+    files.find(str(tmp_path / name), labels=labels)
   assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -146,12 +147,12 @@ def test_an_empty_folder(tmp_path):
   (tmp_path / "deep").mkdir()
   (tmp_path / "deep" / "a.gif").write_text("")
   with pytest.raises(ValueError, match=r"holds no picture \(\.jpg, .*, nor do its sub-folders"):
-    embed.find(str(tmp_path))
+    files.find(str(tmp_path))
 
 
 def test_what_cannot_be_read_is_left_out_of_every_array(folder):
   said = []
-  inputs = embed.find(str(folder), labels="folders")
+  inputs = files.find(str(folder), labels="folders")
   arrays, counts = embed.embed_images(fake(), inputs, regions=True, warn=said.append)
   kept = [0, 1, 3, 4, 5]
   assert counts == {"examples": 5, "rows": 6}
@@ -170,7 +171,7 @@ def test_what_cannot_be_read_is_left_out_of_every_array(folder):
 
 
 def test_a_model_without_a_decoder_has_no_regions(folder):
-  inputs = embed.find(str(folder))
+  inputs = files.find(str(folder))
   with pytest.raises(ValueError, match="--regions needs region queries: this model has no decoder"):
     embed.embed_images(fake(has_regions=False), inputs, regions=True)
   assert set(embed.embed_images(fake(), inputs, warn=len)[0]) == {"embeddings", "paths"}
@@ -179,7 +180,7 @@ def test_a_model_without_a_decoder_has_no_regions(folder):
 def test_diverged_embeddings_are_not_written(folder):
   broken = fake(image=lambda images: mean_color(images) * np.nan)
   with pytest.raises(ValueError, match="the image encoder: 5 of 5 embeddings are not finite"):
-    embed.embed_images(broken, embed.find(str(folder)), warn=len)
+    embed.embed_images(broken, files.find(str(folder)), warn=len)
 
 
 def test_output_is_whole_or_absent(tmp_path):
@@ -342,7 +343,7 @@ def test_two_processes_write_what_one_does(model, folder, tmp_path):
   found, _ = read(tmp_path / "0.npz")
   encoders, mesh = embed.open_encoders(config, params, batch_size=8)
   with jax.set_mesh(mesh):
-    want, _ = embed.embed_images(encoders, embed.find(str(folder)), regions=True, warn=len)
+    want, _ = embed.embed_images(encoders, files.find(str(folder)), regions=True, warn=len)
   assert_array_equal(found["paths"], want["paths"])
   for name in ("embeddings", "regions", "boxes"):
     assert_allclose(found[name], want[name], atol=1e-5)

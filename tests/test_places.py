@@ -14,7 +14,7 @@ from grain_jax import embed, export, places
 from grain_jax.convert import convert, weights
 from grain_jax.data import build, dataset, sources
 from grain_jax.evals import linear_probe, zero_shot
-from grain_jax.evals.inputs import options
+from grain_jax.evals.inputs import files, options
 from grain_jax.training import loop
 
 BUCKET = "gs://bucket/folder"
@@ -72,8 +72,8 @@ def listed(folder):
     ("--input", lambda c, d: sources.folder(BUCKET)),
     ("--annotations", lambda c, d: sources.folder(str(d), annotations=BUCKET)),
     ("--images", lambda c, d: sources.published(BUCKET, captions="x")),
-    ("--images", lambda c, d: embed.find(BUCKET)),
-    ("--images=", lambda c, d: embed.find(listed(d))),
+    ("--images", lambda c, d: files.find(BUCKET)),
+    ("--images=", lambda c, d: files.find(listed(d))),
     ("--out", lambda c, d: embed.output(BUCKET, overwrite=False).__enter__()),
     ("--datasets", lambda c, d: options.Options(root=pathlib.Path(BUCKET))),
     ("--tfds_dir", lambda c, d: options.Options(tfds_dir=BUCKET)),

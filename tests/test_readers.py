@@ -11,7 +11,7 @@ from PIL import Image
 from grain_jax import embed, failures, inference
 from grain_jax.data import build, records
 from grain_jax.evals import zero_shot
-from grain_jax.evals.inputs import annotations
+from grain_jax.evals.inputs import annotations, files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.sets import segmentation
@@ -29,7 +29,7 @@ READERS = {
   "json": lambda path: annotations.read_json(path.with_suffix(".json")),
   "json lines": lambda path: list(annotations.read_json_lines(path.with_suffix(".json"))),
   "descriptors": lambda path: zero_shot.read_descriptors(path.with_suffix(".json")),
-  "embed": lambda path: embed._read(path.with_suffix(".json"), "--texts"),
+  "embed": lambda path: files._read(path.with_suffix(".json"), "--texts"),
   "build": _check,
   "mask": lambda path: segmentation.read_png(path, (4, 6)),
   "sizes": lambda path: segmentation.check_files([segmentation.Item(path, path)], "x", "mask"),
@@ -108,7 +108,7 @@ def test_embeddings_are_not_written_for_the_pictures_that_storage_still_gives(fi
     size=4,
     batch_size=2,
   )
-  inputs, lines = embed.Inputs([file] * 6, ["a"] * 6), []
+  inputs, lines = files.Inputs([file] * 6, ["a"] * 6), []
   embed.embed_images(encoders, inputs, regions=False, warn=lines.append)
   broken(errno.EIO, times=10**6)
   with pytest.raises(failures.TransientError):

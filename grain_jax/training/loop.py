@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import pathlib
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +21,7 @@ from grain_jax.data import pipeline, sampler
 from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, grain
-from grain_jax.runtime import checkpoint, distributed, metrics, preemption, workdirs
+from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import provenance, steps, utilization
 
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
 
 # Steps whose results the host may be behind; on CPUs of several processes one (see below).
 _IN_FLIGHT = 2
-
-# Parameters of glibc's mallopt (malloc.h).
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -72,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       "config.loss.matcher='host'. With 'device' it is kept too."
     )
   if jax.default_backend() == "cpu":
-    _keep_freed_memory()
+    memory.keep_freed_memory()
   mesh = meshes.create(config)
   model = grain.build(config)
   init, abstract, shardings, optimizer = steps.create_state(
@@ -382,20 +377,6 @@ def _check_finite(
       f"loss or gradient is not finite by step {step}; {kept}. Lower config.optimizer.lr or set "
       "config.optimizer.clip_norm, in a new workdir, or look at the data of these steps."
     )
-
-
-def _keep_freed_memory() -> None:
-  """Tells glibc to keep freed memory: a CPU step otherwise maps and clears its buffers anew.
-
-  Measured on 2 cores (gradient of the quickstart's image tower, median of 15, two processes):
-  193 and 203 ms instead of 240, and 5 and 7 ms in the kernel instead of 136. Nothing happens where
-  the C library is another.
-  """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-  if mallopt is not None:
-    mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _warn(line: str) -> None:

@@ -1,0 +1,142 @@
+"""The files of images, labels and texts that a user names: a folder, a list, a table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grain_jax import failures, places
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Images to embed."""
+
+  files: Sequence[pathlib.Path]  # n of them
+  paths: Sequence[str]  # of each, as it is written into the result
+  labels: np.ndarray | None = None  # i64 [n]
+  label_names: Sequence[str] | None = None
+
+
+def find(images: str, *, labels: str = "") -> Inputs:
+  """The images of --images.
+
+  Args:
+    images: a folder, or a .txt or .csv file; see the module.
+    labels: 'folders': an image's label is the sub-folder that it lies in, of the first level.
+
+  Raises:
+    ValueError: there is nothing there, or no image in it; one line.
+  """
+  places.check(images, "--images")
+  path = pathlib.Path(images)
+  if labels and not path.is_dir():
+    raise ValueError(f"--labels={labels} is for a folder of pictures, and --images={path} is none.")
+  if path.is_dir():
+    return _find_in_folder(path, labels=labels)
+  if not path.is_file():
+    raise ValueError(f"--images={path}: there is no such folder or file. Correct the path.")
+  if path.suffix.lower() == ".txt":
+    names, own = read_lines(path, "--images"), None
+  elif path.suffix.lower() == ".csv":
+    names, own = _columns(path)
+  else:
+    raise ValueError(
+      f"--images={path} is no folder, and no .txt (a path a line) or .csv file (columns image, "
+      "label). Give one of them."
+    )
+  if not names:
+    raise ValueError(f"--images={path} names no picture. Write the path of one into each line.")
+  places.check_all({f"--images={path}: image": names})
+  found = Inputs([path.parent / name for name in names], names)
+  return found if own is None else dataclasses.replace(found, **_numbered(own))
+
+
+def _find_in_folder(folder: pathlib.Path, *, labels: str) -> Inputs:
+  files = (pathlib.Path(file) for file in _walk(str(folder), frozenset()))
+  paths = sorted(file.relative_to(folder).as_posix() for file in files)
+  if not paths:
+    raise ValueError(
+      f"--images={folder} holds no picture ({', '.join(SUFFIXES)}), nor do its sub-folders. "
+      "Give another folder."
+    )
+  found = Inputs([folder / path for path in paths], paths)
+  if not labels:
+    return found
+  loose = [path for path in paths if "/" not in path]
+  if loose:
+    raise ValueError(
+      f"--labels=folders: {len(loose)} pictures of {folder} lie in no class folder, the first is "
+      f"{loose[0]}. Move them into FOLDER/CLASS/, or leave --labels away."
+    )
+  names = [path.split("/")[0] for path in paths]
+  return dataclasses.replace(found, **_by_name(names))
+
+
+def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
+  """Images below a folder; links are followed, but not back to a folder that they lie in."""
+  real = os.path.realpath(folder)
+  if real in above:
+    return
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      if entry.is_dir():
+        yield from _walk(entry.path, above | {real})
+      elif entry.name.lower().endswith(SUFFIXES):
+        yield entry.path
+
+
+def _read(path: pathlib.Path, flag: str) -> str:
+  try:
+    return failures.retry_read(lambda: path.read_text(encoding="utf-8-sig"), path)
+  except OSError as error:
+    raise ValueError(f"{flag}={path}: {error.strerror}. Correct the path.") from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{flag}={path} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+
+
+def read_lines(path: pathlib.Path, flag: str) -> list[str]:
+  """Lines that are not blank, without the white space around them."""
+  return [line.strip() for line in _read(path, flag).split("\n") if line.strip()]
+
+
+def _columns(path: pathlib.Path) -> tuple[list[str], list[str] | None]:
+  """The columns image and, if there is one, label of a CSV file."""
+  table = csv.DictReader(_read(path, "--images").splitlines())
+  columns = table.fieldnames or ()
+  if "image" not in columns:
+    raise ValueError(
+      f"--images={path} has the columns {', '.join(columns)}: no column image. Write image,label "
+      "into its first line."
+    )
+  rows = list(table)
+  labelled = "label" in columns
+  for row in rows:
+    if not row["image"] or (labelled and not row["label"]):
+      raise ValueError(
+        f"--images={path}: picture {row['image']!r} has the label {row.get('label')!r}. Give each "
+        "line both."
+      )
+  return [row["image"] for row in rows], [row["label"] for row in rows] if labelled else None
+
+
+def _numbered(labels: Sequence[str]) -> dict[str, Any]:
+  """Labels that are whole numbers as they are; others by their place among the sorted names."""
+  if all(label.isascii() and label.isdigit() for label in labels):
+    return {"labels": np.array([int(label) for label in labels], np.int64)}
+  return _by_name(labels)
+
+
+def _by_name(labels: Sequence[str]) -> dict[str, Any]:
+  names, index = np.unique(labels, return_inverse=True)
+  return {"labels": index.astype(np.int64), "label_names": names.tolist()}
