@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -112,6 +113,27 @@ def loss_function(
   return objective(output, batch, config=config, batch_axes=batch_axes)
 
 
+class TrainStep:
+  """The jitted update of a run whose batches this process holds whole.
+
+  It sees itself whether a batch has any usable example. The program that would leave the state as
+  it is compiled only when the first such batch comes: the selection in it costs the usual program
+  its fusions, and with them the last bits of its results.
+  """
+
+  def __init__(self, step: Any, guarded: Any):
+    """`step` and `guarded` are jitted; the second may be given a batch without examples."""
+    self._step, self._guarded = step, guarded
+    self.trace, self.lower = step.trace, step.lower
+
+  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    mask = batch["example_mask"]
+    if isinstance(mask, jax.core.Tracer):
+      return self._step(state, batch)
+    # It was sent to the devices a moment ago: reading it waits for no earlier step.
+    return (self._step if np.asarray(mask).any() else self._guarded)(state, batch)
+
+
 def make_train_step(
   model: grain.Grain,
   config: ml_collections.ConfigDict,
@@ -121,7 +143,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted update: gradients -> optimiser -> clamp of the logit scale; the state is donated.
 
-  A batch without any usable example changes `step` alone.
+  A batch without any usable example changes `step` alone. It has `trace` and `lower` as a jitted
+  function has.
 
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
@@ -138,7 +161,7 @@ def make_train_step(
       mesh=mesh,
     )
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch, *, guarded: bool) -> tuple[TrainState, Metrics]:
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     (value, metrics), gradients = gradients_of(state.params, batch, dropout_key)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -152,22 +175,29 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
-    # Without an example there is no gradient, but decay, moments and the schedule would move on.
-    any_example = jnp.any(batch["example_mask"])
-    metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
-    params, opt_state, ema = jax.tree.map(
-      lambda new, old: jnp.where(any_example, new, old),
-      (params, opt_state, ema),
-      (state.params, state.opt_state, state.ema),
-    )
+    metrics["skipped_updates"] = (jnp.zeros(()), one)
+    if guarded:
+      # Without an example there is no gradient, but decay, moments and the schedule would move on.
+      any_example = jnp.any(batch["example_mask"])
+      metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
+      params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(any_example, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+      )
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   replicated = meshes.replicated(mesh)
   effort = config.compile_effort
-  return jax.jit(
-    train_step,
-    in_shardings=(shardings, meshes.batch_sharding(mesh)),
-    out_shardings=(shardings, replicated),
-    donate_argnums=0,
-    compiler_options={"exec_time_optimization_effort": effort} if effort else None,
-  )
+
+  def jit(guarded: bool) -> Any:
+    return jax.jit(
+      functools.partial(train_step, guarded=guarded),
+      in_shardings=(shardings, meshes.batch_sharding(mesh)),
+      out_shardings=(shardings, replicated),
+      donate_argnums=0,
+      compiler_options={"exec_time_optimization_effort": effort} if effort else None,
+    )
+
+  # Of several processes none sees the whole batch before the devices do.
+  return jit(True) if mesh.is_multi_process else TrainStep(jit(False), jit(True))
