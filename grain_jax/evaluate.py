@@ -26,6 +26,7 @@ from grain_jax import cli, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
+from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import pipeline
 from grain_jax.evals import built
 from grain_jax.evals.built import EVALS, Outcome
@@ -51,7 +52,9 @@ class EvaluatedModel:
 
 
 def check(
-  config: ml_collections.ConfigDict, dataset: pipeline.Dataset | None, options: Options = DEFAULTS
+  config: ml_collections.ConfigDict,
+  dataset: dataset_lib.Dataset | None,
+  options: Options = DEFAULTS,
 ) -> None:
   """Raises a one-line ValueError where `config.evals` asks for what cannot be had."""
   ours, outside = _split_names(config.evals)
@@ -68,7 +71,7 @@ def run(
   config: ml_collections.ConfigDict,
   model: grain.Grain,
   params: Any,
-  dataset: pipeline.Dataset | None,
+  dataset: dataset_lib.Dataset | None,
   *,
   mesh: Mesh,
   tokenizer: tokenizers.Tokenizer,

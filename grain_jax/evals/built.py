@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import pipeline, records
 from grain_jax.evals import (
   composition,
@@ -47,7 +48,7 @@ class Outcome:
     )
 
 
-def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _zero_shot(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Top-1 and top-5 on a labelled split; seen and unseen classes apart where the data has them."""
   classes = dataset.class_names
   unseen = set(dataset.unseen_pairs)
@@ -71,19 +72,19 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
   )
 
 
-def _descriptors(config: Any, dataset: pipeline.Dataset) -> dict[str, list[str]]:
+def _descriptors(config: Any, dataset: dataset_lib.Dataset) -> dict[str, list[str]]:
   if config.zero_shot.descriptors:
     return zero_shot.load_descriptors(config.zero_shot.descriptors, dataset.class_names)
   return dataset.descriptors
 
 
-def _retrieval(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _retrieval(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """R@1/5/10 both ways, one caption an image."""
   batches = _batches(config, encoders, dataset, split_of(config, "retrieval"))
   return Outcome(retrieval.evaluate(encoders.image, encoders.text, batches))
 
 
-def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _grounding(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Boxes and descriptions of the matched region queries."""
   batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   costs = {"l1_cost": config.loss.box_l1_cost, "giou_cost": config.loss.box_giou_cost}
@@ -91,13 +92,13 @@ def _grounding(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Ou
   return Outcome(result.metrics, result.examples)
 
 
-def _composition(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _composition(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Captions against captions with one thing changed."""
   batches = _batches(config, encoders, dataset, split_of(config, "composition"))
   return Outcome(composition.evaluate_built(encoders.image, encoders.text, batches))
 
 
-def _segmentation(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _segmentation(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Patches by prompts, and patches grouped without any."""
   found = segmentation.evaluate_built(
     encoders.patches,
@@ -109,13 +110,15 @@ def _segmentation(config: Any, encoders: Encoders, dataset: pipeline.Dataset) ->
   return Outcome(found.metrics, segmented=found.examples)
 
 
-def _detection(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _detection(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """COCO's average precision, a category for each distinct description."""
   batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   return Outcome(detection.evaluate_built(encoders.regions, encoders.text, batches))
 
 
-def _region_classification(config: Any, encoders: Encoders, dataset: pipeline.Dataset) -> Outcome:
+def _region_classification(
+  config: Any, encoders: Encoders, dataset: dataset_lib.Dataset
+) -> Outcome:
   """The description of a given box among those with another colour."""
   batches = _batches(config, encoders, dataset, split_of(config, "grounding"))
   return Outcome(region_classification.evaluate_built(encoders, batches))
@@ -124,7 +127,7 @@ def _region_classification(config: Any, encoders: Encoders, dataset: pipeline.Da
 class Eval(NamedTuple):
   """An evaluation by name: what runs it, the config section of its split, what it needs."""
 
-  run: Callable[[Any, Encoders, pipeline.Dataset], Outcome]
+  run: Callable[[Any, Encoders, dataset_lib.Dataset], Outcome]
   section: str
   serves: Callable[[records.Parsed], Any]  # whether it can use a record
   needs: str  # what such a record has
@@ -163,7 +166,7 @@ def split_of(config: ml_collections.ConfigDict, section: str) -> str:
   return config[section].split
 
 
-def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> None:
+def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> None:
   """Raises a one-line ValueError where the data cannot serve the evaluation.
 
   It may lack the split, prompts, descriptors, or a single record with what is needed: records are
@@ -197,7 +200,7 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: pipeline.Datase
     )
 
 
-def _readable(dataset: pipeline.Dataset, split: str) -> Iterator[records.Parsed]:
+def _readable(dataset: dataset_lib.Dataset, split: str) -> Iterator[records.Parsed]:
   """The records of a split that are whole, in their order."""
   for index in range(dataset.num_records(split)):
     with contextlib.suppress(ValueError):  # a bad record: counted when it is evaluated
@@ -213,7 +216,7 @@ def run(
   names: Sequence[str],
   config: ml_collections.ConfigDict,
   encoders: Encoders,
-  dataset: pipeline.Dataset | None,
+  dataset: dataset_lib.Dataset | None,
   *,
   attempt: Attempt = attempts.once,
 ) -> Outcome:
@@ -228,7 +231,7 @@ def run(
 
 
 def _batches(
-  config: ml_collections.ConfigDict, encoders: Encoders, dataset: pipeline.Dataset, split: str
+  config: ml_collections.ConfigDict, encoders: Encoders, dataset: dataset_lib.Dataset, split: str
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """(batch, extras by name) of a split, descriptions filled up with '' to one a region.
 

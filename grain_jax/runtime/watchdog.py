@@ -109,7 +109,7 @@ class Watchdog:
     self.stop_last_words()
 
   def stop_last_words(self) -> None:
-    """Stops the helper: the process is about to end in an orderly way."""
+    """Stops the subprocess of the last words: this process ends in an orderly way."""
     if self._words is not None and self._words.poll() is None:
       self._words.communicate(b".")
     self._words = None

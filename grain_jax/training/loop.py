@@ -59,8 +59,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   evaluate.check(config, dataset)
   _check_best(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  provenance = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
-  _check_processes_agree(config, workdir, **provenance)
+  fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  _check_processes_agree(config, workdir, **fingerprints)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
     logging.warning(
       "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
@@ -88,7 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
       keep_best=config.checkpoint.keep_best,
     )
-    meta = {"config": config.to_dict(), **provenance}
+    meta = {"config": config.to_dict(), **fingerprints}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
       state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)

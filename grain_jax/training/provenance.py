@@ -43,11 +43,11 @@ def check_checkpoint(
   folder: pathlib.Path,
   meta: dict[str, Any],
   config: ml_collections.ConfigDict,
-  provenance: dict[str, str],
+  fingerprints: dict[str, str],
 ) -> None:
   """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
   _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
-  for what, now in provenance.items():
+  for what, now in fingerprints.items():
     was = meta.get(what, now)
     if was != now:
       raise ValueError(

@@ -123,7 +123,7 @@ class TrainStep:
 
   def __init__(self, step: Any, guarded: Any):
     """`step` and `guarded` are jitted; the second may be given a batch without examples."""
-    self._step, self._guarded = step, guarded
+    self._step, self.guarded = step, guarded
     self.trace, self.lower = step.trace, step.lower
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -131,7 +131,7 @@ class TrainStep:
     if isinstance(mask, jax.core.Tracer):
       return self._step(state, batch)
     # It was sent to the devices a moment ago: reading it waits for no earlier step.
-    return (self._step if np.asarray(mask).any() else self._guarded)(state, batch)
+    return (self._step if np.asarray(mask).any() else self.guarded)(state, batch)
 
 
 def make_train_step(

@@ -60,10 +60,13 @@ def gradients_of_steps(config, batches, *, devices, updates_done=0):
     state = jax.device_put(state, shardings)
     batches = [meshes.to_global(batch, mesh) for batch in batches]
     train_step = steps.make_train_step(grain.build(config), config, mesh, KEEP_GRADIENTS, shardings)
-    train_step = train_step.lower(state, batches[0]).compile(compiler_options=FAST)
-    found = []
+    found, compiled = [], {}
     for batch in batches:
-      state, metrics = train_step(state, batch)
+      usable = bool(np.asarray(batch["example_mask"]).any())
+      if usable not in compiled:
+        program = train_step if usable else train_step.guarded
+        compiled[usable] = program.lower(state, batch).compile(compiler_options=FAST)
+      state, metrics = compiled[usable](state, batch)
       metrics = {k: (float(s), float(w)) for k, (s, w) in metrics.items()}
       found.append((metrics, {k: np.asarray(v) for k, v in trees.named_leaves(state.opt_state)}))
     assert int(state.step) == updates_done + len(batches)
