@@ -44,7 +44,7 @@ from grain_jax.evals import retrieval
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.models import grain
+from grain_jax.models import attention, grain
 from grain_jax.runtime import addresses, distributed
 from grain_jax.runtime import mesh as meshes
 
@@ -265,6 +265,8 @@ def _main(flag: flags.FlagValues) -> None:
         f"{arrays['embeddings'].shape[1]} numbers each",
         flush=True,
       )
+      if line := attention.summary():
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

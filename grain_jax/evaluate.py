@@ -34,7 +34,7 @@ from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.evals.page import page, report
 from grain_jax.evals.sets import suite
-from grain_jax.models import grain
+from grain_jax.models import attention, grain
 from grain_jax.runtime import addresses, distributed, metrics
 from grain_jax.runtime import mesh as meshes
 
@@ -277,6 +277,8 @@ def _main(flag: flags.FlagValues) -> None:
     if options.limit:
       facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
     write(out, outcome, step=evaluated.step, facts=facts, warnings=warnings)
+    if line := attention.summary():
+      print(line, flush=True)
   if error := attempts.error_of(outcome.errors, kept=str(out / "results.json")):
     raise error
 

@@ -30,8 +30,12 @@ def implementations() -> dict[str, str]:
 
 
 def summary() -> str:
-  """`implementations` in one line."""
-  return "; ".join(f"{part}: {what}" for part, what in sorted(_implementations.items()))
+  """'attention: ' and `implementations` in one line; '' where there is no GPU and so no choice."""
+  if jax.default_backend() != "gpu":
+    return ""
+  return "attention: " + "; ".join(
+    f"{part}: {what}" for part, what in sorted(_implementations.items())
+  )
 
 
 def record_implementation(part: str, what: str, *, refused: bool = False) -> None:

@@ -298,8 +298,8 @@ def _loop(
     if step == first + 1:
       jax.block_until_ready(values)
       _say(f"first step after {metrics.format_duration(time.monotonic() - began)} of compilation")
-      if jax.default_backend() == "gpu":
-        _say(f"attention: {attention.summary()}")
+      if line := attention.summary():
+        _say(line)
       progress.start(step)
       stopping.watch()
     told = stopping.reached()

@@ -212,3 +212,11 @@ def test_the_model_names_its_parts_and_asks_nothing_to_make_parameters(tiny, cud
     "query decoder, self-attention": "XLA (dropout)",
     "query decoder, cross-attention": "XLA (dropout)",
   }
+
+
+def test_one_line_says_it_where_there_was_a_choice(rng, cudnn, monkeypatch):
+  arrays, weight = inputs(rng)
+  both(arrays, weight, fused="auto")
+  assert attention.summary() == ""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert attention.summary() == "attention: test: cuDNN, 9 tokens"
