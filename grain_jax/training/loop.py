@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import ml_collections
 import numpy as np
+import optax
 from absl import logging
 
 from grain_jax import config as configs
@@ -23,7 +24,7 @@ from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import provenance, steps, utilization
+from grain_jax.training import optim, provenance, steps, utilization
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -70,9 +71,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     memory.keep_freed_memory()
   mesh = meshes.create(config)
   model = grain.build(config)
-  init, abstract, shardings, optimizer = steps.create_state(
-    model, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-  )
+  length = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+  init, abstract, shardings, optimizer = steps.create_state(model, config, mesh, **length)
+  learning_rate = optim.schedule(config, **length)
 
   folder = pathlib.Path(workdir)
   provenance.check_workdir(folder, config)
@@ -88,7 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
       keep_best=config.checkpoint.keep_best,
     )
-    meta = {"config": config.to_dict(), **fingerprints}
+    shards = {"batch_shards": meshes.num_shards(mesh)}
+    meta = {"config": config.to_dict(), **fingerprints, **shards}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
       state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)
@@ -137,6 +139,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
             config, state, train_step, batches,
             mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
             run_evals=run_evals, meta=meta, stopping=stopping, profiler=profiler, folder=folder,
+            learning_rate=learning_rate,
           )  # fmt: skip
       results = _evaluate_last(
         config, state, run_evals, writer=writer, folder=folder, stopping=stopping
@@ -226,6 +229,7 @@ def _loop(
   stopping: preemption.Preemption,
   profiler: metrics.Profiler,
   folder: pathlib.Path,
+  learning_rate: optax.Schedule,
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
@@ -241,6 +245,7 @@ def _loop(
   def report(step: int, values: list[metrics.Pairs]) -> None:
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
+    summary["train/learning_rate"] = float(learning_rate(step - 1))  # of the update to `step`
     opens = batches.shard_opens_per_1000()
     if step > first + 1:
       summary["train/shard_opens_per_1000"] = opens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,7 +60,7 @@ def decay_mask(params: Any, kind: str) -> Any:
   return trees.map_with_name(decays, params)
 
 
-def scale_by_muon(o: ml_collections.ConfigDict, params: Any) -> optax.GradientTransformation:
+def scale_by_muon(o: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """Directions of Muon for the layers' matrices and of Adam for all else.
 
   A matrix goes in the direction of its orthogonalised momentum (Jordan et al., 2024), scaled to a
@@ -81,36 +83,70 @@ def scale_by_muon(o: ml_collections.ConfigDict, params: Any) -> optax.GradientTr
   adam = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
   return optax.partition(
     {"muon": optax.chain(muon, optax.stateless(scale)), "adam": adam},
-    trees.map_with_name(label, params),
+    functools.partial(trees.map_with_name, label),
   )
 
 
 def create(
   config: ml_collections.ConfigDict, params: Any, *, total_steps: int, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """AdamW or Muon, both with decoupled decay; clipping, per-parameter rates, freezing by config."""
+  """AdamW or Muon, both with decoupled decay; clipping, per-parameter rates, freezing by config.
+
+  Frozen parameters have no moments, and their gradients no part in the norm that is clipped.
+  """
+  frozen = frozen_mask(config, params)
+  if any(jax.tree.leaves(frozen)):
+    labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
+    trained = _create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+  return _create(config, params, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+
+def frozen_mask(config: ml_collections.ConfigDict, params: Any) -> Any:
+  """Which parameters stay as they are, by `config.optimizer.freeze`: bool tree."""
+  rules = [(pattern, True) for pattern in config.optimizer.freeze]
+  return trees.match(params, rules, False, what="config.optimizer.freeze")
+
+
+def _create(
+  config: ml_collections.ConfigDict, params: Any, *, total_steps: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """As if nothing were frozen; leaves that are masked out do not count."""
   o = config.optimizer
   steps = []
   if o.clip_norm:
     steps.append(optax.clip_by_global_norm(o.clip_norm))
   if o.name == "muon":
-    steps.append(scale_by_muon(o, params))
+    steps.append(scale_by_muon(o))
   else:
     steps.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps))
   steps += [
-    optax.add_decayed_weights(o.weight_decay, mask=decay_mask(params, o.decay_mask)),
+    optax.add_decayed_weights(o.weight_decay, mask=lambda p: decay_mask(p, o.decay_mask)),
     optax.scale_by_learning_rate(
       schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     ),
   ]
   if o.lr_scale:
     factors = trees.match(params, o.lr_scale, 1.0, what="config.optimizer.lr_scale")
-    steps.append(optax.stateless(lambda u, _: jax.tree.map(lambda x, f: x * f, u, factors)))
-  if o.freeze:
-    rules = [(pattern, True) for pattern in o.freeze]
-    frozen = trees.match(params, rules, False, what="config.optimizer.freeze")
-    steps.append(optax.masked(optax.set_to_zero(), frozen))
+    by_name = dict(trees.named_leaves(factors))
+    scale = functools.partial(trees.map_with_name, lambda name, x: x * by_name[name])
+    steps.append(optax.stateless(lambda updates, _: scale(updates)))
   return optax.chain(*steps)
+
+
+def apply_updates(
+  params: Any, updates: Any, frozen: Sequence[bool], largest_logit_scale: float
+) -> Any:
+  """Parameters after an update, the logit scale clamped to [0, largest] (CLIP).
+
+  Frozen ones, whose flags stand in the order of the leaves, are handed on as they are.
+  """
+  new = clamp_logit_scale(optax.apply_updates(params, updates), largest_logit_scale)
+  if not any(frozen):
+    return new
+  leaves, structure = jax.tree.flatten(params)
+  kept = zip(leaves, jax.tree.leaves(new), frozen, strict=True)
+  return structure.unflatten([old if fixed else moved for old, moved, fixed in kept])
 
 
 def clamp_logit_scale(params: Any, largest: float) -> Any:

@@ -43,16 +43,29 @@ def check_checkpoint(
   folder: pathlib.Path,
   meta: dict[str, Any],
   config: ml_collections.ConfigDict,
-  fingerprints: dict[str, str],
+  now: dict[str, Any],
 ) -> None:
-  """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some."""
+  """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some.
+
+  With local region negatives the loss depends on how many devices share the batch, so that stays.
+  """
   _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
-  for what, now in fingerprints.items():
-    was = meta.get(what, now)
-    if was != now:
+  fingerprints = dict(now)
+  shards = fingerprints.pop("batch_shards")
+  before = meta.get("batch_shards", shards)
+  if config.loss.region_negatives == "local" and before != shards:
+    raise ValueError(
+      f"{folder}: its checkpoints were trained with the batch on {before} devices along data and "
+      f"fsdp, and there are {shards} now: with config.loss.region_negatives = 'local' the loss "
+      "would be another. Use as many, or a new workdir with 'global'."
+    )
+  for what, value in fingerprints.items():
+    was = meta.get(what, value)
+    if was != value:
       raise ValueError(
-        f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not {now[:12]}; "
-        f"config.data.dir = {config.data.dir}). Use a new workdir, or what they were trained with."
+        f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not "
+        f"{value[:12]}; config.data.dir = {config.data.dir}). Use a new workdir, or what they were "
+        "trained with."
       )
 
 

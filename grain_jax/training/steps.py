@@ -150,25 +150,50 @@ def make_train_step(
   gradient that is not finite shows in 'nonfinite'.
   """
   options = {"config": config, "batch_axes": meshes.BATCH_AXES}
-  gradients_of = jax.value_and_grad(
-    functools.partial(loss_function, model=model, **options), has_aux=True
-  )
-  if config.accumulate > 1:
-    gradients_of = accumulation.value_and_grad(
-      functools.partial(encode, model=model),
-      functools.partial(objective, **options),
-      num_microbatches=config.accumulate,
-      mesh=mesh,
+  frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))
+
+  def gradients_of(params: Any, batch: Batch, dropout_key: Array) -> Any:
+    """((loss, metrics), gradients of the parameters that are not frozen, as a list)."""
+    leaves, structure = jax.tree.flatten(params)
+
+    def merge(trained: list[Array]) -> Any:
+      rest = iter(trained)
+      return structure.unflatten(
+        [leaf if fixed else next(rest) for leaf, fixed in zip(leaves, frozen, strict=True)]
+      )
+
+    def loss_of(trained: list[Array], *arguments: Any) -> tuple[Array, Metrics]:
+      return loss_function(merge(trained), *arguments, model=model, **options)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    if config.accumulate > 1:
+      value_and_grad = accumulation.value_and_grad(
+        lambda trained, *arguments: encode(merge(trained), *arguments, model=model),
+        functools.partial(objective, **options),
+        num_microbatches=config.accumulate,
+        mesh=mesh,
+      )
+    trained = [leaf for leaf, fixed in zip(leaves, frozen, strict=True) if not fixed]
+    return value_and_grad(trained, batch, dropout_key)
+
+  def fill_in(trained: list[Array], params: Any) -> Any:
+    """A tree like `params`, of `trained` and zeros where parameters are frozen."""
+    leaves, structure = jax.tree.flatten(params)
+    rest = iter(trained)
+    return structure.unflatten(
+      [
+        jnp.zeros_like(leaf) if fixed else next(rest)
+        for leaf, fixed in zip(leaves, frozen, strict=True)
+      ]
     )
 
   def train_step(state: TrainState, batch: Batch, *, guarded: bool) -> tuple[TrainState, Metrics]:
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    (value, metrics), gradients = gradients_of(state.params, batch, dropout_key)
+    (value, metrics), trained = gradients_of(state.params, batch, dropout_key)
+    gradients = fill_in(trained, state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optim.clamp_logit_scale(
-      optax.apply_updates(state.params, updates), config.model.logit_scale_max
-    )
-    norm = optax.global_norm(gradients)
+    params = optim.apply_updates(state.params, updates, frozen, config.model.logit_scale_max)
+    norm = optax.global_norm(trained)
     one = jnp.ones(())
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     metrics |= {"gradient_norm": (norm, one), "nonfinite": (1.0 - finite.astype(jnp.float32), one)}
