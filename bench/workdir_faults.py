@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -87,9 +88,11 @@ def two_runs(faults: Any) -> dict[str, Any]:
   workdir = faults.folder / "twice"
   first = runs.start(faults.data, workdir, *several.FLAGS)
   several.wait_for_step(2, workdir, first)
+  first.send_signal(signal.SIGSTOP)  # it goes on, but not to its end before the second has started
   program = ("-c", _IMPATIENT.format(seconds=1.0))
   second = runs.start(faults.data, workdir, *several.FLAGS, name="second-", program=program)
   (code,) = several.end([second])
+  first.send_signal(signal.SIGCONT)
   line = several.find_line((workdir / "second-err.txt").read_text(), "is held by")
   runs.finish(first, workdir)
   faults.say(f"two runs: the second ended with {code}: {line}")
