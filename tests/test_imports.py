@@ -19,7 +19,7 @@ LEVELS = (
   ("evals.inputs",),
   ("data", "runtime", "objectives"),
   ("models",),
-  ("config", "cli", "failures", "places", "schema", "trees", "flops", "tokenizer"),
+  ("config", "cli", "places", "schema", "textfiles", "trees", "flops", "tokenizer", "failures"),
 )
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 

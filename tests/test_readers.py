@@ -16,7 +16,8 @@ from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.sets import segmentation
 
-READ_BYTES, READ_TEXT = pathlib.Path.read_bytes, pathlib.Path.read_text
+READS = ("read_bytes", "read_text", "open")  # of pathlib.Path
+METHODS = {name: getattr(pathlib.Path, name) for name in READS}
 
 
 def _check(path):
@@ -29,7 +30,7 @@ READERS = {
   "json": lambda path: annotations.read_json(path.with_suffix(".json")),
   "json lines": lambda path: list(annotations.read_json_lines(path.with_suffix(".json"))),
   "descriptors": lambda path: zero_shot.read_descriptors(path.with_suffix(".json")),
-  "embed": lambda path: files._read(path.with_suffix(".json"), "--texts"),
+  "embed": lambda path: files.read_lines(path.with_suffix(".json"), "--texts"),
   "build": _check,
   "mask": lambda path: segmentation.read_png(path, (4, 6)),
   "sizes": lambda path: segmentation.check_files([segmentation.Item(path, path)], "x", "mask"),
@@ -53,7 +54,7 @@ def file(tmp_path):
 def broken(monkeypatch):
   """`broken(number, times)`: reads of files fail so often, with that errno."""
 
-  def set_up(number, times):
+  def set_up(number, times, reads=READS):
     left = [times]
 
     def failing(read):
@@ -65,8 +66,8 @@ def broken(monkeypatch):
 
       return try_to_read
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", failing(READ_BYTES))
-    monkeypatch.setattr(pathlib.Path, "read_text", failing(READ_TEXT))
+    for name in reads:
+      monkeypatch.setattr(pathlib.Path, name, failing(METHODS[name]))
 
   return set_up
 
@@ -117,10 +118,11 @@ def test_embeddings_are_not_written_for_the_pictures_that_storage_still_gives(fi
 
 
 @pytest.mark.parametrize("number, code", [(errno.EIO, 75), (errno.ESTALE, 75), (errno.ENOENT, 2)])
-def test_a_build_says_whether_to_try_again(tmp_path, broken, capsys, number, code):
+@pytest.mark.parametrize("what", ["read_bytes", "open"])  # of images, of the annotations
+def test_a_build_says_whether_to_try_again(tmp_path, broken, capsys, number, code, what):
   Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "a.png")
   (tmp_path / "annotations.jsonl").write_text('{"image": "a.png", "captions": ["a picture"]}\n')
-  broken(number, times=10**6)
+  broken(number, times=10**6, reads=(what,))
   out = tmp_path / "out"
   flags = ["--source=folder", f"--input={tmp_path}", f"--out={out}"]
   assert build.main([*flags, f"--annotations={tmp_path / 'annotations.jsonl'}"]) == code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import warnings
@@ -13,6 +12,7 @@ import ml_dtypes  # noqa: F401  NumPy knows bfloat16 from here on
 import numpy as np
 import safetensors
 
+from grain_jax import textfiles
 from grain_jax.convert import layout
 
 _INDEX = ".index.json"
@@ -131,9 +131,6 @@ def without(state: layout.State, ignored: str) -> layout.State:
 
 def read_json(path: pathlib.Path) -> Any:
   """The content of a JSON file; a one-line ValueError where there is none."""
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise ValueError(f"--input: {path} does not exist.") from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}).") from error
+  if not path.exists():
+    raise ValueError(f"--input: {path} does not exist.")
+  return textfiles.read_json(path)

@@ -24,17 +24,13 @@ image next to each other add captions.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import csv
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grain_jax import places, schema
+from grain_jax import places, schema, textfiles
 from grain_jax.data import records
 
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
@@ -192,7 +188,7 @@ def published(
         {
           schema.RECORD_KEY: path,
           schema.RECORD_IMAGE: root / path,
-          schema.RECORD_CAPTIONS: [caption, *(t[path] for t in texts if path in t)],
+          schema.RECORD_CAPTIONS: [caption, *(t[path] for t in texts if t.get(path) is not None)],
           schema.RECORD_REGIONS: [_published_region(r) for r in found],
           schema.RECORD_NEGATIVES: [],
         },
@@ -215,7 +211,8 @@ def published(
 
 def _folder_record(root: pathlib.Path, line: Mapping[str, Any]) -> dict[str, Any] | Refused:
   image = line.get("image")
-  captions = line.get("captions", line.get("caption"))
+  captions = line.get("captions")
+  captions = line.get("caption") if captions is None else captions
   captions = [captions] if isinstance(captions, str) else captions or []
   regions, negatives = line.get("regions") or [], line.get("negatives") or []
   if not isinstance(image, str) or not image:
@@ -241,65 +238,51 @@ def _published_region(region: Any) -> Any:
 
 
 def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
-  with file.open("rb") as lines:  # so that a byte that is no UTF-8 costs its line alone
-    for number, data in enumerate(lines, start=1):
-      if not data.strip():
-        continue
-      try:
-        line = json.loads(data.removeprefix(codecs.BOM_UTF8))
-      except (json.JSONDecodeError, UnicodeDecodeError):
-        line = None
-      yield line if isinstance(line, dict) else Refused(f"line {number}", "records", "not_json")
+  for line in textfiles.iterate_lines(file):  # what is no JSON or UTF-8 costs its line alone
+    try:
+      entry = textfiles.parse_json(line.text())
+    except ValueError:
+      entry = None
+    refused = Refused(f"line {line.number}", "records", "not_json")
+    yield entry if isinstance(entry, dict) else refused
 
 
-@contextlib.contextmanager
-def _opened_csv(file: pathlib.Path) -> Iterator[Any]:
-  """The text of a CSV file; what makes it none ends in a line with its name."""
-  try:
-    with file.open(encoding="utf-8-sig", newline="") as text:
-      yield text
-  except (csv.Error, UnicodeDecodeError) as error:
-    raise ValueError(f"{file} is not CSV in UTF-8: {error}. Write it again.") from None
-
-
-def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
-  with _opened_csv(file) as text:
-    rows = csv.DictReader(text)
-    if not {"image", "caption"} <= set(rows.fieldnames or ()):
-      raise ValueError(
-        f"{file} has the columns {rows.fieldnames}: image and caption are needed. Write them into "
-        "its first line."
-      )
-    current: dict[str, Any] = {}
-    for row in rows:
-      if current and current["image"] == row["image"]:
-        current["captions"].append(row["caption"])
-        continue
-      if current:
-        yield current
-      current = {"image": row["image"], "captions": [row["caption"]], "split": row.get("split")}
+def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
+  columns, rows = textfiles.read_table(file)
+  if not {"image", "caption"} <= set(columns):
+    raise ValueError(
+      f"{file} has the columns {columns}: image and caption are needed. Write them into its first "
+      "line."
+    )
+  current: dict[str, Any] = {}
+  for number, row, surplus in rows:
+    if surplus:  # a comma outside quotes: the caption would be cut there
+      yield Refused(f"row {number}", "records", records.MALFORMED)
+      continue
+    if current and current["image"] == row["image"]:
+      current["captions"].append(row["caption"])
+      continue
     if current:
       yield current
+    current = {"image": row["image"], "captions": [row["caption"]], "split": row.get("split")}
+  if current:
+    yield current
 
 
 def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str] | Refused]:
-  with _opened_csv(file) as text:
-    first = text.readline()
-    text.seek(0)
-    delimiter = "\t" if "\t" in first and "," not in first.split("\t")[0] else ","
-    for number, row in enumerate(csv.reader(text, delimiter=delimiter)):
-      header = number == 0 and row and pathlib.PurePath(row[0]).suffix == ""
-      if len(row) >= 2 and not header:
-        yield row[0], row[1]
-      elif row and not header:
-        yield Refused(f"row {number + 1}", "records", records.MALFORMED)
+  first = next(iter(textfiles.iterate_lines(file)), None)
+  line = b"" if first is None else first.data
+  delimiter = "\t" if b"\t" in line and b"," not in line.split(b"\t")[0] else ","
+  for number, row in textfiles.read_csv(file, delimiter=delimiter):
+    header = number == 1 and row and pathlib.PurePath(row[0]).suffix == ""
+    if len(row) >= 2 and not header:
+      yield row[0], row[1]
+    elif row and not header:
+      yield Refused(f"row {number}", "records", records.MALFORMED)
 
 
 def _json_object(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{file} is not JSON: {error}. Download or write it again.") from None
+  content = textfiles.read_json(file)
   if not isinstance(content, dict):
     raise ValueError(f"{file} is not a JSON object of image paths. Give the published file.")
   return content

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from grain_jax import failures, places
+from grain_jax import places, textfiles
 from grain_jax.evals import retrieval
 
 _IS = ("a", "an", "used")  # first words that "which is" goes before
@@ -298,17 +298,7 @@ def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
   """A JSON file {class: [descriptor, ...]}, whatever its classes; a one-line ValueError if none."""
   places.check(path, "descriptors")
   path = pathlib.Path(path)
-  try:
-    text = failures.retry_read(lambda: path.read_text(encoding="utf-8"), path)
-    descriptors = json.loads(text)
-  except OSError as error:
-    raise ValueError(
-      f"descriptors = {str(path)!r}: {error.strerror}. Give a JSON file {{class: [descriptor]}}."
-    ) from error
-  except ValueError as error:
-    raise ValueError(
-      f"descriptors = {str(path)!r} is not JSON: {error}. Give {{class: [descriptor]}}."
-    ) from error
+  descriptors = textfiles.read_json(path, name=f"descriptors = {str(path)!r}")
   if not isinstance(descriptors, dict):
     raise ValueError(
       f"descriptors = {str(path)!r} holds a {type(descriptors).__name__}, not an object. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 import time
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import logging
+
+from grain_jax import textfiles
 
 Pairs = Mapping[str, tuple[Any, Any]]
 
@@ -47,16 +48,15 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   kept, broken = [], []
-  text = path.read_text(encoding="utf-8", errors="replace")
-  for number, line in enumerate(text.splitlines(), start=1):
+  for line in textfiles.iterate_lines(path):
     try:
-      entry = json.loads(line)
+      entry = textfiles.parse_json(line.text())
     except ValueError:
       entry = None
     if isinstance(entry, dict) and isinstance(entry.get("step"), int):
       kept.append(entry)
     else:
-      broken.append(number)
+      broken.append(line.number)
   if broken:
     logging.warning("%s: %d broken lines passed over, first %d.", path, len(broken), broken[0])
   return kept

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from grain_jax import failures
+from grain_jax import textfiles
 from grain_jax.evals.inputs.options import Options, find
 
 GET_COCO = "Get val2014.zip, train2014.zip and val2017.zip from cocodataset.org into DIR/coco."
@@ -20,40 +19,15 @@ _GET_KARPATHY = (
 )
 
 
+# What the readers of sets call them by: one name for all that they need of annotations.
+read_json, read_json_lines = textfiles.read_json, textfiles.read_json_lines
+
+
 class Captioned(NamedTuple):
   """An image and its captions."""
 
   image: pathlib.Path
   captions: tuple[str, ...]
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """The content of a JSON file; a one-line ValueError where it is none."""
-  try:
-    return json.loads(_read_text(path))
-  except OSError as error:
-    raise ValueError(f"{path}: {error.strerror}.") from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}. Get it once more.") from error
-
-
-def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """("PATH line N", content) of each line of a file of JSON lines that is not blank."""
-  try:
-    lines = _read_text(path).splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} cannot be read: {error}.") from error
-  for number, line in enumerate(lines, 1):
-    if line.strip():
-      where = f"{path} line {number}"
-      try:
-        yield where, json.loads(line)
-      except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}. Mend the line.") from error
-
-
-def _read_text(path: pathlib.Path) -> str:
-  return failures.retry_read(lambda: path.read_text(encoding="utf-8"), path)
 
 
 def entries(value: Any, where: object) -> Iterator[tuple[str, Any]]:

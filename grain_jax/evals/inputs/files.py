@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax import failures, places
+from grain_jax import places, textfiles
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -96,38 +95,34 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
         yield entry.path
 
 
-def _read(path: pathlib.Path, flag: str) -> str:
-  try:
-    return failures.retry_read(lambda: path.read_text(encoding="utf-8-sig"), path)
-  except OSError as error:
-    raise ValueError(f"{flag}={path}: {error.strerror}. Correct the path.") from error
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{flag}={path} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-
-
 def read_lines(path: pathlib.Path, flag: str) -> list[str]:
   """Lines that are not blank, without the white space around them."""
-  return [line.strip() for line in _read(path, flag).split("\n") if line.strip()]
+  return textfiles.read_lines(path, name=f"{flag}={path}")
 
 
 def _columns(path: pathlib.Path) -> tuple[list[str], list[str] | None]:
   """The columns image and, if there is one, label of a CSV file."""
-  table = csv.DictReader(_read(path, "--images").splitlines())
-  columns = table.fieldnames or ()
+  name = f"--images={path}"
+  columns, rows = textfiles.read_table(path, name=name)
   if "image" not in columns:
     raise ValueError(
-      f"--images={path} has the columns {', '.join(columns)}: no column image. Write image,label "
+      f"{name} has the columns {', '.join(columns)}: no column image. Write image,label "
       "into its first line."
     )
-  rows = list(table)
-  labelled = "label" in columns
+  images, labels = [], []
   for row in rows:
-    if not row["image"] or (labelled and not row["label"]):
+    image, label = row.values["image"], row.values.get("label")
+    if not image or ("label" in columns and not label):
       raise ValueError(
-        f"--images={path}: picture {row['image']!r} has the label {row.get('label')!r}. Give each "
-        "line both."
+        f"{name}, row {row.number}: picture {image!r} has the label {label!r}. Give each line both."
       )
-  return [row["image"] for row in rows], [row["label"] for row in rows] if labelled else None
+    if row.surplus:
+      raise ValueError(
+        f"{name}, row {row.number}: {row.surplus[0]!r} is in no column. Quote what has a comma."
+      )
+    images.append(image)
+    labels.append(label)
+  return images, labels if "label" in columns else None
 
 
 def _numbered(labels: Sequence[str]) -> dict[str, Any]:

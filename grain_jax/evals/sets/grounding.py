@@ -13,7 +13,6 @@ with boxes (ymin, xmin, ymax, xmax) as fractions of the image and paths that sta
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -23,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from grain_jax import schema
+from grain_jax import schema, textfiles
 from grain_jax.evals import grounding
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs import instances
@@ -167,14 +166,7 @@ def read_lines(file: pathlib.Path) -> Lines:
     ValueError: one line with the number of the line that is wrong.
   """
   rows, clipped, dropped = [], 0, 0
-  for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-    if not line.strip():
-      continue
-    where = f"{file}, line {number}"
-    try:
-      entry = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f"{where} is not JSON: {error}. Write one object a line.") from error
+  for where, entry in textfiles.read_json_lines(file):
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
       raise ValueError(f"{where} names no image. Give {{'image': path, 'regions': [...]}}.")
     found = entry.get("regions") or []
@@ -183,7 +175,7 @@ def read_lines(file: pathlib.Path) -> Lines:
     regions = []
     for region in found:
       box, outside = _own_box(region.get("box"), where)
-      description = region.get("description", "")
+      description = "" if region.get("description") is None else region["description"]
       negatives = region.get("negatives") or []
       if not isinstance(description, str) or not _texts(negatives):
         raise ValueError(f"{where}: description is a text, negatives are texts. Mend the line.")
@@ -258,7 +250,7 @@ def _phrases(name: str, options: Options, what: str) -> Grounded:
   """Flickr30k Entities: every phrase of the five captions that has a box (Plummer et al., 2017)."""
   own = SETS[name]
   listed = find(options, *own.annotations, what=what, how=own.how)
-  keys = listed.read_text(encoding="utf-8").split()[: options.limit or None]
+  keys = textfiles.read_text(listed).split()[: options.limit or None]
   folder, files, given = own.annotations[0], [], []
   clipped = dropped = 0
   for key in keys:
@@ -266,7 +258,7 @@ def _phrases(name: str, options: Options, what: str) -> Grounded:
     text = find(options, folder, "Sentences", f"{key}.txt", what=what, how=own.how)
     boxes, out, empty = _entity_boxes(xml)
     clipped, dropped = clipped + out, dropped + empty
-    phrases = [m for m in _PHRASE.findall(text.read_text(encoding="utf-8")) if m[0] in boxes]
+    phrases = [m for m in _PHRASE.findall(textfiles.read_text(text)) if m[0] in boxes]
     if phrases:
       files.append(own.file(options.root, f"{key}.jpg"))
       given.append(

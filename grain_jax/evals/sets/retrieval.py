@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grain_jax import tokenizer
+from grain_jax import textfiles, tokenizer
 from grain_jax.evals import retrieval
 from grain_jax.evals.inputs import annotations
 from grain_jax.evals.inputs.annotations import Captioned
@@ -132,7 +132,7 @@ def _urban1k(options: Options, name: str) -> list[Captioned]:
   files = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
   found = []
   for path in files:
-    text = " ".join(path.read_text(encoding="utf-8").split())
+    text = " ".join(textfiles.read_text(path).split())
     if not text:
       raise ValueError(f"{path} is empty: each picture needs a caption. Get it once more.")
     found.append(Captioned(folder.parent / "image" / f"{path.stem}.jpg", (text,)))
@@ -167,7 +167,7 @@ def _json_lines(options: Options, name: str) -> list[Captioned]:
   captions: dict[str, tuple[str, ...]] = {}
   for where, entry in annotations.read_json_lines(path):
     image = annotations.field(entry, "image", str, where)
-    key = "captions" if "captions" in entry else "caption"
+    key = "caption" if entry.get("captions") is None else "captions"
     captions[image] = captions.get(image, ()) + annotations.texts(entry, key, where)
   if not captions:
     raise ValueError(f"retrieval:{name}: {path} is empty. {how}")

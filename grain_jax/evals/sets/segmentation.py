@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from grain_jax import failures
+from grain_jax import failures, textfiles
 from grain_jax.evals import retrieval, segmentation
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -208,7 +208,7 @@ def _voc(options: Options, what: str) -> list[Item]:
   listing = root / "ImageSets" / "Segmentation" / "val.txt"
   if not listing.exists():
     raise ValueError(f"{what}: there is no {listing}. {how}")
-  keys = listing.read_text(encoding="utf-8").split()
+  keys = textfiles.read_text(listing).split()
   if not keys:
     raise ValueError(f"{what}: {listing} is empty. {how}")
   return [

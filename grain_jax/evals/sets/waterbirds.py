@@ -6,7 +6,6 @@ In the test split, half of each kind stands before the background it does not li
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import pathlib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grain_jax import textfiles
 from grain_jax.evals import retrieval, segmentation
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -125,22 +125,22 @@ def _rows(name: str, options: Options) -> list[Row]:
   else:
     path = find(options, "waterbirds", "metadata.csv", what=what, how=_HOW)
   found = []
-  with path.open(newline="", encoding="utf-8") as file:
-    reader = csv.DictReader(file)
-    lacking = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-    if lacking:
-      raise ValueError(f"{path} has no column {', '.join(lacking)}. {_HOW}")
-    for row in reader:
-      if any(row[column] is None for column in _COLUMNS):
-        raise ValueError(f"{path}, line {reader.line_num} is cut short. {_HOW}")
-      if row["split"] != SETS[name].split:
-        continue
-      if row["y"] not in ("0", "1") or row["place"] not in ("0", "1"):
-        raise ValueError(
-          f"{path}, line {reader.line_num}: y = {row['y']!r} and place = {row['place']!r} must be "
-          f"0 or 1. {_HOW}"
-        )
-      found.append(Row(path.parent / row["img_filename"], int(row["y"]), int(row["place"])))
+  columns, rows = textfiles.read_table(path)
+  lacking = [column for column in _COLUMNS if column not in columns]
+  if lacking:
+    raise ValueError(f"{path} has no column {', '.join(lacking)}. {_HOW}")
+  for number, row, surplus in rows:
+    if surplus or any(row[column] is None for column in _COLUMNS):
+      why = "has more fields than columns" if surplus else "is cut short"
+      raise ValueError(f"{path}, line {number} {why}. {_HOW}")
+    if row["split"] != SETS[name].split:
+      continue
+    if row["y"] not in ("0", "1") or row["place"] not in ("0", "1"):
+      raise ValueError(
+        f"{path}, line {number}: y = {row['y']!r} and place = {row['place']!r} must be "
+        f"0 or 1. {_HOW}"
+      )
+    found.append(Row(path.parent / row["img_filename"], int(row["y"]), int(row["place"])))
   if not found:
     raise ValueError(f"{path} has no row of split {SETS[name].split} ({name}). {_HOW}")
   return found[: options.limit or None]
