@@ -326,7 +326,7 @@ def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
   if isinstance(box, str):
     return box
   try:
-    score = float(region.get("score", 1.0))
+    score = 1.0 if region.get("score") is None else float(region["score"])
   except (TypeError, ValueError):
     return MALFORMED
   return {

@@ -58,7 +58,8 @@ def test_folder_with_jsonl(tmp_path):
     "missing_image": 1,
   }
   assert dropped["records"]["not_json"]["first"] == ["line 5"]
-  assert dropped["regions"]["malformed"]["count"] == 2
+  assert dropped["regions"]["malformed"]["count"] == 1
+  assert opened.parse("train", 1).scores.tolist() == [1]  # a score that is null is none given
   assert opened.manifest["licence"] == "own"
 
 

@@ -145,7 +145,7 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
     where = f"{file}: categories[{i}]"
     name = _field(entry, "name", str, where)
     names[_field(entry, "id", int, where)] = name.replace("_", " ").strip()
-    if "frequency" in entry:
+    if entry.get("frequency") is not None:
       frequency[entry["id"]] = str(entry["frequency"])
   own: dict[int, list[tuple[np.ndarray, dict[str, Any]]]] = {}
   sizes: dict[int, tuple[int, int]] = {}
@@ -176,7 +176,9 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
     _annotated_image(image, own[image["id"]], f"{file}: images") for image in content["images"]
   ]
   keys = ("neg_category_ids", "not_exhaustive_category_ids")
-  federated = bool(found) and all(k in image for image in content["images"] for k in keys)
+  federated = bool(found) and all(
+    image.get(k) is not None for image in content["images"] for k in keys
+  )
   return Instances(found, names, frequency, federated, clipped, dropped)
 
 
@@ -266,10 +268,13 @@ def _annotated_image(
     width=image["width"],
     boxes=boxes,
     category=np.array([a["category_id"] for _, a in own], np.int64),
-    area=np.array([a.get("area", p) for (_, a), p in zip(own, pixels, strict=True)], np.float64),
+    area=np.array(
+      [p if a.get("area") is None else a["area"] for (_, a), p in zip(own, pixels, strict=True)],
+      np.float64,
+    ),
     crowd=np.array([bool(a.get("iscrowd")) for _, a in own], bool),
-    negatives=tuple(tuple(a.get("neg_category_ids", ())) for _, a in own),
-    absent=frozenset(image.get("neg_category_ids", ())),
-    not_exhaustive=frozenset(image.get("not_exhaustive_category_ids", ())),
-    caption=str(image.get("caption", "")),
+    negatives=tuple(tuple(a.get("neg_category_ids") or ()) for _, a in own),
+    absent=frozenset(image.get("neg_category_ids") or ()),
+    not_exhaustive=frozenset(image.get("not_exhaustive_category_ids") or ()),
+    caption=str(image.get("caption") or ""),
   )
