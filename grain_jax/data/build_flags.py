@@ -47,6 +47,7 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
     add("--val_fraction", type=float, default=0.0, help="part of train that goes to val")
     add("--tolerance", type=float, default=near, help="how far outside a box may lie (clipped)")
     add("--licence", default="", help="of the images, for the manifest")
+    add("--allow_outside", action="store_true", help="read images that lie outside the folder too")
   if source == "folder":
     add("--input", required=True, help="folder of images")
     add("--annotations", default=None, help="JSONL or CSV; default: the folder's own")
@@ -88,7 +89,9 @@ def source(flags: argparse.Namespace) -> sources.Source:
     settings = {name: values[name] for name in fields & values.keys()}
     settings["names"] = tuple(n.strip() for n in flags.names.split(",") if n.strip())
     return sources.scenes(scenes.SceneSettings(**settings), workers=flags.workers)
-  common = {name: values[name] for name in ("val_fraction", "tolerance", "licence")}
+  common = {
+    name: values[name] for name in ("val_fraction", "tolerance", "licence", "allow_outside")
+  }
   if flags.source == "folder":
     return sources.folder(flags.input, annotations=flags.annotations, **common)
   files = {name: values[name] for name in ("captions", "generated", "boxes", "descriptions")}

@@ -11,7 +11,8 @@ FOLDER/annotations.csv, or the file given as --annotations. JSONL, a line an ima
    "regions": [{"description": "a brown dog", "box": [0.2, 0.1, 0.9, 0.7], "score": 0.8}],
    "split": "train"}
 
-  image     path from FOLDER; JPEG, PNG or whatever PIL reads. It is also the record's key.
+  image     path from FOLDER; JPEG, PNG or whatever PIL reads. It is also the record's key. One
+            that leads out of FOLDER ("../x") is refused and counted, unless --allow_outside.
   captions  the original first, then generated ones; or "caption" with a single one.
   regions   optional, and may be empty: description, box (ymin, xmin, ymax, xmax) as fractions of
             the image, score (optional, 1): training takes the regions of highest score.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 from grain_jax import places, schema, textfiles
 from grain_jax.data import records
 
+OUTSIDE = "outside_the_folder"  # why a record is refused, unless --allow_outside is given
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
 
 
@@ -102,6 +105,7 @@ def folder(
   val_fraction: float = 0.0,
   tolerance: float = 1e-3,
   licence: str = "",
+  allow_outside: bool = False,
 ) -> Source:
   """A folder of one's own images; the format stands at the head of this file.
 
@@ -111,6 +115,7 @@ def folder(
     val_fraction: part of the split train that goes to val, chosen by a hash of the key.
     tolerance: how far outside the image a box may lie (it is clipped), as a fraction of it.
     licence: of the images, for the manifest.
+    allow_outside: read images outside the folder too, where a path leads there ("../x", "/x").
   """
   root = _existing(input_dir, "--input")
   if not 0 <= val_fraction < 1:
@@ -124,12 +129,13 @@ def folder(
         yield "train", line
       else:
         split = str(line.get("split") or "train")
-        record = _folder_record(root, line)
+        record = _folder_record(root, line, allow_outside=allow_outside)
         key = record.key if isinstance(record, Refused) else record[schema.RECORD_KEY]
         yield ("val" if split == "train" and _chance(key) < val_fraction else split), record
 
   settings = {"input": str(root), "annotations": _stamp(file), "val_fraction": val_fraction}
   settings["tolerance"] = tolerance
+  settings |= {"allow_outside": True} if allow_outside else {}
   return Source("folder", settings, read, about={"licence": licence}, tolerance=tolerance)
 
 
@@ -143,6 +149,7 @@ def published(
   val_fraction: float = 0.0,
   tolerance: float = 0.05,
   licence: str = "",
+  allow_outside: bool = False,
 ) -> Source:
   """The annotation files published with GRAIN, over a folder of the images they name.
 
@@ -156,6 +163,7 @@ def published(
     val_fraction: see `folder`.
     tolerance: see `folder`; larger, because the detector's boxes reach over the edge.
     licence: of the images, for the manifest.
+    allow_outside: see `folder`.
   """
   root = _existing(images, "--images")
   if not 0 <= val_fraction < 1:
@@ -177,6 +185,9 @@ def published(
         yield "train", row
         continue
       path, caption = row
+      if not allow_outside and _is_outside(root, path):
+        yield "train", Refused(path, "records", OUTSIDE)
+        continue
       found = regions.get(path) or []
       matched += path in regions
       split = "val" if _chance(path) < val_fraction else "train"
@@ -206,10 +217,27 @@ def published(
     "val_fraction": val_fraction,
     "tolerance": tolerance,
   }
+  settings |= {"allow_outside": True} if allow_outside else {}
   return Source("published", settings, read, about={"licence": licence}, tolerance=tolerance)
 
 
-def _folder_record(root: pathlib.Path, line: Mapping[str, Any]) -> dict[str, Any] | Refused:
+def _is_outside(root: pathlib.Path, image: str) -> bool:
+  """Whether the path in a file of annotations leads out of the folder, by ".." or from "/".
+
+  Links inside the folder are followed, for its owner put them there; `LINK/../x` is no way out.
+  """
+  path = pathlib.PurePath(image)
+  if ".." not in path.parts and (not path.is_absolute() or path.is_relative_to(root)):
+    return False
+  try:
+    return not pathlib.Path(os.path.realpath(root / path)).is_relative_to(root)
+  except ValueError:  # a NUL, half a character: `records.check` counts what is no path
+    return False
+
+
+def _folder_record(
+  root: pathlib.Path, line: Mapping[str, Any], *, allow_outside: bool
+) -> dict[str, Any] | Refused:
   image = line.get("image")
   captions = line.get("captions")
   captions = line.get("caption") if captions is None else captions
@@ -219,6 +247,8 @@ def _folder_record(root: pathlib.Path, line: Mapping[str, Any]) -> dict[str, Any
     return Refused(str(line)[:80], "records", records.MALFORMED)
   if not all(isinstance(value, list) for value in (captions, regions, negatives)):
     return Refused(image, "records", records.MALFORMED)
+  if not allow_outside and _is_outside(root, image):
+    return Refused(image, "records", OUTSIDE)
   return {
     schema.RECORD_KEY: image,
     schema.RECORD_IMAGE: root / image,

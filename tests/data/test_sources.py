@@ -1,5 +1,6 @@
 """Annotation files of one's own and those published with GRAIN, against hand-worked records."""
 
+import functools
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import toy_data
 from PIL import Image
 
-from grain_jax.data import build, dataset, records, sources
+from grain_jax.data import build, build_flags, dataset, records, sources
 
 
 def folder(tmp_path, *, count=3):
@@ -91,6 +92,38 @@ def test_texts_that_cannot_be_written_cost_themselves_alone(tmp_path):
     "negatives": {"malformed": 5},
   }
   assert dropped["records"]["not_json"]["first"] == ["line 4"]
+
+
+def test_a_path_that_leads_out_of_the_folder_is_refused_and_counted(tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "other").mkdir()
+  root, other = folder(tmp_path / "in"), folder(tmp_path / "other")
+  (root / "link").symlink_to(other)
+  (root / "sub").mkdir()
+  inside = ["0.jpg", "./sub/../1.jpg", "link/0.jpg", str(root / "2.jpg"), "in..side.jpg"]
+  outside = [
+    "../other/0.jpg",
+    str(other / "0.jpg"),
+    "link/../other/0.jpg",  # the parent of what the link leads to, not the folder
+    "sub/../../other/1.jpg",
+    "../in-other/0.jpg",
+    f"{root}/../other/2.jpg",
+  ]
+  lost = ["..\0.jpg", "\ud83d/../.."]  # no paths: `records.check` counts them
+  jsonl = root / "annotations.jsonl"
+  jsonl.write_text(lines(*({"image": x, "caption": "c"} for x in inside + outside + lost)))
+  table = tmp_path / "captions.csv"
+  table.write_text("path,title\n" + "".join(f"{x},c\n" for x in inside + outside))
+  for source in (sources.folder, functools.partial(sources.published, captions=table)):
+    read = [record for _, record in source(root).read()]
+    refused = [record for record in read if isinstance(record, sources.Refused)]
+    assert refused == [(x, "records", "outside_the_folder") for x in outside]
+    read = [record for _, record in source(root, allow_outside=True).read()]
+    assert not any(isinstance(record, sources.Refused) for record in read)
+    assert source(root).settings != source(root, allow_outside=True).settings
+  flags = ["--source=folder", f"--input={root}", f"--out={tmp_path / 'out'}", "--allow_outside"]
+  source = build_flags.source(build_flags.parse(flags, description=""))
+  assert build_quietly(source, tmp_path / "out").num_records("train") == 4 + 5
 
 
 def test_csv_that_is_none_is_one_line_with_its_name(tmp_path):
