@@ -145,7 +145,7 @@ def test_inputs_that_are_none(tmp_path, name, content, labels, line):
 
 def test_an_empty_folder(tmp_path):
   (tmp_path / "deep").mkdir()
-  (tmp_path / "deep" / "a.gif").write_text("")
+  (tmp_path / "deep" / "a.dat").write_text("")
   with pytest.raises(ValueError, match=r"holds no picture \(\.jpg, .*, nor do its sub-folders"):
     files.find(str(tmp_path))
 

@@ -5,14 +5,54 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from grain_jax import places, textfiles
+from grain_jax import failures, places, textfiles
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Pictures by their names: what cannot be decoded all the same is counted where it is read.
+SUFFIXES = (
+  ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jpe", ".jfif", ".jp2",
+  ".avif", ".heic", ".heif", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".dib",
+)  # fmt: skip
+_NO_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".npy", ".npz", ".db")
+_MAGIC = re.compile(
+  rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL
+)
+# What systems put into people's folders, besides names that begin with a dot.
+_SYSTEM_FOLDERS = frozenset(
+  {
+    "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN",
+    "System Volume Information", "lost+found",
+  }
+)  # fmt: skip
+
+
+def is_picture(path: str | os.PathLike) -> bool:
+  """Whether a file is a picture by its suffix or, where that says nothing, by its first bytes."""
+  name = os.path.basename(os.fspath(path)).lower()
+  if name.startswith(".") or name.endswith(_NO_PICTURES) or os.path.isdir(path):
+    return False
+  if name.endswith(SUFFIXES):  # a link that leads nowhere too: it is counted
+    return True
+  if not os.path.isfile(path):  # to open a pipe would wait
+    return False
+  try:
+    with pathlib.Path(path).open("rb") as file:
+      return _MAGIC.match(file.read(12)) is not None
+  except OSError as error:
+    if failures.is_storage(error):
+      raise failures.lost(path, error) from error
+    return False
+
+
+def is_system_folder(name: str) -> bool:
+  """Whether a folder of this name is hidden or the system's (.git, __MACOSX, @eaDir, ...)."""
+  return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +104,8 @@ def _find_in_folder(folder: pathlib.Path, *, labels: str) -> Inputs:
   paths = sorted(file.relative_to(folder).as_posix() for file in files)
   if not paths:
     raise ValueError(
-      f"--images={folder} holds no picture ({', '.join(SUFFIXES)}), nor do its sub-folders. "
-      "Give another folder."
+      f"--images={folder} holds no picture ({', '.join(SUFFIXES[:6])}, ...), nor do its "
+      "sub-folders. Give another folder."
     )
   found = Inputs([folder / path for path in paths], paths)
   if not labels:
@@ -87,11 +127,10 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
     return
   with os.scandir(folder) as entries:
     for entry in entries:
-      if entry.name.startswith("."):
-        continue
       if entry.is_dir():
-        yield from _walk(entry.path, above | {real})
-      elif entry.name.lower().endswith(SUFFIXES):
+        if not is_system_folder(entry.name):
+          yield from _walk(entry.path, above | {real})
+      elif is_picture(entry.path):
         yield entry.path
 
 
@@ -133,5 +172,7 @@ def _numbered(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, Any]:
+  # macOS writes an accent as a character of its own: the same name in another form.
+  labels = [unicodedata.normalize("NFC", label) for label in labels]
   names, index = np.unique(labels, return_inverse=True)
   return {"labels": index.astype(np.int64), "label_names": names.tolist()}

@@ -13,15 +13,16 @@ import json
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grain_jax.evals.inputs import annotations
+from grain_jax.evals.inputs import files as files_lib
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.options import Options, find
 
 VOCABULARIES = pathlib.Path(__file__).parent / "vocabularies"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,12 @@ def read_vocabulary(name: str) -> Vocabulary | None:
 
 def spell(name: str) -> str:
   """A name without what spellings differ in: "British_Shorthair" -> "british shorthair"."""
-  return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+  return " ".join(re.findall(r"[^\W_]+", _nfc(_nfc(name).casefold())))
+
+
+def _nfc(name: str) -> str:
+  """One form of accents: macOS writes them as characters of their own."""
+  return unicodedata.normalize("NFC", name)
 
 
 def class_index(labels: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
@@ -181,15 +187,31 @@ def check_labels(found: Sequence[str], expected: Sequence[str], *, what: str) ->
 
 
 def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -> Labelled:
-  """A folder with one sub-folder a class, an image of each class in turn."""
-  subs = sorted(
-    entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-  )
-  if not subs:
+  """A folder with one sub-folder a class, an image of each class in turn.
+
+  Hidden folders, those of the system and those without a picture are no classes.
+  """
+  pictures = {
+    entry.name: sorted(path for path in entry.iterdir() if files_lib.is_picture(path))
+    for entry in folder.iterdir()
+    if entry.is_dir() and not files_lib.is_system_folder(entry.name)
+  }
+  if not pictures:
     raise ValueError(f"{what}: {folder} has no sub-folder. Make one of each class, pictures in it.")
+  subs = _ordered([sub for sub, own in pictures.items() if own])
+  if not subs:
+    shown = ", ".join(files_lib.SUFFIXES[:6])
+    raise ValueError(
+      f"{what}: no picture ({shown}, ...) in the {len(pictures)} sub-folders of {folder}. Put "
+      "each class's pictures into its own."
+    )
+  if len(set(map(_nfc, subs))) < len(subs):
+    raise ValueError(
+      f"{what}: two sub-folders of {folder} have one name in two forms of Unicode. Merge them."
+    )
   if vocabulary is None:
     names = _class_names(folder, subs, what=what)
-    labels, classes, templates = tuple(subs), tuple(names), ()
+    labels, classes, templates = tuple(map(_nfc, subs)), tuple(names), ()
     index = {sub: i for i, sub in enumerate(subs)}
   else:
     labels, classes = tuple(vocabulary.names), tuple(vocabulary.names.values())
@@ -199,15 +221,7 @@ def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -
   if own.exists():
     templates = tuple(_strings(own, annotations.read_json(own), what=what))
 
-  files = [
-    (turn, index[sub], path)
-    for sub in subs
-    for turn, path in enumerate(sorted(p for p in (folder / sub).iterdir() if _is_image(p)))
-  ]
-  if not files:
-    raise ValueError(
-      f"{what}: no picture ({', '.join(SUFFIXES)}) in the {len(subs)} sub-folders of {folder}."
-    )
+  files = [(turn, index[sub], path) for sub in subs for turn, path in enumerate(pictures[sub])]
   files.sort()  # a class after another, so that the first N images are of all of them
 
   def read() -> Iterator[tuple[images_lib.Source, int]]:
@@ -226,7 +240,7 @@ def _known_folders(
   what: str,
 ) -> dict[str, int]:
   """Sub-folder -> class of a known set, by label, by name in prompts, or 0 to C - 1."""
-  if sorted(subs) == sorted(map(str, range(len(labels)))):
+  if _are_numbers(subs) and [int(sub) for sub in subs] == list(range(len(labels))):
     return {sub: int(sub) for sub in subs}
   by_name = class_index(labels, classes)
   unknown = [sub for sub in subs if spell(sub) not in by_name]
@@ -245,29 +259,66 @@ def _known_folders(
   return index
 
 
+def _are_numbers(subs: Sequence[str]) -> bool:
+  return all(sub.isascii() and sub.isdigit() for sub in subs)
+
+
+def _ordered(subs: Sequence[str]) -> list[str]:
+  """Sub-folders by their names; by their numbers where all are numbers: 2 before 10."""
+  return sorted(subs, key=lambda sub: (int(sub), sub)) if _are_numbers(subs) else sorted(subs)
+
+
+def _check_order(subs: Sequence[str], path: pathlib.Path, *, what: str) -> None:
+  """Refuses a list of names where it is open which name is of which sub-folder."""
+  how = "Give {sub-folder: name}."
+  if _are_numbers(subs):
+    numbers = [int(sub) for sub in subs]
+    if numbers != list(range(numbers[0], numbers[0] + len(subs))) or numbers[0] > 1:
+      raise ValueError(
+        f"{what}: {path} is a list, and the sub-folders are not numbered from 0 or 1 without a "
+        f"gap ({_some(subs)}). {how}"
+      )
+    return
+  counted = sorted(subs, key=_by_numbers)
+  if counted != list(subs):
+    first = next(a for a, b in zip(subs, counted, strict=True) if a != b)
+    raise ValueError(
+      f"{what}: {path} is a list, and the alphabetical order of the sub-folders is not that of "
+      f"their numbers (from {first!r}). {how}"
+    )
+
+
+def _by_numbers(name: str) -> list[str | int]:
+  """Texts and numbers in turn, the first a text: "a10b" -> "a", 10, "b"."""
+  return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"([0-9]+)", name))]
+
+
 def _class_names(folder: pathlib.Path, subs: Sequence[str], *, what: str) -> list[str]:
   """The name in prompts of each sub-folder: of classes.json, or the folder's own."""
   path = folder / "classes.json"
   if not path.exists():
-    return [" ".join(sub.replace("_", " ").split()) for sub in subs]
+    return [" ".join(_nfc(sub).replace("_", " ").split()) for sub in subs]
   held = annotations.read_json(path)
   if isinstance(held, list):
     names = _strings(path, held, what=what)
     if len(names) != len(subs):
       raise ValueError(
-        f"{what}: {path} names {len(names)} classes, and there are {len(subs)} sub-folders. Give "
-        "one name for each, in alphabetical order, or {sub-folder: name}."
+        f"{what}: {path} names {len(names)} classes, and there are {len(subs)} sub-folders "
+        "with pictures. Give one name for each, in alphabetical order, or {sub-folder: name}."
       )
+    _check_order(subs, path, what=what)
     return names
   if not isinstance(held, dict):
     raise ValueError(f"{what}: {path} holds a {type(held).__name__}. Give {{sub-folder: name}}.")
   _strings(path, list(held.values()), what=what)
+  held = {_nfc(sub): name for sub, name in held.items()}
+  subs = [_nfc(sub) for sub in subs]
   for here, there, where in ((subs, held, "classes.json"), (held, subs, "the folder")):
     lacking = [name for name in here if name not in there]
     if lacking:
       raise ValueError(
         f"{what}: {where} lacks {_some(lacking)} ({len(held)} classes in {path}, {len(subs)} "
-        "sub-folders). Each sub-folder needs one name."
+        "sub-folders with pictures). Each sub-folder needs one name."
       )
   return [held[sub] for sub in subs]
 
@@ -279,10 +330,6 @@ def _strings(path: pathlib.Path, held: Any, *, what: str) -> list[str]:
     if not isinstance(value, str) or not value.strip():
       raise ValueError(f"{what}: {path} holds {value!r}: non-empty strings are needed.")
   return held
-
-
-def _is_image(path: pathlib.Path) -> bool:
-  return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _some(names: Sequence[str]) -> str:
