@@ -8,6 +8,7 @@ is wrong with a file is a ValueError in one line with the place; storage that st
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -30,7 +31,7 @@ class Line(NamedTuple):
 
   def text(self) -> str:
     """The line without a byte order mark; a ValueError that begins with 'not UTF-8'."""
-    return _decode(self.data, offset=self.offset, number=self.number)
+    return _decode(self.data, offset=self.offset, number=self.number).removeprefix(_BOM)
 
 
 class Row(NamedTuple):
@@ -52,7 +53,7 @@ def read_text(path: pathlib.Path, *, name: str = "") -> str:
   with _open(path, name) as file:
     data = file.read()
   try:
-    return _decode(data)
+    return _decode(data).removeprefix(_BOM)
   except ValueError as error:
     raise ValueError(f"{name} is {error}. Save it as UTF-8.") from None
 
@@ -63,7 +64,7 @@ def read_json(path: pathlib.Path, *, name: str = "") -> Any:
   with _open(path, name) as file:
     data = file.read()
   try:
-    return parse_json(_decode(data))
+    return parse_json(_decode(data).removeprefix(_BOM))
   except ValueError as error:
     raise ValueError(f"{name} is not JSON: {error}. Get or write it once more.") from None
 
@@ -73,7 +74,7 @@ def iterate_lines(path: pathlib.Path, *, name: str = "") -> Iterator[Line]:
   offset = 0
   with _open(path, name or str(path)) as file:
     for number, data in enumerate(file, start=1):
-      if data.strip():
+      if data.removeprefix(codecs.BOM_UTF8).strip():
         yield Line(number, offset, data.removesuffix(b"\n").removesuffix(b"\r"))
       offset += len(data)
 
@@ -155,12 +156,13 @@ def _csv_lines(path: pathlib.Path, name: str) -> Iterator[str]:
       except ValueError as error:
         raise ValueError(f"{name} is not CSV in UTF-8: {error}. Save it as UTF-8.") from None
       offset += len(data)
-      yield from io.StringIO(text, newline="")
+      text = text.removeprefix(_BOM) if number == 1 else text  # elsewhere it may be a field's
+      yield from io.StringIO(text, newline="") if "\r" in text else (text,)
 
 
 def _decode(data: bytes, *, offset: int = 0, number: int = 0) -> str:
   try:
-    return data.decode("utf-8").removeprefix(_BOM)
+    return data.decode("utf-8")
   except UnicodeDecodeError as error:
     number = number or 1 + data.count(b"\n", 0, error.start)
     raise ValueError(

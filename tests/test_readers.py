@@ -14,7 +14,7 @@ from grain_jax.evals import zero_shot
 from grain_jax.evals.inputs import annotations, files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.sets import segmentation
+from grain_jax.evals.sets import grounding, segmentation
 
 READS = ("read_bytes", "read_text", "open")  # of pathlib.Path
 METHODS = {name: getattr(pathlib.Path, name) for name in READS}
@@ -29,6 +29,8 @@ READERS = {
   "load": lambda path: inference._to_pil(path, 0),
   "json": lambda path: annotations.read_json(path.with_suffix(".json")),
   "json lines": lambda path: list(annotations.read_json_lines(path.with_suffix(".json"))),
+  "lines of one's own": lambda path: grounding.read_lines(path.with_suffix(".jsonl")),
+  "csv": lambda path: files.find(str(path.with_suffix(".csv"))),
   "descriptors": lambda path: zero_shot.read_descriptors(path.with_suffix(".json")),
   "embed": lambda path: files.read_lines(path.with_suffix(".json"), "--texts"),
   "build": _check,
@@ -47,6 +49,8 @@ def file(tmp_path):
   path = tmp_path / "a.png"
   Image.fromarray(np.zeros((4, 6), np.uint8)).save(path)
   path.with_suffix(".json").write_text('{"a": ["b"]}\n')
+  path.with_suffix(".jsonl").write_text('{"image": "a.png"}\n')
+  path.with_suffix(".csv").write_text("image\na.png\n")
   return path
 
 

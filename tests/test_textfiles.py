@@ -1,15 +1,16 @@
 """One table of odd lines through every reader of JSON lines and CSV, against json and csv."""
 
 import csv
+import errno
 import io
 import json
 import pathlib
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from grain_jax import textfiles
+from grain_jax import failures, textfiles
 from grain_jax.convert import state_dicts
 from grain_jax.data import sources
 from grain_jax.evals import zero_shot
@@ -68,6 +69,7 @@ GOOD_LINES = {
   "in a path": dump(entry(image=f"{ODD}.jpg")) + b"\n",
   "byte order mark": BOM + dump(entry()) + b"\n",
   "of each of two files put together": BOM + dump(entry()) + b"\n" + BOM + dump(entry("1")) + b"\n",
+  "byte order mark on a line of its own": BOM + b"\n" + dump(entry()) + b"\n",
   "Windows": dump(entry()) + b"\r\n" + dump(entry("1.jpg")) + b"\r\n",
   "escaped carriage return": dump(entry(captions=["a\rb\r\nc"])) + b"\n",
   "empty lines": b"\n\r\n" + dump(entry()) + b"\n\n \t\n" + dump(entry("1.jpg")) + b"\n\n",
@@ -101,7 +103,9 @@ def write(folder, name, data):
 def test_every_reader_of_json_lines_reads_what_json_reads(tmp_path, reader, case):
   name, read = JSON_LINES[reader]
   data = GOOD_LINES[case]
-  lines = [json.loads(x.removeprefix(BOM)) for x in data.split(b"\n") if x.strip()]
+  lines = [
+    json.loads(x.removeprefix(BOM)) for x in data.split(b"\n") if x.removeprefix(BOM).strip()
+  ]
   expected = [(x["image"], x["captions"]) for x in lines]
   found = read(write(tmp_path, name, data))
   if reader == "grounding":  # which reads no captions
@@ -291,11 +295,34 @@ def test_captions_that_are_null_leave_the_caption(tmp_path, reader):
   assert read(path) == [("0.jpg", ["one"])]
 
 
+def test_storage_that_fails_within_a_file_costs_nothing(tmp_path, monkeypatch):
+  """Every other read fails, some after a part of it: the file is opened again at the same place."""
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(b"".join(dump(entry(f"{i}.jpg")) + b"\n" for i in range(40)))
+  expected = list(textfiles.read_json_lines(path))
+  opened = []
+
+  class Failing(io.FileIO):
+    def readinto(self, buffer):
+      opened.append(self)
+      if len(opened) % 2:
+        super().readinto(memoryview(buffer)[: len(opened)])
+        raise OSError(errno.ESTALE, "Stale file handle")
+      return super().readinto(buffer)
+
+  monkeypatch.setattr(failures, "RETRY_DELAYS", (0.0,))
+  monkeypatch.setattr(textfiles, "_BUFFER", 50)
+  monkeypatch.setattr(pathlib.Path, "open", lambda path, mode, buffering: Failing(path, mode))
+  assert list(textfiles.read_json_lines(path)) == expected and len(opened) > 100
+  assert all(file.closed for file in opened)
+
+
 FIELDS = st.text(st.characters(codec="utf-8"), max_size=8)
 QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @QUICK
+@example(rows=[["\n\ufeff", "a"], ["\ufeff", "\r\ufeff"]])
 @given(rows=st.lists(st.lists(FIELDS, min_size=2, max_size=3), max_size=4))
 def test_what_csv_writes_is_read(tmp_path, rows):
   path = pathlib.Path(tmp_path / "a.csv")
