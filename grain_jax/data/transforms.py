@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 ASPECTS = (3 / 4, 4 / 3)  # of a crop's sides in pixels, as in torchvision's RandomResizedCrop
+_LONGEST = 16  # times the shorter side: what is resized of the longer one for a center crop
 MIN_VISIBLE = 0.5  # part of a box's area that a crop must keep
 _SIDES = re.compile(rb"\b(?:left|right)(?:most|wards?|hand)?\b", re.IGNORECASE)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -48,6 +49,7 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
   """The middle of the image, its shorter side at `size`, as CLIP sees it: u8 [size, size, 3]."""
+  image = _middle(image)
   width, height = image.size
   shorter = min(width, height)
   scaled = (max(int(size * width / shorter), size), max(int(size * height / shorter), size))
@@ -55,6 +57,21 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize(scaled, Image.Resampling.BICUBIC)
   left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
   return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+  """An image without the ends that a center crop leaves out, where it is long and thin.
+
+  Resized as a whole, 12,000 x 2 pixels would become 1,344,000 x 224. What is left is long enough
+  for the crop and the bicubic filter; a usual image stays whole, to be CLIP's bit for bit.
+  """
+  shorter, longer = sorted(image.size)
+  left_out = (longer - _LONGEST * shorter) // 2
+  if left_out <= 0:
+    return image
+  width, height = image.size
+  x, y = (left_out, 0) if width > height else (0, left_out)
+  return image.crop((x, y, width - x, height - y))
 
 
 RESIZES = {"squash": squash, "center_crop": center_crop}

@@ -92,6 +92,24 @@ def test_center_crop_is_clips(shape, rng):
   assert_array_equal(ours, np.moveaxis(theirs, 0, -1))
 
 
+@pytest.mark.parametrize("shape", [(2, 12_000), (12_000, 2), (1, 9_001)])
+def test_a_thin_picture_is_cropped_before_it_is_resized(shape, monkeypatch):
+  """A ramp along its length, against the middle of it by hand; whole it would be 1.2 GiB."""
+  largest = []
+  resize = Image.Image.resize
+  monkeypatch.setattr(
+    Image.Image,
+    "resize",
+    lambda image, size, how: (largest.append(size), resize(image, size, how))[1],
+  )
+  ramp = np.linspace(0, 255, max(shape)).round().astype(np.uint8).reshape(1, -1)
+  pixels = np.broadcast_to(ramp if shape[0] < shape[1] else ramp.T, shape)
+  got = transforms.resize(Image.fromarray(pixels).convert("RGB"), 24, "center_crop")
+  assert got.shape == (24, 24, 3) and max(map(max, largest)) <= 18 * 24
+  # 24 pixels of a crop show as much of the length as the picture is wide: 2 pixels, near grey 128.
+  assert np.abs(got.astype(int) - 128).max() <= 1
+
+
 def test_an_unknown_resize_is_one_line():
   with pytest.raises(ValueError, match="Choose from squash, center_crop"):
     transforms.resize(Image.new("RGB", (4, 4)), 4, "stretch")
