@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.eval_resize = "squash"  # of files and outside datasets: squash (published) | center_crop
   c.data.crop_min_area = 0.5  # crop: least area kept, as a fraction of the image
   c.data.reduced_decode = True  # training JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough
+  c.data.max_pixels = 89_478_485  # of the largest image to decode; a larger one is a bad record
   c.data.flip = False  # horizontal flip, never where a text says left or right
   c.data.caption = "half"  # half (original or LLM's with equal chance) | original | generated |
   # joined (half of the time all descriptions as one text, else as `half`; a control)

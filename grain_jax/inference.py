@@ -15,7 +15,7 @@ from PIL import Image
 from grain_jax import encoders, failures, places, schema
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
-from grain_jax.data import records, transforms
+from grain_jax.data import decoding, transforms
 from grain_jax.evals import zero_shot
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain
@@ -139,7 +139,8 @@ class Model:
     )
     items = [images] if single else list(images)
     size = self.config.model.image.size
-    pixels = [transforms.resize(_to_pil(p, i), size, how) for i, p in enumerate(items)]
+    most = self.config.data.max_pixels
+    pixels = [transforms.resize(_to_pil(p, i, most), size, how) for i, p in enumerate(items)]
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
   def _with_batch_size(self, size: int) -> ml_collections.ConfigDict:
@@ -176,23 +177,27 @@ def _texts(texts: str | Sequence[str], name: str) -> list[str]:
   return found
 
 
-def _to_pil(image: Any, index: int) -> Image.Image:
-  """RGB; one line about what cannot be read."""
+def _to_pil(image: Any, index: int, max_pixels: int = decoding.MAX_PIXELS) -> Image.Image:
+  """As it is shown, RGB; one line about what cannot be read."""
   if isinstance(image, (str, os.PathLike)):
     places.check(image, f"images[{index}]")
     file = pathlib.Path(image)
     if not failures.retry_read(file.is_file, file):
       raise ValueError(f"images[{index}]: there is no file {file}.")
     try:
-      return records.decode_image(failures.retry_read(file.read_bytes, file))
+      data = failures.retry_read(file.read_bytes, file)
+      return decoding.decode(data, max_pixels=max_pixels)
     except ValueError as error:
       raise ValueError(f"images[{index}], {file}: {error}") from error
   if isinstance(image, Image.Image):
-    return image.convert("RGB")
+    try:
+      return decoding.decode(image, max_pixels=max_pixels)
+    except ValueError as error:
+      raise ValueError(f"images[{index}]: {error}") from error
   array = np.asarray(image)
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
     raise ValueError(
       f"images[{index}] is {array.dtype} {list(array.shape)}: give u8 [H, W, 3] with values of 0 "
       "to 255, a PIL image or a path."
     )
-  return Image.fromarray(array)
+  return decoding.decode(array)

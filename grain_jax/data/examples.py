@@ -16,7 +16,7 @@ import numpy as np
 from grain_jax import config as configs
 from grain_jax import failures, schema, tokenizer
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import records, transforms
+from grain_jax.data import decoding, records, transforms
 
 _WARNINGS = 20  # bad records that are named in the log; all are counted
 _KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
@@ -66,6 +66,8 @@ class Examples:
     self.flip = training and config.data.flip
     self.reduced = training and config.data.reduced_decode
     self.min_area = config.data.crop_min_area
+    self.max_pixels = config.data.max_pixels
+    decoding.check_limit(self.max_pixels)
     self.caption = config.data.caption if training else "original"
     self.stop = config.data.on_bad_record == "stop"
     self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
@@ -153,7 +155,7 @@ class Examples:
       width, height = box[2] - box[0], box[3] - box[1]
       return -(-shape[0] * self.size // width), -(-shape[1] * self.size // height)
 
-    decoded = records.decode_image(record.image, enough=enough)
+    decoded = decoding.decode(record.image, max_pixels=self.max_pixels, enough=enough)
     if self.crop:
       (width, height), factor = decoded.size, decoded.size[0] / shape[0]
       if factor < 1:

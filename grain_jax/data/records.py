@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from grain_jax import failures, schema
+from grain_jax.data import decoding
 
 # Why `check` drops something; the manifest counts each by this name.
 MISSING_IMAGE = "missing_image"
 CORRUPT_IMAGE = "corrupt_image"
+IMAGE_TOO_LARGE = "image_too_large"  # more pixels than `decoding.MAX_PIXELS`
 NO_CAPTION = "no_caption"
 EMPTY_CAPTION = "empty_caption"
 EMPTY_DESCRIPTION = "empty_description"
@@ -166,51 +168,6 @@ def parse(data: bytes) -> Parsed:
   )
 
 
-def decode_image(
-  data: bytes, *, enough: Callable[[int, int], tuple[int, int]] | None = None
-) -> Image.Image:
-  """JPEG bytes -> RGB image; a one-line ValueError where they are corrupt or cut short.
-
-  Args:
-    data: of the file.
-    enough: (width, height) of the file's image -> a width and height that are enough. The image is
-      then decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller: the JPEG decoder leaves
-      out what a later resize would take away.
-  """
-  try:
-    image = Image.open(io.BytesIO(data))
-    if enough is not None:
-      image.draft(None, enough(*image.size))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-  except Exception as error:  # PIL raises a dozen kinds, SyntaxError and struct.error among them
-    raise ValueError(f"corrupt image: {_reason(error)}") from None
-
-
-def as_jpeg(data: bytes) -> bytes:
-  """Image bytes of any format PIL reads -> JPEG bytes, RGB or grey; ValueError if corrupt."""
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      image.load()
-      if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        return data
-      if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-      encoded = io.BytesIO()
-      image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
-      return encoded.getvalue()
-  except Exception as error:
-    raise ValueError(f"corrupt image: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-  if isinstance(error, UnidentifiedImageError):  # its message is of a buffer in memory
-    return "no format that PIL knows"
-  return str(error)
-
-
 def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:
   """A box clipped to the image, or the reason why it cannot be used.
 
@@ -261,9 +218,11 @@ def check(
     try:
       if isinstance(image, pathlib.Path):
         image = failures.retry_read(image.read_bytes, image)
-      image = as_jpeg(image)
+      image = decoding.as_jpeg(image)
     except OSError:
       return Checked(None, [*dropped, ("records", MISSING_IMAGE)])
+    except decoding.TooManyPixels:
+      return Checked(None, [*dropped, ("records", IMAGE_TOO_LARGE)])
     except ValueError:
       return Checked(None, [*dropped, ("records", CORRUPT_IMAGE)])
   regions = []

@@ -15,7 +15,8 @@ FOLDER/annotations.csv, or the file given as --annotations. JSONL, a line an ima
             that leads out of FOLDER ("../x") is refused and counted, unless --allow_outside.
   captions  the original first, then generated ones; or "caption" with a single one.
   regions   optional, and may be empty: description, box (ymin, xmin, ymax, xmax) as fractions of
-            the image, score (optional, 1): training takes the regions of highest score.
+            the image as it is shown, upright where EXIF says that it was taken sideways; score
+            (optional, 1): training takes the regions of highest score.
   split     optional, "train": or any other name. --val_fraction moves a part of train to val.
   negatives optional: [{"caption": str, "kind": relation | attribute | object | action}].
 

@@ -91,7 +91,8 @@ def evaluate(
     if not item.true or not item.false:
       raise ValueError(f"{what}: item {i} lacks a true or a false caption. Give at least one each.")
   order = {image: i for i, image in enumerate(dict.fromkeys(item.image for item in items))}
-  encoded = retrieval.encode_images(encoders, map(_open, order), what=what, warn=warn)
+  opened = (_open(image, encoders.max_pixels) for image in order)
+  encoded = retrieval.encode_images(encoders, opened, what=what, warn=warn)
   row = np.full(len(order), -1)
   row[encoded.index] = np.arange(len(encoded.index))
   own = row[[order[item.image] for item in items]]
@@ -351,11 +352,11 @@ def _rewrite(caption: str, phrases: Sequence[_Phrase], changed: dict[int, _Phras
   return "".join(pieces) + caption[last:]
 
 
-def _open(image: pathlib.Path | Crop) -> pathlib.Path | Image.Image:
+def _open(image: pathlib.Path | Crop, max_pixels: int) -> pathlib.Path | Image.Image:
   """What `images` reads; a crop whose image cannot be read is left to it to be counted."""
   if not isinstance(image, Crop):
     return image
   try:
-    return images_lib.open_image(image.path).crop(image.box)
+    return images_lib.open_image(image.path, max_pixels=max_pixels).crop(image.box)
   except ValueError:
     return image.path

@@ -298,7 +298,7 @@ def _by_crop(
     start = 0
     for i, item in enumerate(annotated):
       try:
-        source_image = images_lib.open_image(item.source)
+        source_image = images_lib.open_image(item.source, max_pixels=encoders.max_pixels)
       except ValueError as error:
         unreadable.reasons[i] = str(error)
       else:
@@ -313,6 +313,7 @@ def _by_crop(
     resize=encoders.resize,
     batch_size=encoders.batch_size,
     unreadable=images_lib.Unreadable(),
+    max_pixels=encoders.max_pixels,
   ):
     encoded = retrieval.check_embeddings(encoders.image(batch.image), name="encode_image")
     yield Block(np.asarray(index)[batch.index], encoded)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy_data
 
-from grain_jax.data import build, dataset, records
+from grain_jax.data import build, dataset, decoding, records
 
 REGION = {"description": "a red box", "box": (0.1, 0.2, 0.5, 0.6), "score": 0.5, "negatives": []}
 
@@ -72,7 +72,7 @@ def test_tfds_reads_the_directory(tmp_path):
       assert [c.decode() for c in got["captions"]] == want["captions"]
       assert len(got["regions"]["description"]) == len(want["regions"])
       np.testing.assert_allclose(got["regions"]["box"], [g["box"] for g in want["regions"]])
-      pixels = np.asarray(records.decode_image(want["image"]), int)
+      pixels = np.asarray(decoding.decode(want["image"]), int)
       assert np.abs(got["image"].astype(int) - pixels).max() <= 3  # another JPEG decoder
       assert got["label"] == (i if split == "val" else -1)
       assert got["mask"].shape == ((48, 48, 1) if split == "val" else (1, 1, 1))

@@ -6,7 +6,7 @@ import toy_data
 from PIL import Image
 
 from grain_jax import schema, tokenizer
-from grain_jax.data import dataset, pipeline, records, sampler
+from grain_jax.data import dataset, decoding, pipeline, records, sampler
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_examples_are_the_records(data):
     chosen = sampler.indices(seed=0, epoch=step // 2, step=step % 2, batch_size=4, num_records=11)
     for i, index in enumerate(chosen):
       record = opened.parse("train", int(index))
-      pixels = np.asarray(records.decode_image(record.image))
+      pixels = np.asarray(decoding.decode(record.image))
       np.testing.assert_array_equal(batch["image"][i], pixels)
       best = sorted(range(len(record.scores)), key=lambda r: -record.scores[r])[:3]
       count = len(best)
@@ -309,7 +309,7 @@ def test_dataset_finds_records_across_shards(data):
     opened.read("train", [11])
 
 
-@pytest.mark.parametrize("read", [records.decode_image, records.as_jpeg])
+@pytest.mark.parametrize("read", [decoding.decode, decoding.as_jpeg])
 def test_what_is_no_image_says_so_in_words(read):
   with pytest.raises(ValueError) as error:
     read(b"<html>")
@@ -322,9 +322,9 @@ def test_an_image_is_decoded_no_larger_than_it_has_to_be():
   sizes = {(224, 224): (320, 240), (320, 240): (320, 240), (321, 240): (640, 480), (1, 1): (80, 60)}
   for enough, size in sizes.items():
     seen = []
-    image = records.decode_image(data, enough=lambda w, h: seen.append((w, h)) or enough)  # noqa: B023
+    image = decoding.decode(data, enough=lambda w, h: seen.append((w, h)) or enough)  # noqa: B023
     assert image.size == size and seen == [(640, 480)]
-  assert records.decode_image(data).size == (640, 480)
+  assert decoding.decode(data).size == (640, 480)
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])

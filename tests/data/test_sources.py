@@ -8,7 +8,7 @@ import pytest
 import toy_data
 from PIL import Image
 
-from grain_jax.data import build, build_flags, dataset, records, sources
+from grain_jax.data import build, build_flags, dataset, decoding, sources
 
 
 def folder(tmp_path, *, count=3):
@@ -48,7 +48,7 @@ def test_folder_with_jsonl(tmp_path):
   assert first.key == b"0.jpg" and first.captions == [b"first", b"second"]
   assert first.boxes.tolist() == [pytest.approx([0.1, 0.2, 0.5, 0.6])]
   assert first.scores.tolist() == [0.25] and first.image == (root / "0.jpg").read_bytes()
-  white = records.decode_image(opened.parse("train", 1).image)
+  white = decoding.decode(opened.parse("train", 1).image)
   assert white.size == (20, 10) and min(white.getpixel((5, 5))) > 250
   assert opened.parse("train", 2).negatives == [(b"n", b"object")]
   assert opened.parse("val", 0).captions == [b"only"]

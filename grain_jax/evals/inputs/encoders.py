@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from grain_jax.data import decoding
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 
 
@@ -29,6 +30,7 @@ class Encoders:
   patches: Callable[[np.ndarray], np.ndarray] = _no_patches
   size: int = 224  # side of the images in pixels
   resize: str = "squash"  # how images are brought to that size: one of `transforms.RESIZES`
+  max_pixels: int = decoding.MAX_PIXELS  # of the largest image that is read
   batch_size: int = 256  # images or rows of text in one call of the compiled program
   context: int = 77  # tokens of a text, start and end included; longer ones are cut
   has_regions: bool = True  # whether there are region queries

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from grain_jax import failures
-from grain_jax.data import records, transforms
+from grain_jax.data import decoding, transforms
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 
@@ -68,25 +68,19 @@ class Encoded(NamedTuple):
   total: int  # images given
 
 
-def open_image(source: Source) -> Image.Image:
-  """An image as RGB.
+def open_image(source: Source, *, max_pixels: int = decoding.MAX_PIXELS) -> Image.Image:
+  """An image as it is shown, RGB: see `decoding.decode`.
 
   Raises:
     ValueError: there is none, or what is there is none; one line.
     failures.TransientError: the storage of its file fails; that says nothing of the image.
   """
-  if isinstance(source, Image.Image):
-    return source.convert("RGB")
-  if isinstance(source, np.ndarray):
-    grey = source.ndim == 2 or (source.ndim == 3 and source.shape[-1] == 1)
-    if source.dtype != np.uint8 or not (grey or (source.ndim == 3 and source.shape[-1] == 3)):
-      raise ValueError(f"{source.dtype} {list(source.shape)} is no u8 [H, W, 3] picture")
-    return Image.fromarray(source.reshape(source.shape[:2]) if grey else source).convert("RGB")
-  if isinstance(source, bytes):
-    return records.decode_image(source)
+  if isinstance(source, (bytes, Image.Image, np.ndarray)):
+    return decoding.decode(source, max_pixels=max_pixels)
   path = pathlib.Path(source)
   try:
-    return records.decode_image(failures.retry_read(path.read_bytes, path))
+    data = failures.retry_read(path.read_bytes, path)
+    return decoding.decode(data, max_pixels=max_pixels)
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}") from error
   except ValueError as error:
@@ -102,6 +96,7 @@ def batches(
   unreadable: Unreadable,
   shard: ProcessShard = SINGLE_PROCESS,
   threads: int = 0,
+  max_pixels: int = decoding.MAX_PIXELS,
 ) -> Iterator[Batch]:
   """Batches of `batch_size` images (the last may be smaller) of those that can be read.
 
@@ -113,6 +108,7 @@ def batches(
     unreadable: filled in on the way.
     shard: of the images, that this process reads; all processes get all batches.
     threads: that decode; 0 for one a core.
+    max_pixels: of the largest image that is read.
   """
 
   def load(numbered: tuple[int, Source]) -> _Loaded | None:
@@ -120,7 +116,7 @@ def batches(
     if not shard.holds(index % batch_size, batch_size):
       return None
     try:
-      image = open_image(source)
+      image = open_image(source, max_pixels=max_pixels)
     except ValueError as error:
       return str(error)
     return transforms.resize(image, size, resize), (image.height, image.width)
@@ -174,6 +170,7 @@ def encode(
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,
+    max_pixels=encoders.max_pixels,
   ):
     index.append(batch.index)
     parts.append(encode_images(batch.image))

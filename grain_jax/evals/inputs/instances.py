@@ -203,6 +203,7 @@ def batches(
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,
+    max_pixels=encoders.max_pixels,
   ):
     read_any = True
     yield batch

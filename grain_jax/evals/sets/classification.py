@@ -127,6 +127,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,
+    max_pixels=encoders.max_pixels,
   ):
     own = [labels[i] for i in batch.index]
     counted += own

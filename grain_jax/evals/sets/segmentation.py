@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from grain_jax import failures, textfiles
 from grain_jax.evals import retrieval, segmentation
@@ -131,6 +129,7 @@ def patches_of(
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,
+    max_pixels=encoders.max_pixels,
   ):
     patches = segmentation.checked_patches(encoders.patches(batch.image), batch.image)
     for row, index in enumerate(batch.index.tolist()):
@@ -156,12 +155,10 @@ def check_files(items: Sequence[Item], what: str, kind: str) -> None:
       )
   first = items[0].image
   try:
-    data = failures.retry_read(first.read_bytes, first)
-    with Image.open(io.BytesIO(data)) as image:
-      size = image.height, image.width
-  except OSError:
+    image = images_lib.open_image(first)
+  except ValueError:
     return  # `run` counts it
-  read_png(getattr(items[0], kind), size)
+  read_png(getattr(items[0], kind), (image.height, image.width))
 
 
 def read_png(path: pathlib.Path, size: tuple[int, int]) -> np.ndarray:

@@ -68,7 +68,9 @@ def test_each_picture_of_a_folder_is_read_by_one_process(count, tmp_path, monkey
     file.write_bytes(b"broken" if i in (3, 8) else images_lib.png(np.full(shape, i, np.uint8)))
   opened = []
   real = images_lib.open_image
-  monkeypatch.setattr(images_lib, "open_image", lambda s: (opened.append(s), real(s))[1])
+  monkeypatch.setattr(
+    images_lib, "open_image", lambda s, **how: (opened.append(s), real(s, **how))[1]
+  )
 
   def work(shard):
     unreadable = images_lib.Unreadable()
