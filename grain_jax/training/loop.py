@@ -161,7 +161,6 @@ def _start(
   meta: dict[str, Any],
 ) -> steps.TrainState:
   """The fresh state, or that of the newest checkpoint; the workdir has taken a checkpoint of it."""
-  distributed.report_progress("saving", 0)
   if checkpoints.agree_on_latest() is not None:
     state, found = checkpoints.restore(abstract)
     others = {name: value for name, value in meta.items() if name != "config"}
