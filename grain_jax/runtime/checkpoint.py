@@ -28,6 +28,7 @@ _MIN_REPLICA_SLICE_BYTES = 1 << 20
 # Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
 # is tried again: what a network file system needs to get over a stale handle.
 WAITS = (1.0, 5.0, 15.0)
+_SLOW = 3600.0  # seconds that a process waits for another whose storage is slower
 
 
 class SaveError(failures.TransientError):
@@ -174,7 +175,7 @@ class Checkpoints:
       except Exception as error:  # Orbax and the file system raise many kinds
         self._fail(error)
     own, self._failure = self._failure, None
-    told = [json.loads(x) for x in distributed.gather("saved", json.dumps(own and str(own)))]
+    told = _gather("saved", own and str(own))
     line = next(filter(None, told), None)
     return own or (SaveError(line) if line else None)
 
@@ -252,7 +253,7 @@ class Checkpoints:
       if restored is None:
         restored, own, storage = self._read(step, abstract)
       # A file that one process alone cannot read must not part it from the others.
-      told = [json.loads(x) for x in distributed.gather("restored", json.dumps([own, storage]))]
+      told = _gather("restored", [own, storage])
       reason = next((r for r, _ in told if r), "")
       if not reason or reason.startswith(_OTHER_MODEL):
         return restored, reason
@@ -359,6 +360,12 @@ class Checkpoints:
     if not self._read_only:
       self.wait()
     self._manager.close()
+
+
+def _gather(name: str, value: Any) -> list[Any]:
+  """The JSON-able `value` of every process, which may have slower storage than this one."""
+  told = distributed.gather(name, json.dumps(value), seconds=_SLOW)
+  return [json.loads(text) for text in told]
 
 
 def _types() -> ocp.type_handlers.TypeHandlerRegistry:
