@@ -64,3 +64,24 @@ def match(tree: Tree, rules: Iterable[tuple[str, Any]], default: Any, *, what: s
 def count(tree: Tree) -> int:
   """Number of scalars in all leaves."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def first_difference(saved: Any, abstract: Any) -> str:
+  """The first array that a checkpoint and a model do not share, in words; '' if they match.
+
+  Compared are the parts (parameters, moments, ...) that `abstract` has.
+  """
+  parts = {name.split("/")[0] for name, _ in named_leaves(abstract)}
+  theirs = {name: leaf for name, leaf in named_leaves(saved) if name.split("/")[0] in parts}
+  ours = dict(named_leaves(abstract))
+  for name, leaf in ours.items():
+    if name not in theirs:
+      return f"it has no {name!r} {list(leaf.shape)}"
+    if tuple(theirs[name].shape) != tuple(leaf.shape):
+      return (
+        f"its {name!r} has the shape {list(theirs[name].shape)}, the model's {list(leaf.shape)}"
+      )
+  for name, leaf in theirs.items():
+    if name not in ours:
+      return f"its {name!r} {list(leaf.shape)} is not in the model"
+  return ""

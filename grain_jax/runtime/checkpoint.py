@@ -274,7 +274,7 @@ class Checkpoints:
       # The handlers by themselves: what is around them would wait for the other processes.
       handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
       saved = handler.metadata(folder / "state")
-      difference = _difference(saved.tree, abstract)
+      difference = trees.first_difference(saved.tree, abstract)
       if difference:
         why = f"{_OTHER_MODEL}: {difference}. Use a new workdir, or the model's own config."
         return None, why, False
@@ -381,24 +381,3 @@ def _types() -> ocp.type_handlers.TypeHandlerRegistry:
 
 
 _OTHER_MODEL = "of another model"
-
-
-def _difference(saved: Any, abstract: Any) -> str:
-  """The first array that a checkpoint and a model do not share, in words; '' if they match.
-
-  Compared are the parts (parameters, moments, ...) that `abstract` has.
-  """
-  parts = {name.split("/")[0] for name, _ in trees.named_leaves(abstract)}
-  theirs = {name: leaf for name, leaf in trees.named_leaves(saved) if name.split("/")[0] in parts}
-  ours = dict(trees.named_leaves(abstract))
-  for name, leaf in ours.items():
-    if name not in theirs:
-      return f"it has no {name!r} {list(leaf.shape)}"
-    if tuple(theirs[name].shape) != tuple(leaf.shape):
-      return (
-        f"its {name!r} has the shape {list(theirs[name].shape)}, the model's {list(leaf.shape)}"
-      )
-  for name, leaf in theirs.items():
-    if name not in ours:
-      return f"its {name!r} {list(leaf.shape)} is not in the model"
-  return ""
