@@ -89,8 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
       keep_best=config.checkpoint.keep_best,
     )
-    shards = {"batch_shards": meshes.num_shards(mesh)}
-    meta = {"config": config.to_dict(), **fingerprints, **shards}
+    batch_shards = meshes.num_shards(mesh)
+    meta = {"config": config.to_dict(), **fingerprints, "batch_shards": batch_shards}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
       state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)
