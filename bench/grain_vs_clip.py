@@ -29,6 +29,7 @@ from bench import statistics
 from grain_jax import cli
 from grain_jax import config as configs
 from grain_jax.data import dataset
+from grain_jax.models import initial
 
 ARMS, METRICS, BUDGETS = comparisons.ARMS, comparisons.METRICS, comparisons.BUDGETS
 TREATED, TUNING_SEED = comparisons.TREATED, comparisons.TUNING_SEED
@@ -64,12 +65,15 @@ def check_protocol(store: Store, recipe: str, *, data: str) -> None:
   text = json.dumps(manifest["splits"], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
   now = {"config": values, "arms": ARMS, "data": {"digest": digest}}
+  now["model"] = {"initial": initial.VERSION}
   now = json.loads(json.dumps(now))  # as it will be read back
   old = store.read("protocol")
   if old is None:
     store.write("protocol", now)
     return
-  for part in ("config", "arms", "data"):
+  old["config"] = {k: v for k, v in configs.ADDED.items() if k in values} | old["config"]
+  old.setdefault("model", {"initial": 1})
+  for part in ("config", "arms", "data", "model"):
     for key in sorted(old[part].keys() & now[part].keys()):
       if old[part][key] != now[part][key]:
         raise ValueError(

@@ -96,6 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.decoder.mlp_dim = 2048  # hidden units of the MLP
   c.model.decoder.dropout = 0.1  # part of the activations left out while training
   c.model.decoder.norm_eps = 1e-5  # of its LayerNorms
+  c.model.decoder.init = "torch"  # Xavier over q, k, v at once | per_matrix: sqrt(2) wider
   c.model.decoder.memory_positions = False  # learned ones, added to the memory; off as published
 
   c.loss = ml_collections.ConfigDict()

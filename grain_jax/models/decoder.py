@@ -18,6 +18,12 @@ from grain_jax.models import layers, vit
 Array = jax.Array
 
 XAVIER = nn.initializers.xavier_uniform()
+# Kernel of query, key and value, by `config.model.decoder.init`: torch draws the three at once,
+# [3 D, D], so that Xavier's bound is sqrt(6 / 4 D) where that of one matrix is sqrt(6 / 2 D).
+PROJECTION = {
+  "torch": nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
+  "per_matrix": XAVIER,
+}
 # torch.nn.Linear's own default: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -40,6 +46,7 @@ class DecoderLayer(nn.Module):
   dropout: float
   norm_eps: float
   deterministic: bool
+  init: str
   fused: str = "xla"
   dtype: Any = jnp.float32
 
@@ -49,7 +56,7 @@ class DecoderLayer(nn.Module):
 
     def attention(name: str) -> nn.Module:
       return layers.Attention(
-        self.heads, XAVIER, XAVIER,
+        self.heads, PROJECTION[self.init], XAVIER,
         dropout=self.dropout, fused=self.fused, part=f"query decoder, {name.replace('_', '-')}",
         dtype=self.dtype, name=name,
       )  # fmt: skip
@@ -66,14 +73,20 @@ class DecoderLayer(nn.Module):
     )
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm3")
     mlp = layers.Mlp(
-      self.mlp_dim, "relu", XAVIER, XAVIER, dropout=self.dropout, dtype=self.dtype, name="mlp"
-    )
+      self.mlp_dim, "relu", XAVIER, XAVIER, self.init != "torch",
+      dropout=self.dropout, dtype=self.dtype, name="mlp",
+    )  # fmt: skip
     x = x + drop(mlp(y, deterministic=self.deterministic))
     return x, x
 
 
 class QueryDecoder(nn.Module):
-  """Image tokens -> features of the queries, after each layer."""
+  """Image tokens -> features of the queries, after each layer.
+
+  `init`: config.model.decoder.init. Both draw Xavier uniform weights; 'torch' as torch's own
+  modules under DETR's and GRAIN's code do (joint query, key and value, uniform biases of the MLPs),
+  'per_matrix' each matrix for itself, with zero biases.
+  """
 
   num_queries: int
   width: int
@@ -83,6 +96,7 @@ class QueryDecoder(nn.Module):
   dropout: float
   norm_eps: float
   memory_positions: bool = False
+  init: str = "torch"
   unroll: int = 1
   remat: str = "none"
   fused: str = "xla"
@@ -124,6 +138,7 @@ class QueryDecoder(nn.Module):
         "dropout": self.dropout,
         "norm_eps": self.norm_eps,
         "deterministic": not train,
+        "init": self.init,
         "fused": self.fused,
         "dtype": self.dtype,
       },
@@ -143,10 +158,15 @@ class BoxHead(nn.Module):
   """D-D-D-4 MLP with ReLU, then a sigmoid: (cx, cy, w, h) in [0, 1], float32."""
 
   width: int
+  init: str = "torch"  # as the decoder's
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    def dense(width: int, name: str, dtype: Any = jnp.float32) -> nn.Module:
+      bias_init = layers.linear_bias(self.width, zero=self.init != "torch")
+      return nn.Dense(width, kernel_init=LINEAR, bias_init=bias_init, dtype=dtype, name=name)
+
     for i in range(2):
-      x = jax.nn.relu(nn.Dense(self.width, kernel_init=LINEAR, dtype=self.dtype, name=f"fc{i}")(x))
-    return jax.nn.sigmoid(nn.Dense(4, kernel_init=LINEAR, name="fc2")(x.astype(jnp.float32)))
+      x = jax.nn.relu(dense(self.width, f"fc{i}", self.dtype)(x))
+    return jax.nn.sigmoid(dense(4, "fc2")(x.astype(jnp.float32)))

@@ -131,23 +131,39 @@ class Attention(nn.Module):
     return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
 
 
+def linear_bias(fan_in: int, *, zero: bool = False) -> Initializer:
+  """Biases of a linear layer: torch.nn.Linear's U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or zeros."""
+  if zero:
+    return nn.initializers.zeros
+
+  def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+  return init
+
+
 class Mlp(nn.Module):
-  """Linear(hidden) -> activation -> dropout -> Linear(D)."""
+  """Linear(hidden) -> activation -> dropout -> Linear(D); biases start as `linear_bias`."""
 
   hidden: int
   activation: str
   fc1_init: Initializer
   fc2_init: Initializer
+  zero_biases: bool = True
   dropout: float = 0.0
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
-    y = nn.Dense(self.hidden, kernel_init=self.fc1_init, dtype=self.dtype, name="fc1")(x)
+    def dense(x: Array, width: int, init: Initializer, name: str) -> Array:
+      bias_init = linear_bias(x.shape[-1], zero=self.zero_biases)
+      return nn.Dense(width, kernel_init=init, bias_init=bias_init, dtype=self.dtype, name=name)(x)
+
+    y = dense(x, self.hidden, self.fc1_init, "fc1")
     y = ACTIVATIONS[self.activation](y)
     if self.dropout:
       y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
-    return nn.Dense(x.shape[-1], kernel_init=self.fc2_init, dtype=self.dtype, name="fc2")(y)
+    return dense(y, x.shape[-1], self.fc2_init, "fc2")
 
 
 class Block(nn.Module):
@@ -163,6 +179,7 @@ class Block(nn.Module):
   activation: str
   norm_eps: float
   inits: tuple[Initializer, Initializer, Initializer, Initializer]  # attention in, out, fc1, fc2
+  zero_biases: bool = True  # of the MLP, at first
   qk_norm: bool = False
   fused: str = "xla"
   part: str = "model"  # part of the model, for messages
@@ -186,7 +203,10 @@ class Block(nn.Module):
       name="attention",
     )(query, y, y, mask=mask)
     y = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
-    x = x + Mlp(self.hidden, self.activation, fc1, fc2, dtype=self.dtype, name="mlp")(y)
+    mlp = Mlp(
+      self.hidden, self.activation, fc1, fc2, self.zero_biases, dtype=self.dtype, name="mlp"
+    )
+    x = x + mlp(y)
     return x, None
 
 

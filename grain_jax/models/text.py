@@ -78,6 +78,7 @@ class TextTransformer(nn.Module):
           normal((2 * self.width) ** -0.5),
           normal(out),
         ),
+        "zero_biases": False,  # CLIP draws weights alone; the rest is as torch makes it
         "fused": self.fused,
         "part": "text tower",
         "dtype": self.dtype,

@@ -73,8 +73,9 @@ class VisionTransformer(nn.Module):
   With `pre_norm` and without `patch_bias` it is CLIP's image tower (Radford et al., 2021), whose
   final LayerNorm sees the class token alone; for that token it is the same.
 
-  Initialised as timm does: truncated normal (`init_std`, 0.02) for weights and positions, 1e-6 for
-  the class token, zero biases.
+  Initialised as timm does: normal (`init_std`, 0.02; timm's truncation is at +-2, a hundred of
+  these) for weights and positions, 1e-6 for the class token, zero biases; the patch embedding as
+  torch's convolution. The hMLP stem's layers have unit gain (LeCun normal).
   """
 
   size: int
@@ -107,7 +108,7 @@ class VisionTransformer(nn.Module):
       [B, 1 + (size / patch)^2, width], the class token first.
     """
     batch, side = image.shape[0], self.size // self.patch
-    init = nn.initializers.truncated_normal(self.init_std)
+    init = nn.initializers.normal(self.init_std)
     if self.stem == "hmlp":
       x = HierarchicalStem(
         self.patch, self.width, self.activation, self.norm_eps, dtype=self.dtype, name="stem"
@@ -120,6 +121,7 @@ class VisionTransformer(nn.Module):
         self.width,
         use_bias=self.patch_bias,
         kernel_init=uniform,
+        bias_init=layers.linear_bias(x.shape[-1]),
         dtype=self.dtype,
         name="patch_embedding",
       )(x)
@@ -155,6 +157,6 @@ class VisionTransformer(nn.Module):
   def _positions(self, key: Array, shape: tuple[int, int]) -> Array:
     """Initial position embedding, the class token's first; learned from there on."""
     if self.position_init == "normal":
-      return nn.initializers.truncated_normal(0.02)(key, shape)
+      return nn.initializers.normal(0.02)(key, shape)
     grid = sincos_positions(self.size // self.patch, self.width)
     return jnp.concatenate([jnp.zeros((1, self.width)), grid])

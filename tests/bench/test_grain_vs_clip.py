@@ -223,8 +223,20 @@ def test_results_are_tied_to_recipe_and_data(store, monkeypatch):
   recipe = "configs/quickstart.py"
   bench.check_protocol(store, recipe, data="x")
   bench.check_protocol(store, recipe + ":seed=4,steps=9,log_every=3", data="y")
+  now = store.read("protocol")
   with pytest.raises(ValueError, match="config.batch_size was [0-9]* and is 7. Give another"):
     bench.check_protocol(store, recipe + ":batch_size=7", data="x")
+  protocol = store.read("protocol")
+  del protocol["config"]["model.decoder.init"]  # results of before there was the key
+  store.write("protocol", protocol)
+  bench.check_protocol(store, recipe + ":model.decoder.init=per_matrix", data="x")
+  with pytest.raises(ValueError, match="model.decoder.init was 'per_matrix' and is 'torch'"):
+    bench.check_protocol(store, recipe, data="x")
+  del protocol["model"]
+  store.write("protocol", protocol)
+  with pytest.raises(ValueError, match="model.initial was 1 and is 2"):
+    bench.check_protocol(store, recipe + ":model.decoder.init=per_matrix", data="x")
+  store.write("protocol", now)
   monkeypatch.setitem(runs.ARMS, "clip", {"method": "clip"})
   with pytest.raises(ValueError, match="arms.clip was"):
     bench.check_protocol(store, recipe, data="x")
