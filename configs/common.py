@@ -109,6 +109,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
+  c.loss.precision = (
+    "auto"  # of the contrastive products: bfloat16, float32 | auto: float32 on CPUs
+  )
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
   c.loss.multi_positive = 0.0  # weight of descriptions as more positives of the image (a control)
   c.loss.permute_regions = False  # boxes and descriptions of another image (a control)

@@ -43,6 +43,7 @@ CHOICES = {
   "model.decoder.init": ("torch", "per_matrix"),
   "loss.region_negatives": ("global", "local"),
   "loss.matcher": ("host", "device"),
+  "loss.precision": ("auto", "float32", "bfloat16"),
   "optimizer.name": ("adamw", "muon"),
   "optimizer.decay_mask": ("clean", "published"),
 }
@@ -57,6 +58,7 @@ FREE_KEYS = frozenset(
     "deterministic",
     "loss.chunk",
     "loss.matcher",
+    "loss.precision",
     "model.attention",
     "model.remat",
     "model.unroll",
@@ -109,6 +111,7 @@ ADDED = {
   "data.reduced_decode": False,
   "grounding.split": "val",
   "loss.chunk": 8192,
+  "loss.precision": "float32",
   "model.attention": "auto",
   "model.decoder.init": "per_matrix",
   "model.image.patch_bias": True,

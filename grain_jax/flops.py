@@ -8,7 +8,7 @@ is rematerialised counts again. Masked attention counts whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax.extend import core
@@ -38,12 +38,29 @@ def _product(eqn: Any) -> int:
   return round(2 * terms * math.prod(eqn.outvars[0].aval.shape))
 
 
-def count(jaxpr: core.Jaxpr, *, trip_counts: bool = True, path: str = "") -> dict[str, int]:
+def product_precision(eqn: Any) -> tuple[str, str]:
+  """(widest type of the operands, 'DEFAULT' | 'HIGH' | 'HIGHEST') of a product's equation."""
+  widest = max((v.aval.dtype for v in eqn.invars), key=lambda dtype: dtype.itemsize)
+  precision = eqn.params.get("precision")
+  names = {getattr(p, "name", "DEFAULT") for p in precision or ()}
+  ordered = [name for name in ("HIGHEST", "HIGH") if name in names]
+  return str(widest), ordered[0] if ordered else "DEFAULT"
+
+
+def count(
+  jaxpr: core.Jaxpr,
+  *,
+  trip_counts: bool = True,
+  passes: Callable[[str, str], float] | None = None,
+  path: str = "",
+) -> dict[str, int]:
   """FLOPs over all devices by the path of names ('/jvp(Grain)/.../mlp/fc1') they stand under.
 
   Args:
     jaxpr: a traced function.
     trip_counts: bodies of scans count as often as they run; else once, as XLA's analysis has it.
+    passes: `product_precision` -> passes of a chip's matrix unit over such a product, which then
+      counts so many times.
     path: names above.
 
   Raises:
@@ -53,9 +70,11 @@ def count(jaxpr: core.Jaxpr, *, trip_counts: bool = True, path: str = "") -> dic
   for eqn in jaxpr.eqns:
     where = f"{path}/{eqn.source_info.name_stack}"
     if product_flops := _product(eqn):
-      found[where] = found.get(where, 0) + product_flops
+      times = passes(*product_precision(eqn)) if passes else 1
+      found[where] = found.get(where, 0) + round(times * product_flops)
       continue
-    inner = [count(body, trip_counts=trip_counts, path=where) for body in _inner(eqn.params)]
+    options = {"trip_counts": trip_counts, "passes": passes, "path": where}
+    inner = [count(body, **options) for body in _inner(eqn.params)]
     name = eqn.primitive.name
     if name == "while" and any(inner):
       raise ValueError(f"{where}: a while loop with a matrix product has no FLOP count. Use scan.")

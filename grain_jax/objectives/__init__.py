@@ -12,7 +12,7 @@ import ml_collections
 from jax.sharding import PartitionSpec
 
 from grain_jax.models import grain
-from grain_jax.objectives import boxes, captions, duplicates, matching, regions
+from grain_jax.objectives import boxes, captions, contrastive, duplicates, matching, regions
 
 Array = jax.Array
 
@@ -39,8 +39,8 @@ def _sharded_loss(
   text_hashes: Array | None,
   *,
   batch_axes: tuple[str, ...],
-  chunk: int,
   local: bool = False,
+  **options: Any,
 ) -> tuple[Array, ...]:
   """A contrastive loss whose rows are sharded with the batch; the sums over all devices.
 
@@ -52,18 +52,18 @@ def _sharded_loss(
     mask: which of them count.
     text_hashes: of `duplicates.hash_texts`, or None.
     batch_axes: mesh axes that shard the batch; none: it is not sharded.
-    chunk: candidates at a time.
     local: negatives from the device's own examples alone.
+    **options: of the loss.
   """
   if not batch_axes:
-    return loss(a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, chunk=chunk)
+    return loss(a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, **options)
 
   def local_loss(
     a: Array, b: Array, logit_scale: Array, mask: Array, text_hashes: Any
   ) -> tuple[Array, ...]:
     axes = () if local else batch_axes
     sums = loss(
-      a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, axes=axes, chunk=chunk
+      a, b, logit_scale=logit_scale, mask=mask, text_hashes=text_hashes, axes=axes, **options
     )
     return jax.lax.psum(sums, batch_axes)
 
@@ -80,6 +80,7 @@ def total_loss(
   config: ml_collections.ConfigDict,
   *,
   batch_axes: tuple[str, ...] = (),
+  platform: str = "cpu",
 ) -> Losses:
   """w_caption L_caption + w_box L_box + w_region L_region.
 
@@ -88,8 +89,10 @@ def total_loss(
     batch: device batch (`schema.BATCH`).
     config: `config.loss` gives weights and choices.
     batch_axes: mesh axes that shard the batch, under `jax.set_mesh`; none: it is not sharded.
+    platform: of the devices, for `config.loss.precision`.
   """
   w = config.loss
+  dtype = contrastive.product_dtype(w.precision, platform)
   num_regions = batch["boxes"].shape[1]
   example = batch["example_mask"]
   text_hashes = duplicates.hash_texts(
@@ -100,7 +103,7 @@ def total_loss(
     "loss_caption": _sharded_loss(
       captions.caption_loss, output.image, output.captions, output.logit_scale, caption_mask,
       text_hashes[:, 0] if w.mask_duplicates else None,
-      batch_axes=batch_axes, chunk=w.chunk,
+      batch_axes=batch_axes, chunk=w.chunk, dtype=dtype,
     )
   }  # fmt: skip
   total = w.caption * mean(parts["loss_caption"])
@@ -121,6 +124,7 @@ def total_loss(
       logit_scale=output.logit_scale,
       mask=described,
       text_hashes=region_hashes,
+      dtype=dtype,
     )
     total += w.multi_positive * mean(parts["loss_multi_positive"])
 
@@ -146,7 +150,7 @@ def total_loss(
     region_total, correct, weight = _sharded_loss(
       regions.region_loss, regions.take_queries(output.regions, queries[:, -1]), descriptions,
       output.logit_scale, described, region_hashes if w.mask_duplicates else None,
-      batch_axes=batch_axes, chunk=w.chunk, local=w.region_negatives == "local",
+      batch_axes=batch_axes, chunk=w.chunk, dtype=dtype, local=w.region_negatives == "local",
     )  # fmt: skip
     parts["loss_region"] = (region_total, weight)
     parts["region_accuracy"] = (correct, weight)

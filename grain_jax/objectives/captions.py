@@ -19,6 +19,7 @@ def caption_loss(
   text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
   chunk: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Array, Array]:
   """1/2 [CE(s I T^T) + CE(s T I^T)] over the global batch (Radford et al., 2021; GRAIN eq. 1).
 
@@ -30,6 +31,7 @@ def caption_loss(
     text_hashes: u32 [B, 2] or None: where given, equal captions are no negatives of each other.
     axes: within `shard_map`, the mesh axes that shard the batch; negatives come from all shards.
     chunk: candidates at a time; 0: all.
+    dtype: of the products: `contrastive.product_dtype`.
 
   Returns:
     (sum, weight): the loss is sum / weight, weight the number of examples (of this device).
@@ -37,10 +39,9 @@ def caption_loss(
   images = contrastive.Candidates(image, mask, text_hashes)
   texts = contrastive.Candidates(text, mask, text_hashes)
   total = jnp.zeros(())
-  for rows, positives in ((images, texts), (texts, images)):
-    candidates, offset = contrastive.gather(positives, axes)
+  for rows, candidates in ((images, texts), (texts, images)):
     sums = contrastive.cross_entropy(
-      rows, positives.embeddings, candidates, logit_scale=logit_scale, offset=offset, chunk=chunk
+      rows, candidates, logit_scale=logit_scale, axes=axes, chunk=chunk, dtype=dtype
     )
     total += sums.loss / 2
   return total, sums.rows
@@ -53,6 +54,7 @@ def multi_positive_loss(
   logit_scale: Array,
   mask: Array,
   text_hashes: Array,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Array, Array]:
   """Descriptions as further positives of the global embedding, symmetric like `caption_loss`.
 
@@ -66,6 +68,7 @@ def multi_positive_loss(
     logit_scale: [], ln s.
     mask: bool [B, R].
     text_hashes: u32 [B, R, 2], `duplicates.hash_texts` of the descriptions.
+    dtype: of the products: `contrastive.product_dtype`.
 
   Returns:
     (sum, weight): weight the number of descriptions.
@@ -73,7 +76,7 @@ def multi_positive_loss(
   batch, regions = mask.shape
   flat, valid = descriptions.reshape(batch * regions, -1), mask.reshape(-1)
   owner = jnp.repeat(jnp.arange(batch), regions)
-  logits = contrastive.similarity(flat, image, logit_scale=logit_scale)  # [B R, B]
+  logits = jnp.exp(logit_scale) * contrastive.inner_products(flat, image, dtype)  # [B R, B]
   positive = jnp.take_along_axis(logits, owner[:, None], axis=1)[:, 0]
   same = (
     duplicates.pairwise_equal(text_hashes.reshape(-1, 2), text_hashes.reshape(-1, 2))

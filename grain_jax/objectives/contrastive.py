@@ -1,4 +1,4 @@
-"""The softmax of a contrastive loss in little memory: candidates in chunks, features gathered once.
+"""The softmax of a contrastive loss in little memory: candidates in chunks, each gathered alone.
 
 Each device has the rows of its own examples and contrasts them with the candidates of all devices.
 Of the logits, [rows, candidates] in float32, only one chunk of candidates exists at a time; the
@@ -7,6 +7,7 @@ backward pass rematerialises it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -39,48 +40,102 @@ class LossSums:
   rows: Array
 
 
-def similarity(a: Array, b: Array, *, logit_scale: Array) -> Array:
-  """exp(logit_scale) a b^T in float32: [..., N, E], [..., M, E] -> [..., N, M]."""
-  product = jnp.einsum("...ne,...me->...nm", a, b, precision=jax.lax.Precision.HIGHEST)
-  return jnp.exp(logit_scale) * product
+def product_dtype(precision: str, platform: str) -> jax.typing.DTypeLike:
+  """Type of the embeddings in the products of a loss, `config.loss.precision` on a platform.
+
+  Sums are float32 always. On accelerators bfloat16 is a pass of the matrix unit where float32 is
+  six on a TPU, and float32 leaves a GPU's tensor cores unused.
+  """
+  if precision == "auto":
+    precision = "float32" if platform == "cpu" else "bfloat16"
+  return jnp.dtype(precision)
 
 
-def gather(local: Candidates, axes: tuple[str, ...]) -> tuple[Candidates, Array | int]:
-  """All-gathers the candidates; with the offset of the local ones. Within `shard_map`.
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+  """Einsum of two arrays of one type, float32 out: half precision in one pass, float32 exactly."""
+  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def inner_products(
+  rows: Array, local: Array, dtype: jax.typing.DTypeLike = jnp.float32, axes: tuple[str, ...] = ()
+) -> Array:
+  """Inner products of rows with the candidates of all devices; f32 [N, devices * M].
+
+  Both are rounded to `dtype`, in which candidates also travel; so is the gradient of the products
+  for its own two products. All sums are float32, those over devices too.
 
   Args:
-    local: this device's examples.
-    axes: mesh axes over which the examples are sharded; none leaves them as they are.
+    rows: f32 [N, E].
+    local: f32 [M, E], this device's candidates.
+    dtype: of the products: `product_dtype`.
+    axes: within `shard_map`, the mesh axes that shard the candidates.
   """
+  return _inner_products(rows, local, dtype, axes)[0]
+
+
+def _inner_products(
+  rows: Array, local: Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]
+) -> tuple[Array, tuple[Array, Array]]:
+  rows, candidates = rows.astype(dtype), gather(local.astype(dtype), axes)
+  return _product("ne,me->nm", rows, candidates), (rows, candidates)
+
+
+def _inner_products_backward(
+  dtype: jax.typing.DTypeLike,
+  axes: tuple[str, ...],
+  residuals: tuple[Array, Array],
+  gradient: Array,
+) -> tuple[Array, Array]:
+  rows, candidates = residuals
+  gradient = gradient.astype(dtype)
+  of_candidates = _product("nm,ne->me", gradient, rows)
+  if axes:
+    of_candidates = jax.lax.psum_scatter(of_candidates, axes, tiled=True)
+  return _product("nm,me->ne", gradient, candidates), of_candidates
+
+
+inner_products.defvjp(_inner_products, _inner_products_backward)
+
+
+def gather(local: Any, axes: tuple[str, ...]) -> Any:
+  """Arrays of all devices, one device's after the other's; within `shard_map` if there are axes."""
   if not axes:
-    return local, 0
-  gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), local)
-  return gathered, jax.lax.axis_index(axes) * local.valid.shape[0]
+    return local
+  return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), local)
 
 
 def cross_entropy(
   rows: Candidates,
-  positives: Array,
   candidates: Candidates,
   *,
   logit_scale: Array,
-  offset: Array | int = 0,
+  axes: tuple[str, ...] = (),
   chunk: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> LossSums:
   """-log softmax of each row at its positive, summed; all valid candidates are contrasted with it.
 
+  With a chunk no device ever holds the candidates of all: each chunk takes as many of every device,
+  is gathered for itself, and again in the backward pass.
+
   Args:
-    rows: N of them; `rows.text_hashes` are those of their positives.
-    positives: f32 [N, E], embeddings of the rows' positives.
-    candidates: M of them. One with the text hash of a row's positive is no negative of that row.
+    rows: N of them, of this device; `rows.text_hashes` are those of their positives.
+    candidates: M of this device, at least N; the positive of row i is candidate i. One of any
+      device with the text hash of a row's positive is no negative of that row.
     logit_scale: [], ln s.
-    offset: the positive of row i is candidate offset + i.
-    chunk: candidates at a time; 0 or at least M: all at once.
+    axes: within `shard_map`, the mesh axes whose devices' candidates are contrasted.
+    chunk: candidates of all devices at a time; 0 or as many as there are: all at once.
+    dtype: of the products: `product_dtype`.
 
   Returns:
-    LossSums; rows that are not valid add nothing.
+    LossSums over this device's rows; those that are not valid add nothing.
   """
-  index = jnp.arange(rows.valid.shape[0])
+  num_rows, num_local = rows.valid.shape[0], candidates.valid.shape[0]
+  devices = jax.lax.axis_size(axes) if axes else 1
+  device = jax.lax.axis_index(axes) if axes else 0
+  positives = candidates.embeddings[:num_rows]
   target = jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
 
   def accumulate_chunk(
@@ -88,29 +143,32 @@ def cross_entropy(
   ) -> tuple[tuple[Array, Array], None]:
     """Adds one chunk of candidates to the log-sum-exp and to the largest negative."""
     normalizer, best = carry
-    candidates, start = chunk_and_start
-    logits = similarity(rows.embeddings, candidates.embeddings, logit_scale=logit_scale)
-    position = start + jnp.arange(candidates.valid.shape[0])
-    negative = candidates.valid & (position != offset + index[:, None])
+    local, start = chunk_and_start
+    products = inner_products(rows.embeddings, local.embeddings, dtype, axes)
+    logits = jnp.exp(logit_scale) * products
+    owner, index = jnp.divmod(jnp.arange(logits.shape[1]), local.valid.shape[0])
+    positive = (owner == device) & (start + index == jnp.arange(num_rows)[:, None])
+    valid, text_hashes = gather((local.valid, local.text_hashes), axes)
+    negative = valid & ~positive
     if rows.text_hashes is not None:
-      negative &= ~duplicates.pairwise_equal(rows.text_hashes, candidates.text_hashes)
+      negative &= ~duplicates.pairwise_equal(rows.text_hashes, text_hashes)
     logits = jnp.where(negative, logits, MASKED_LOGIT)
     normalizer = jnp.logaddexp(normalizer, jax.nn.logsumexp(logits, axis=-1))
     best = jnp.maximum(best, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     return (normalizer, best), None
 
   carry = (target, jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT))
-  total = candidates.valid.shape[0]
-  if not 0 < chunk < total:
+  if not 0 < chunk < devices * num_local:
     (normalizer, best), _ = accumulate_chunk(carry, (candidates, jnp.zeros((), jnp.int32)))
   else:
-    num_chunks = -(-total // chunk)
+    size = max(chunk // devices, 1)  # of each device
+    num_chunks = -(-num_local // size)
 
     def split_chunks(x: Array) -> Array:
-      padded = jnp.pad(x, [(0, num_chunks * chunk - total), *[(0, 0)] * (x.ndim - 1)])
-      return padded.reshape(num_chunks, chunk, *x.shape[1:])
+      padded = jnp.pad(x, [(0, num_chunks * size - num_local), *[(0, 0)] * (x.ndim - 1)])
+      return padded.reshape(num_chunks, size, *x.shape[1:])
 
-    starts = jnp.arange(num_chunks) * chunk
+    starts = jnp.arange(num_chunks) * size
     body: Any = jax.checkpoint(accumulate_chunk, prevent_cse=False)
     (normalizer, best), _ = jax.lax.scan(
       body, carry, (jax.tree.map(split_chunks, candidates), starts)

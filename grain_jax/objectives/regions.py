@@ -25,6 +25,7 @@ def region_loss(
   text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
   chunk: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Array, Array, Array]:
   """CE over matched regions of s q D^T, D = all valid descriptions; region -> text only (GRAIN).
 
@@ -37,6 +38,7 @@ def region_loss(
     axes: within `shard_map`, the mesh axes that shard the batch: negatives come from all shards.
       Without them they come from this device's shard alone, as in the published code.
     chunk: candidates at a time; 0: all.
+    dtype: of the products: `contrastive.product_dtype`.
 
   Returns:
     (sum, correct, weight): the loss is sum / weight; correct counts the regions whose own
@@ -45,9 +47,8 @@ def region_loss(
   width, valid = regions.shape[-1], mask.reshape(-1)
   text_hashes = None if text_hashes is None else text_hashes.reshape(-1, 2)
   texts = contrastive.Candidates(descriptions.reshape(-1, width), valid, text_hashes)
-  candidates, offset = contrastive.gather(texts, axes)
   rows = contrastive.Candidates(regions.reshape(-1, width), valid, text_hashes)
   sums = contrastive.cross_entropy(
-    rows, texts.embeddings, candidates, logit_scale=logit_scale, offset=offset, chunk=chunk
+    rows, texts, logit_scale=logit_scale, axes=axes, chunk=chunk, dtype=dtype
   )
   return sums.loss, sums.correct, sums.rows

@@ -38,6 +38,7 @@ def table(plan: Mapping[str, Any]) -> str:
     *((f"  {kind}", _size(size, "B")) for kind, size in memory.items() if kind != "total"),
     ("compilation", f"{plan['compile_seconds']:.0f} s ({plan['compile_cpu_seconds']:.0f} s CPU)"),
     ("executed per sample", _size(plan["flops_per_chip"] / batch, "FLOP")),
+    ("  with passes of float32", _size(plan["pass_flops_per_chip"] / batch, "FLOP")),
     ("useful per sample", _size(plan["useful_flops_per_chip"] / batch, "FLOP")),
   ]
   if plan["step_seconds_estimate"] is not None:

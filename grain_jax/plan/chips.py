@@ -25,6 +25,24 @@ class Chip:
   node_bandwidth: float  # out of a chip to other nodes, one direction, bytes/s; 0: no such way
   source: str
 
+  def passes(self, dtype: str, precision: str) -> float:
+    """Time of a matrix product over that of the same in bfloat16.
+
+    Args:
+      dtype: the wider of its operands' types.
+      precision: JAX's: 'DEFAULT', 'HIGH' or 'HIGHEST'.
+    """
+    return _FLOAT32_PASSES[self.platform][precision] if dtype == "float32" else 1.0
+
+
+# Products of float32. A TPU's matrix unit takes bfloat16: JAX rounds to it, or adds up 3 or 6
+# products of parts (jax.lax.Precision). An H100 has TF32 at half of its rate, and 67 TFLOP/s of
+# float32 beside 989 of bfloat16 (nvidia.com/en-us/data-center/h100).
+_FLOAT32_PASSES = {
+  "tpu": {"DEFAULT": 1.0, "HIGH": 3.0, "HIGHEST": 6.0},
+  "gpu": {"DEFAULT": 2.0, "HIGH": 2.0, "HIGHEST": 989 / 67},
+  "cpu": {"DEFAULT": 1.0, "HIGH": 1.0, "HIGHEST": 1.0},
+}
 
 # The makers give the interconnect of a TPU in Gbit/s out of a chip, NVLink in both directions.
 CHIPS: Mapping[str, Chip] = {
@@ -166,13 +184,13 @@ class Collective:
 
 
 def roofline(
-  machine: Machine, *, flops: float, memory_bytes: float, collectives: Iterable[Collective]
+  machine: Machine, *, pass_flops: float, memory_bytes: float, collectives: Iterable[Collective]
 ) -> dict[str, float]:
   """Seconds that a step needs of each resource of a chip, were it used at its peak.
 
   Args:
     machine: the machine.
-    flops: executed by a chip in a step.
+    pass_flops: executed by a chip in a step, each product as often as `Chip.passes` says.
     memory_bytes: read and written in its memory.
     collectives: exchanges of a step.
 
@@ -180,7 +198,7 @@ def roofline(
     {'arithmetic', 'memory', 'interconnect'}. They overlap at best: the largest bounds the step.
   """
   return {
-    "arithmetic": flops / machine.chip.peak_flops,
+    "arithmetic": pass_flops / machine.chip.peak_flops,
     "memory": memory_bytes / machine.chip.memory_bandwidth,
     "interconnect": sum(c.seconds(machine) for c in collectives),
   }

@@ -120,8 +120,9 @@ class Planner:
     """FLOPs, traffic and collectives of a chip in a step, with notes on how they were counted."""
     program, notes = self.compiled(batch_per_chip), []
     chips = self.machine.num_chips
-    products = counter.count(self.traced(batch_per_chip).jaxpr)
-    flops = sum(products.values()) / chips
+    jaxpr = self.traced(batch_per_chip).jaxpr
+    flops = sum(counter.count(jaxpr).values()) / chips
+    passes = sum(counter.count(jaxpr, passes=self.machine.chip.passes).values()) / chips - flops
     counted = program
     if self.options.count == "unrolled":
       unrolled = self._trace(batch_per_chip, model__unroll=-1)
@@ -141,7 +142,11 @@ class Planner:
           counted = program
         else:
           flops = exact
-    found: dict[str, Any] = {"flops_per_chip": flops, "notes": notes}
+    found: dict[str, Any] = {
+      "flops_per_chip": flops,
+      "pass_flops_per_chip": flops + passes,
+      "notes": notes,
+    }
     if not counted.text:
       notes.append("it does not fit, so there is no program to count traffic and collectives in")
       return found | {"traffic": None, "xla_bytes": 0.0, "collectives": []}
@@ -201,6 +206,7 @@ class Planner:
       "compile_seconds": program.seconds,
       "compile_cpu_seconds": program.cpu_seconds,
       "flops_per_chip": costs["flops_per_chip"],
+      "pass_flops_per_chip": costs["pass_flops_per_chip"],
       "useful_flops_per_chip": self.useful_flops(batch_per_chip),
       "collective_bytes_per_chip": None,
       "step_seconds_estimate": None,
@@ -216,7 +222,7 @@ class Planner:
       sent[exchange.kind] = sent.get(exchange.kind, 0.0) + exchange.sent
     seconds = roofline(
       machine,
-      flops=costs["flops_per_chip"],
+      pass_flops=costs["pass_flops_per_chip"],
       memory_bytes=hbm,
       collectives=costs["collectives"],
     )

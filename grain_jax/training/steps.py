@@ -92,9 +92,10 @@ def objective(
   *,
   config: ml_collections.ConfigDict,
   batch_axes: tuple[str, ...] = (),
+  platform: str = "cpu",
 ) -> tuple[Array, Metrics]:
   """(loss, its parts as (sum, weight) pairs) of the output for a full batch."""
-  losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes)
+  losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes, platform=platform)
   scale = (jnp.exp(output.logit_scale), jnp.ones(()))
   return losses.total, {**losses.parts, "logit_scale": scale}
 
@@ -106,11 +107,11 @@ def loss_function(
   *,
   model: grain.Grain,
   config: ml_collections.ConfigDict,
-  batch_axes: tuple[str, ...] = (),
+  **options: Any,
 ) -> tuple[Array, Metrics]:
-  """(loss, its parts as (sum, weight) pairs) of a training batch."""
+  """(loss, its parts as (sum, weight) pairs) of a training batch; options as of `objective`."""
   output = encode(params, batch, dropout_key, model=model)
-  return objective(output, batch, config=config, batch_axes=batch_axes)
+  return objective(output, batch, config=config, **options)
 
 
 class TrainStep:
@@ -149,7 +150,8 @@ def make_train_step(
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
   """
-  options = {"config": config, "batch_axes": meshes.BATCH_AXES}
+  platform = mesh.devices.flat[0].platform
+  options = {"config": config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
   frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))
 
   def gradients_of(params: Any, batch: Batch, dropout_key: Array) -> Any:

@@ -21,7 +21,8 @@ from grain_jax.plan import estimate as plan_estimate
 from grain_jax.plan import program as plan_program
 
 CONTRACT = (
-  "fits", "batch_per_chip", "memory_per_chip_bytes", "flops_per_chip", "useful_flops_per_chip",
+  "fits", "batch_per_chip", "memory_per_chip_bytes", "flops_per_chip", "pass_flops_per_chip",
+  "useful_flops_per_chip",
   "collective_bytes_per_chip", "step_seconds_estimate", "bound_by", "compile_seconds", "chip_hours",
 )  # fmt: skip
 # A model of a few thousand parameters beside the token embedding.

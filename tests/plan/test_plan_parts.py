@@ -60,7 +60,7 @@ def test_roofline_by_hand():
   machine = plan_chips.parse("v5e:4x4")
   exchange = plan_chips.Collective("all-gather", 160, tuple(range(16)))
   found = plan_chips.roofline(
-    machine, flops=197e12, memory_bytes=2 * 819e9, collectives=[exchange, exchange]
+    machine, pass_flops=197e12, memory_bytes=2 * 819e9, collectives=[exchange, exchange]
   )
   assert_allclose(found["arithmetic"], 1)
   assert_allclose(found["memory"], 2)
@@ -136,3 +136,19 @@ def test_search_finds_the_largest_in_few_probes(fixed, each, start):
 
 def test_search_says_when_nothing_fits():
   assert plan_estimate.largest_batch(lambda b: (False, 10**12), capacity=1, start=64) == 0
+
+
+def test_passes_of_a_product_are_those_of_its_type_and_precision():
+  """2 x 8 x 16 x 4 in bfloat16, in float32 by default and exactly."""
+  x, w = jnp.zeros((8, 16)), jnp.zeros((16, 4))
+
+  def products(x, w):
+    half = x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+    return half, x @ w, jnp.matmul(x, w, precision="high"), jnp.matmul(x, w, precision="highest")
+
+  jaxpr = jax.make_jaxpr(products)(x, w).jaxpr
+  once = 2 * 8 * 16 * 4
+  assert sum(counter.count(jaxpr).values()) == 4 * once
+  for name, passes in (("v5e", 1 + 1 + 3 + 6), ("h100", 1 + 2 + 2 + 989 / 67), ("cpu", 4)):
+    got = sum(counter.count(jaxpr, passes=plan_chips.CHIPS[name].passes).values())
+    assert_allclose(got, passes * once, rtol=1e-3)
