@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
   dropout: float
   norm_eps: float
   deterministic: bool
-  init: str
+  init_scheme: str
   fused: str = "xla"
   dtype: Any = jnp.float32
 
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
 
     def attention(name: str) -> nn.Module:
       return layers.Attention(
-        self.heads, PROJECTION[self.init], XAVIER,
+        self.heads, PROJECTION[self.init_scheme], XAVIER,
         dropout=self.dropout, fused=self.fused, part=f"query decoder, {name.replace('_', '-')}",
         dtype=self.dtype, name=name,
       )  # fmt: skip
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
     )
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm3")
     mlp = layers.Mlp(
-      self.mlp_dim, "relu", XAVIER, XAVIER, self.init != "torch",
+      self.mlp_dim, "relu", XAVIER, XAVIER, self.init_scheme != "torch",
       dropout=self.dropout, dtype=self.dtype, name="mlp",
     )  # fmt: skip
     x = x + drop(mlp(y, deterministic=self.deterministic))
@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
 class QueryDecoder(nn.Module):
   """Image tokens -> features of the queries, after each layer.
 
-  `init`: config.model.decoder.init. Both draw Xavier uniform weights; 'torch' as torch's own
+  `init_scheme`: config.model.decoder.init. Both draw Xavier uniform weights; 'torch' as torch's own
   modules under DETR's and GRAIN's code do (joint query, key and value, uniform biases of the MLPs),
   'per_matrix' each matrix for itself, with zero biases.
   """
@@ -96,7 +96,7 @@ class QueryDecoder(nn.Module):
   dropout: float
   norm_eps: float
   memory_positions: bool = False
-  init: str = "torch"
+  init_scheme: str = "torch"
   unroll: int = 1
   remat: str = "none"
   fused: str = "xla"
@@ -138,7 +138,7 @@ class QueryDecoder(nn.Module):
         "dropout": self.dropout,
         "norm_eps": self.norm_eps,
         "deterministic": not train,
-        "init": self.init,
+        "init_scheme": self.init_scheme,
         "fused": self.fused,
         "dtype": self.dtype,
       },
@@ -158,13 +158,13 @@ class BoxHead(nn.Module):
   """D-D-D-4 MLP with ReLU, then a sigmoid: (cx, cy, w, h) in [0, 1], float32."""
 
   width: int
-  init: str = "torch"  # as the decoder's
+  init_scheme: str = "torch"  # as the decoder's
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     def dense(width: int, name: str, dtype: Any = jnp.float32) -> nn.Module:
-      bias_init = layers.linear_bias(self.width, zero=self.init != "torch")
+      bias_init = layers.linear_bias(self.width, zero=self.init_scheme != "torch")
       return nn.Dense(width, kernel_init=LINEAR, bias_init=bias_init, dtype=dtype, name=name)
 
     for i in range(2):

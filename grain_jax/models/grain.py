@@ -65,7 +65,9 @@ class Grain(nn.Module):
       width = self.query_decoder.width
       self.image_projection = project(width)
       self.region_projection = project(width)
-      self.box_head = decoder.BoxHead(width, init=self.query_decoder.init, dtype=self.dtype)
+      self.box_head = decoder.BoxHead(
+        width, init_scheme=self.query_decoder.init_scheme, dtype=self.dtype
+      )
     self.logit_scale = self.param(
       "logit_scale", nn.initializers.constant(self.logit_scale_init), ()
     )
@@ -187,7 +189,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
       dropout=m.decoder.dropout,
       norm_eps=m.decoder.norm_eps,
       memory_positions=m.decoder.memory_positions,
-      init=m.decoder.init,
+      init_scheme=m.decoder.init,
       **common,
     )
   return Grain(
