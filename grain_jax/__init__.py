@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
   from grain_jax import inference
 
+__version__ = "0.1.0"
+
 # TensorFlow reads data here and nothing else: keep its start-up notices off the terminal.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

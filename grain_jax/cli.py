@@ -15,7 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from grain_jax import config as configs
-from grain_jax import failures, places
+from grain_jax import failures, places, recipes
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
@@ -32,12 +32,17 @@ def fail(error: BaseException | str, code: int = 1) -> None:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-  """'--config', 'FILE' as '--config=FILE', which is the form that `_check_overrides` reads."""
+  """'--config', 'RECIPE' as '--config=FILE', the form that `_check_overrides` and ml_collections
+  read; a recipe's name becomes the path of its file."""
   args, rest = [], iter(argv)
   for arg in rest:
     if arg in ("--config", "-config"):
       value = next(rest, None)
       arg = arg if value is None else f"{arg}={value}"
+    if arg.startswith(("--config=", "-config=")):
+      name, _, path = arg.partition("=")
+      places.check(path, "--config")
+      arg = f"{name}={recipes.find(path)}"
     args.append(arg)
   return args
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import json
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from grain_jax import places
+from grain_jax import places, recipes
 
 # Image towers by name: (width, depth, heads, patch size in pixels).
 VARIANTS = {
@@ -123,7 +122,6 @@ ADDED = {
   "retrieval.split": "val",
   "segmentation.split": "val",
 }
-_NO_RECIPES = ("__init__", "common")  # in configs/
 _FREE_PREFIXES = (
   "init.",
   "zero_shot.",
@@ -187,17 +185,11 @@ def set_from_text(config: ml_collections.ConfigDict, assignment: str) -> None:
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-  """The ConfigDict of 'configs/cc12m.py' or 'configs/cc12m.py:argument'."""
+  """The ConfigDict of a recipe: 'cc12m' or 'configs/cc12m.py', either with ':argument'."""
   places.check(path, "--config")
-  name, _, arg = path.partition(":")
+  name, _, arg = recipes.find(path).partition(":")
   file = pathlib.Path(name)
-  if not file.is_file():
-    recipes = (p for p in pathlib.Path("configs").glob("*.py") if p.stem not in _NO_RECIPES)
-    near = sorted(str(p) for p in recipes)
-    raise ValueError(f"--config={path}: there is no file {name}. Try one of {', '.join(near)}.")
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = recipes.load_module(file)
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={path}: {name} defines no get_config(arg).")
   try:

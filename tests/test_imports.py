@@ -10,6 +10,7 @@ import grain_jax
 PACKAGE = pathlib.Path(grain_jax.__file__).parent
 # From top to bottom. A module belongs to the longest entry that its name begins with.
 LEVELS = (
+  ("__main__",),
   ("main", "plan"),
   ("training",),
   ("evaluate", "embed", "export", "inference"),
@@ -19,7 +20,18 @@ LEVELS = (
   ("evals.inputs",),
   ("data", "runtime", "objectives"),
   ("models",),
-  ("config", "cli", "places", "schema", "textfiles", "trees", "flops", "tokenizer", "failures"),
+  (
+    "config",
+    "cli",
+    "recipes",
+    "places",
+    "schema",
+    "textfiles",
+    "trees",
+    "flops",
+    "tokenizer",
+    "failures",
+  ),
 )
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 from typing import Any
 
 import ml_collections
 
-import grain_jax
 from grain_jax import config as configs
+from grain_jax import recipes
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import staging
 from grain_jax.runtime import checkpoint
 
-_COMMON = pathlib.Path(grain_jax.__file__).parent.parent / "configs" / "common.py"
-
 
 def default_config() -> ml_collections.ConfigDict:
-  """All keys of configs/common.py.
-
-  They have that one home, which is no part of the package: the file is read by its path beside the
-  package, as `config.load` reads recipes, whatever the working directory. An installed wheel has
-  none; there `--config` names a recipe.
-  """
-  if not _COMMON.is_file():
-    raise ValueError(
-      f"there is no {_COMMON}: grain_jax runs outside its repository. Give --config=FILE, a recipe."
-    )
-  spec = importlib.util.spec_from_file_location("grain_jax_common_config", _COMMON)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return configs.resolve(module.get_config())
+  """All keys of configs/common.py."""
+  return configs.resolve(recipes.load_module(recipes.FOLDER / "common.py").get_config())
 
 
 def write(

@@ -76,7 +76,9 @@ def multi_positive_loss(
   batch, regions = mask.shape
   flat, valid = descriptions.reshape(batch * regions, -1), mask.reshape(-1)
   owner = jnp.repeat(jnp.arange(batch), regions)
-  logits = jnp.exp(logit_scale) * contrastive.inner_products(flat, image, dtype)  # [B R, B]
+  logits = jnp.exp(logit_scale) * contrastive.inner_products(
+    flat, contrastive.gather_embeddings(image, dtype, ())
+  )  # [B R, B]
   positive = jnp.take_along_axis(logits, owner[:, None], axis=1)[:, 0]
   same = (
     duplicates.pairwise_equal(text_hashes.reshape(-1, 2), text_hashes.reshape(-1, 2))

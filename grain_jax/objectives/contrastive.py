@@ -1,4 +1,4 @@
-"""The softmax of a contrastive loss in little memory: candidates in chunks, each gathered alone.
+"""The softmax of a contrastive loss in little memory: candidates in chunks, features gathered once.
 
 Each device has the rows of its own examples and contrasts them with the candidates of all devices.
 Of the logits, [rows, candidates] in float32, only one chunk of candidates exists at a time; the
@@ -57,46 +57,57 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
   return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def inner_products(
-  rows: Array, local: Array, dtype: jax.typing.DTypeLike = jnp.float32, axes: tuple[str, ...] = ()
-) -> Array:
-  """Inner products of rows with the candidates of all devices; f32 [N, devices * M].
+@jax.custom_vjp
+def inner_products(rows: Array, candidates: Array) -> Array:
+  """Inner products f32 [N, M] of rows f32 [N, E] and candidates [M, E], in the candidates' type.
 
-  Both are rounded to `dtype`, in which candidates also travel; so is the gradient of the products
-  for its own two products. All sums are float32, those over devices too.
-
-  Args:
-    rows: f32 [N, E].
-    local: f32 [M, E], this device's candidates.
-    dtype: of the products: `product_dtype`.
-    axes: within `shard_map`, the mesh axes that shard the candidates.
+  Rows, and the gradient of the products for its own two products, are rounded to that type; all
+  sums are float32.
   """
-  return _inner_products(rows, local, dtype, axes)[0]
+  return _inner_products(rows, candidates)[0]
 
 
-def _inner_products(
-  rows: Array, local: Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]
-) -> tuple[Array, tuple[Array, Array]]:
-  rows, candidates = rows.astype(dtype), gather(local.astype(dtype), axes)
+def _inner_products(rows: Array, candidates: Array) -> tuple[Array, tuple[Array, Array]]:
+  rows = rows.astype(candidates.dtype)
   return _product("ne,me->nm", rows, candidates), (rows, candidates)
 
 
 def _inner_products_backward(
-  dtype: jax.typing.DTypeLike,
-  axes: tuple[str, ...],
-  residuals: tuple[Array, Array],
-  gradient: Array,
+  residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
   rows, candidates = residuals
-  gradient = gradient.astype(dtype)
-  of_candidates = _product("nm,ne->me", gradient, rows)
-  if axes:
-    of_candidates = jax.lax.psum_scatter(of_candidates, axes, tiled=True)
+  gradient = gradient.astype(candidates.dtype)
+  of_candidates = _product("nm,ne->me", gradient, rows).astype(candidates.dtype)
   return _product("nm,me->ne", gradient, candidates), of_candidates
 
 
 inner_products.defvjp(_inner_products, _inner_products_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_embeddings(local: Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]) -> Array:
+  """Embeddings f32 [M, E] of all devices, [devices * M, E] in `dtype`, in which they travel.
+
+  Their gradient is summed over the devices in float32. Within `shard_map` if there are axes.
+  """
+  return gather(local.astype(dtype), axes)
+
+
+def _gather_embeddings(
+  local: Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]
+) -> tuple[Array, None]:
+  return gather_embeddings(local, dtype, axes), None
+
+
+def _gather_embeddings_backward(
+  dtype: jax.typing.DTypeLike, axes: tuple[str, ...], residuals: None, gradient: Array
+) -> tuple[Array]:
+  del dtype, residuals
+  gradient = gradient.astype(jnp.float32)
+  return (jax.lax.psum_scatter(gradient, axes, tiled=True) if axes else gradient,)
+
+
+gather_embeddings.defvjp(_gather_embeddings, _gather_embeddings_backward)
 
 
 def gather(local: Any, axes: tuple[str, ...]) -> Any:
@@ -117,58 +128,54 @@ def cross_entropy(
 ) -> LossSums:
   """-log softmax of each row at its positive, summed; all valid candidates are contrasted with it.
 
-  With a chunk no device ever holds the candidates of all: each chunk takes as many of every device,
-  is gathered for itself, and again in the backward pass.
-
   Args:
     rows: N of them, of this device; `rows.text_hashes` are those of their positives.
     candidates: M of this device, at least N; the positive of row i is candidate i. One of any
       device with the text hash of a row's positive is no negative of that row.
     logit_scale: [], ln s.
     axes: within `shard_map`, the mesh axes whose devices' candidates are contrasted.
-    chunk: candidates of all devices at a time; 0 or as many as there are: all at once.
+    chunk: candidates at a time; 0 or as many as there are: all at once.
     dtype: of the products: `product_dtype`.
 
   Returns:
     LossSums over this device's rows; those that are not valid add nothing.
   """
   num_rows, num_local = rows.valid.shape[0], candidates.valid.shape[0]
-  devices = jax.lax.axis_size(axes) if axes else 1
-  device = jax.lax.axis_index(axes) if axes else 0
+  offset = jax.lax.axis_index(axes) * num_local if axes else 0
   positives = candidates.embeddings[:num_rows]
   target = jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
+  embeddings = gather_embeddings(candidates.embeddings, jnp.dtype(dtype), axes)
+  valid, text_hashes = gather((candidates.valid, candidates.text_hashes), axes)
+  candidates = Candidates(embeddings, valid, text_hashes)
 
   def accumulate_chunk(
     carry: tuple[Array, Array], chunk_and_start: tuple[Candidates, Array]
   ) -> tuple[tuple[Array, Array], None]:
     """Adds one chunk of candidates to the log-sum-exp and to the largest negative."""
     normalizer, best = carry
-    local, start = chunk_and_start
-    products = inner_products(rows.embeddings, local.embeddings, dtype, axes)
-    logits = jnp.exp(logit_scale) * products
-    owner, index = jnp.divmod(jnp.arange(logits.shape[1]), local.valid.shape[0])
-    positive = (owner == device) & (start + index == jnp.arange(num_rows)[:, None])
-    valid, text_hashes = gather((local.valid, local.text_hashes), axes)
-    negative = valid & ~positive
+    candidates, start = chunk_and_start
+    logits = jnp.exp(logit_scale) * inner_products(rows.embeddings, candidates.embeddings)
+    position = start + jnp.arange(candidates.valid.shape[0])
+    negative = candidates.valid & (position != offset + jnp.arange(num_rows)[:, None])
     if rows.text_hashes is not None:
-      negative &= ~duplicates.pairwise_equal(rows.text_hashes, text_hashes)
+      negative &= ~duplicates.pairwise_equal(rows.text_hashes, candidates.text_hashes)
     logits = jnp.where(negative, logits, MASKED_LOGIT)
     normalizer = jnp.logaddexp(normalizer, jax.nn.logsumexp(logits, axis=-1))
     best = jnp.maximum(best, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     return (normalizer, best), None
 
   carry = (target, jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT))
-  if not 0 < chunk < devices * num_local:
+  total = candidates.valid.shape[0]
+  if not 0 < chunk < total:
     (normalizer, best), _ = accumulate_chunk(carry, (candidates, jnp.zeros((), jnp.int32)))
   else:
-    size = max(chunk // devices, 1)  # of each device
-    num_chunks = -(-num_local // size)
+    num_chunks = -(-total // chunk)
 
     def split_chunks(x: Array) -> Array:
-      padded = jnp.pad(x, [(0, num_chunks * size - num_local), *[(0, 0)] * (x.ndim - 1)])
-      return padded.reshape(num_chunks, size, *x.shape[1:])
+      padded = jnp.pad(x, [(0, num_chunks * chunk - total), *[(0, 0)] * (x.ndim - 1)])
+      return padded.reshape(num_chunks, chunk, *x.shape[1:])
 
-    starts = jnp.arange(num_chunks) * size
+    starts = jnp.arange(num_chunks) * chunk
     body: Any = jax.checkpoint(accumulate_chunk, prevent_cse=False)
     (normalizer, best), _ = jax.lax.scan(
       body, carry, (jax.tree.map(split_chunks, candidates), starts)

@@ -124,6 +124,3 @@ def test_default_configuration_does_not_depend_on_the_working_directory(tmp_path
 
   monkeypatch.chdir(tmp_path)
   assert run_folder.default_config() == configs.resolve(common.get_config())
-  monkeypatch.setattr(run_folder, "_COMMON", tmp_path / "configs" / "common.py")
-  with pytest.raises(ValueError, match="--config=FILE"):
-    run_folder.default_config()

@@ -135,22 +135,6 @@ def test_gradients_of_gathered_features_are_scattered_as_they_are_added_up(rng):
     assert all(":f32[] " in line for line in sums if line not in scattered), sums
 
 
-def test_no_device_holds_the_candidates_of_all_devices(rng):
-  """Of 8 x 40 images and 8 x 120 descriptions, 64 at a time: 8 of each device."""
-  x = jnp.asarray(rng.normal(size=(320, 3, 4)).astype(np.float32))
-
-  def largest(chunk):
-    bodies = [
-      getattr(e.params["jaxpr"], "jaxpr", e.params["jaxpr"])
-      for e in program_on_devices(x, chunk=chunk).jaxpr.eqns
-      if e.primitive.name == "shard_map"
-    ]
-    return max(size for body in bodies for size in sizes(body))
-
-  assert largest(0) == 120 * 960
-  assert largest(64) == 120 * 64  # logits of a chunk
-
-
 def float64_loss(images, texts, scale):
   """CLIP's symmetric loss summed over a batch, and its gradients; NumPy, double precision."""
   images, texts = images.astype(np.float64), texts.astype(np.float64)
