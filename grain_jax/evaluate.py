@@ -91,11 +91,12 @@ def run(
   attempt = attempts.Attempts(options.warn, _agree)
   outcome = built.run(ours, config, encoders, dataset, attempt=attempt)
   found = suite.run(suite.parse(outside), encoders, options, say=say, attempt=attempt)
-  results = {
-    name: round(value, DIGITS) if isinstance(value, float) else value
-    for name, value in (outcome.results | found).items()
-  }
+  results = _rounded(outcome.results | found)
   return dataclasses.replace(outcome, results=results, errors=attempt.errors)
+
+
+def _rounded(results: dict[str, float | int]) -> dict[str, float | int]:
+  return {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in results.items()}
 
 
 def _agree(name: str, line: str) -> list[str]:
@@ -113,7 +114,8 @@ def write(
 ) -> None:
   """results.json, figures/ and report.html into a folder, and the table on the terminal.
 
-  Results and figures that the folder has of other evaluations of the same step stay.
+  Results and figures that the folder has of other evaluations of the same step stay
+  (`suite.merge`).
   """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "results.json"
@@ -121,7 +123,8 @@ def write(
   results = dict(outcome.results)
   same = step is not None and older.get("step") == step
   if same:
-    results = {name: v for name, v in older.items() if name not in ("step", *results)} | results
+    older.pop("step")
+    results = _rounded(suite.merge(older, results))
   text = json.dumps({"step": step, **results}, indent=2) + "\n"
   temporary = folder / "results.json.tmp"
   temporary.write_text(text)

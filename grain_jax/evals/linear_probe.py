@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import places
+from grain_jax.evals import evidence
 
 # C of scikit-learn, 1 / strength: 8 a decade, 1e-6 to 1e6.
 CS = tuple(np.logspace(-6, 6, 97).tolist())
@@ -264,7 +265,9 @@ def main() -> None:
     print(json.dumps(results))
     return
   for name, value in results.items():
-    print(f"{name:<30} {value:.4g}" if isinstance(value, float) else f"{name:<30} {value}")
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    note = evidence.note(name, results)
+    print(f"{name:<30} {shown}" + f"  ({note})" * bool(note))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from grain_jax.evals import evidence
+
 _PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 
 # Families in the order of the page: title, and what the figures are.
@@ -20,7 +22,8 @@ _FAMILIES = {
   "zero_shot": (
     "Zero-shot classification",
     "The class whose prompts are nearest to the image. top-K: its own class is among the K "
-    "nearest of all; mean per class: the mean of the classes' top-1.",
+    "nearest of all; mean per class: the mean of the classes' top-1. A set's own row is that of "
+    "the protocol templates; other protocols have rows of their own.",
   ),
   "composition": (
     "Composition",
@@ -82,8 +85,9 @@ th { text-align: right; font-weight: 600; color: #6b6b6b; padding: .25rem .7rem;
 td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e3e3e3;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.published { text-align: left; color: #6b6b6b; white-space: normal; min-width: 16rem; }
-th.published { text-align: left; }
+td .quiet { display: block; font-size: .8em; }
+td.note, td.published { text-align: left; color: #6b6b6b; white-space: normal; min-width: 16rem; }
+th.note, th.published { text-align: left; }
 img { max-width: 100%; border: 1px solid #e3e3e3; margin: .4rem 0; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; margin: .6rem 0; }
 dt { color: #6b6b6b; } dd { margin: 0; }
@@ -136,9 +140,11 @@ def write(
     parts.append("<h2>Figures</h2>")
     parts += [_picture(figure) for figure in figures]
   parts.append(
-    '<p class="quiet">Shares are per cent. "Examples" were counted, of "rows" given; built data '
-    "fills its last batch up with empty rows. Published figures are of models trained on far more "
-    "data or on other data than a small run: they say where the systems stand, not what this "
+    '<p class="quiet">Shares are per cent; below a share of decisions stands its 95 % interval '
+    "(Wilson), as if they were independent of each other. A row over fewer than "
+    f'{evidence.FEW} images or decisions says so. "Examples" were counted, of "rows" given; built '
+    "data fills its last batch up with empty rows. Published figures are of models trained on far "
+    "more data or on other data than a small run: they say where the systems stand, not what this "
     "checkpoint should have.</p>"
   )
   text = (
@@ -163,6 +169,7 @@ def _section(family: str, results: Mapping[str, float | int], known: Sequence[Fi
   """A table of a family: a row for each set, shares and counts as columns."""
   title, about = _FAMILIES.get(family, (family.replace("_", " ").capitalize(), ""))
   rows: dict[str, dict[str, float | int]] = {}
+  names: dict[str, dict[str, str]] = {}  # of the results, likewise
   of_row: dict[str, list[Figure]] = {}
   own = {name.partition("/")[2]: v for name, v in results.items() if name.startswith(f"{family}/")}
   parents = {rest.rpartition("/")[0] for rest in own}
@@ -171,6 +178,7 @@ def _section(family: str, results: Mapping[str, float | int], known: Sequence[Fi
     if rest in parents:  # a share with counts below its own name: `swap_att`, `swap_att/examples`
       row, metric = rest, "accuracy"
     rows.setdefault(row, {})[metric] = value
+    names.setdefault(row, {})[metric] = f"{family}/{rest}"
   for figure in known:
     head, _, rest = figure.key.partition("/")
     row = rest.rpartition("/")[0]
@@ -181,11 +189,15 @@ def _section(family: str, results: Mapping[str, float | int], known: Sequence[Fi
   counts = [c for c in columns if c not in shares]
   head = "".join(f"<th>{html.escape(_words(c))}{', %' if c in shares else ''}</th>" for c in shares)
   head += "".join(f"<th>{html.escape(_words(c))}</th>" for c in counts)
+  notes = {row: _notes(own_names, results) for row, own_names in names.items()}
+  head += '<th class="note">to be said</th>' if any(notes.values()) else ""
   head += '<th class="published">published, %</th>' if of_row else ""
   body = ""
   for row, values in rows.items():
-    cells = "".join(f"<td>{_percent(values.get(c))}</td>" for c in shares)
+    cells = "".join(f"<td>{_share(names[row].get(c), results)}</td>" for c in shares)
     cells += "".join(f"<td>{_count(values.get(c))}</td>" for c in counts)
+    if any(notes.values()):
+      cells += f'<td class="note">{html.escape(notes[row])}</td>'
     if of_row:
       cells += f'<td class="published">{_figures(of_row.get(row, []))}</td>'
     body += f"<tr><td>{html.escape(_words(row) or 'the built data')}</td>{cells}</tr>"
@@ -201,8 +213,26 @@ def _words(name: str) -> str:
   return " ".join(_TERMS.get(word, word) for word in words)
 
 
-def _percent(value: float | int | None) -> str:
-  return "" if value is None else f"{100 * value:.1f}"
+def _share(name: str | None, results: Mapping[str, float | int]) -> str:
+  """A cell: the share, and below it its interval where one is known."""
+  if name is None:
+    return ""
+  found = evidence.interval_of(name, results)
+  shown = f"{100 * results[name]:.1f}"
+  if found is None:
+    return shown
+  return f'{shown}<span class="quiet"> {100 * found[0]:.1f} to {100 * found[1]:.1f}</span>'
+
+
+def _notes(names: Mapping[str, str], results: Mapping[str, float | int]) -> str:
+  """What must be said of a row: {column: name of the result} -> "only 12 images; ..."."""
+  few = dict.fromkeys(words for name in names.values() if (words := evidence.few(name, results)))
+  guessed = [
+    f"{_words(column)} ({evidence.percent(chance)} %)"
+    for column, name in names.items()
+    if (chance := evidence.chance(name, results)) is not None
+  ]
+  return "; ".join([*few, *([f"not above chance: {', '.join(guessed)}"] if guessed else [])])
 
 
 def _count(value: float | int | None) -> str:

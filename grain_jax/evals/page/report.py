@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import axes, figure, patches, ticker
 from matplotlib.backends import backend_agg
 
-from grain_jax.evals import grounding, segmentation
+from grain_jax.evals import evidence, grounding, segmentation
 from grain_jax.evals.page import figures
 
 _DPI = 100  # so that one point of layout below is one pixel
@@ -78,6 +78,8 @@ def series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, f
 def format_table(results: Mapping[str, float | int]) -> str:
   """Results as text for the terminal, a block an evaluation: fractions as per cent, counts as such.
 
+  What rests on few images, or cannot be told from chance, says so (`evidence.note`).
+
   Args:
     results: flat names such as `zero_shot/seen/top1`; floats in [0, 1] are fractions, ints counts.
 
@@ -86,19 +88,22 @@ def format_table(results: Mapping[str, float | int]) -> str:
   """
   if not results:
     return "no results"
-  blocks: dict[str, list[tuple[str, str]]] = {}
+  blocks: dict[str, list[tuple[str, str, str]]] = {}
   for name, value in results.items():
     head, _, rest = name.partition("/")
-    blocks.setdefault(head if rest else "", []).append((rest or head, _cell(value)))
-  width = max(len(name) for rows in blocks.values() for name, _ in rows)
-  right = max(len(text.rstrip(" %")) for rows in blocks.values() for _, text in rows)
+    blocks.setdefault(head if rest else "", []).append(
+      (rest or head, _cell(value), evidence.note(name, results))
+    )
+  width = max(len(name) for rows in blocks.values() for name, _, _ in rows)
+  right = max(len(text.rstrip(" %")) for rows in blocks.values() for _, text, _ in rows)
   lines = []
   for head, rows in blocks.items():
     lines += [head] if head else []
-    for name, text in rows:
+    for name, text, note in rows:
       number, _, unit = text.partition(" ")
       indent, pad = ("  ", width) if head else ("", width + 2)
-      lines.append(f"{indent}{name:<{pad}}  {number:>{right}} {unit}".rstrip())
+      note = f"  ({note})" if note else ""
+      lines.append(f"{indent}{name:<{pad}}  {number:>{right}} {unit}".rstrip() + note)
   return "\n".join(lines)
 
 

@@ -60,6 +60,8 @@ SETS: dict[str, Set] = {
 PAPER = tuple(SETS)[:11]
 # Other results go by these names.
 _TAKEN = ("average11", "descriptors", "paper", "seen", "unseen")
+AVERAGE = "zero_shot/average11/"
+PLAIN = "templates"  # the protocol of a set's names without one, whatever else is asked for
 _SCORES_AT_ONCE = 1 << 24  # similarities of regions and descriptors: 64 MiB
 
 
@@ -96,9 +98,9 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     `zero_shot/NAME/PROTOCOL/top1`, `.../top5` (left out where there are at most 5 classes) and
     `.../mean_per_class` (`zero_shot.mean_per_class`), fractions in [0, 1]; for regions
     `zero_shot/NAME/regions/alpha=A/...` for every A of `options.alphas`: choosing one by these
-    images would be choosing by the answers. `zero_shot/NAME/top1` and so on are those of the
-    first protocol (of a single alpha, if that is `regions`; of several, there are none).
-    `zero_shot/NAME/classes`, `zero_shot/NAME/examples` of `zero_shot/NAME/rows` images counted.
+    images would be choosing by the answers. `zero_shot/NAME/top1` and so on are those of
+    `templates`, and are left out where that is not asked for. `zero_shot/NAME/classes`,
+    `zero_shot/NAME/examples` of `zero_shot/NAME/rows` images counted.
 
   Raises:
     ValueError: what `check` finds; no image can be read; a model without region queries.
@@ -139,11 +141,10 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     options.warn(f"zero_shot:{name}: {unreadable.line(len(labels))}")
 
   results: dict[str, float | int] = {}
-  plain = _plain(options)
   for head, parts in ranks.items():
     figures = _figures(np.concatenate(parts), counted, len(data.classes))
     results |= {f"zero_shot/{name}/{head}/{key}": value for key, value in figures.items()}
-    if head == plain:
+    if head == PLAIN:
       results |= {f"zero_shot/{name}/{key}": value for key, value in figures.items()}
   results[f"zero_shot/{name}/classes"] = len(data.classes)
   results[f"zero_shot/{name}/examples"] = len(counted)
@@ -151,15 +152,21 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   return results
 
 
-def average(results: Mapping[str, float | int]) -> dict[str, float]:
-  """`zero_shot/average11/...`: the mean over the sets of `PAPER` of each fraction that all have."""
+def average(results: Mapping[str, float | int]) -> dict[str, float | int]:
+  """`zero_shot/average11/...`: the mean over the sets of `PAPER` of each fraction that all have.
+
+  With `zero_shot/average11/limit`, the smallest, where one of them is of a trial.
+  """
   first = f"zero_shot/{PAPER[0]}/"
   tails = [key.removeprefix(first) for key in results if key.startswith(first)]
-  averages: dict[str, float] = {}
+  averages: dict[str, float | int] = {}
   for tail in tails:
     values = [results.get(f"zero_shot/{name}/{tail}") for name in PAPER]
     if all(isinstance(value, float) for value in values):
-      averages[f"zero_shot/average11/{tail}"] = float(np.mean(values))
+      averages[f"{AVERAGE}{tail}"] = float(np.mean(values))
+  limits = [results[key] for name in PAPER if (key := f"zero_shot/{name}/limit") in results]
+  if averages and limits:
+    averages[f"{AVERAGE}limit"] = min(limits)
   return averages
 
 
@@ -316,13 +323,6 @@ def _twins(texts: Sequence[Sequence[str]]) -> np.ndarray:
   """For each class the first class of the same texts: i64 [C]."""
   first: dict[tuple[str, ...], int] = {}
   return np.asarray([first.setdefault(tuple(own), i) for i, own in enumerate(texts)])
-
-
-def _plain(options: Options) -> str:
-  """The head whose figures the set's own names stand for."""
-  if options.protocols[0] == "regions" and len(options.alphas) == 1:
-    return f"regions/alpha={options.alphas[0]:g}"
-  return options.protocols[0]
 
 
 def _figures(ranks: np.ndarray, labels: Sequence[int], classes: int) -> dict[str, float]:

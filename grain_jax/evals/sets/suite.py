@@ -128,7 +128,9 @@ def run(
   say: Callable[[str], None] = lambda line: None,
   attempt: Attempt = attempts.once,
 ) -> Results:
-  """Results of all sets; with composition always the zero-shot average beside it.
+  """Results of all sets, with `FAMILY/SET/limit` where it was a trial.
+
+  With composition always the zero-shot average beside it.
 
   What teaches a model to tell captions apart can cost it what it knew of classes (CE-CLIP: eleven
   sets 61.0 -> 45.7 %), so the sets of the paper that are at hand are evaluated too.
@@ -140,8 +142,28 @@ def run(
   for i, spec in enumerate(wanted):
     say(f"evaluating {spec.family}:{spec.name} ({i + 1} of {len(wanted)})")
     call = functools.partial(FAMILIES[spec.family].run, encoders, spec.name, options)
-    results |= attempt(f"{spec.family}:{spec.name}", call) or {}
+    found = attempt(f"{spec.family}:{spec.name}", call) or {}
+    if found and options.limit:  # the same names as of the whole set: a trial must say so
+      found[f"{spec.family}/{spec.name}/limit"] = options.limit
+    results |= found
   return results | classification.average(results)
+
+
+def merge(older: Mapping[str, Any], newer: Results) -> Results:
+  """Results of two evaluations of the same checkpoint; the later one where both have a name.
+
+  What the older one has of a set stays only where it is of the same images (counts and limit):
+  a figure of a trial must not stand beside the counts of the whole. Averages are made anew.
+  """
+  kept = {name: v for name, v in older.items() if not name.startswith(classification.AVERAGE)}
+  for name in newer:
+    prefix, _, metric = name.rpartition("/")
+    if metric == "rows" and prefix.count("/") == 1:  # FAMILY/SET
+      counts = [f"{prefix}/{key}" for key in ("rows", "examples", "limit")]
+      if any(kept.get(count) != newer.get(count) for count in counts):
+        kept = {key: v for key, v in kept.items() if not key.startswith(f"{prefix}/")}
+  merged = kept | newer
+  return classification.average(merged) | merged
 
 
 def _at_hand(specs: Sequence[Spec], options: Options) -> list[Spec]:

@@ -55,9 +55,11 @@ def test_each_result_stands_in_its_row_and_column(tmp_path):
   assert ["the built data", "40.2", "", "1,234", ""] in tables.rows
   (row,) = [r for r in tables.rows if r and r[0] == "imagenet"]
   assert row[1:4] == ["45.0", "70.0", "50,000"] and "CLIPpy ViT-B/16, CC-12M 45.3" in row[4]
-  assert ["", "accuracy, %", "average, %", "examples"] in tables.rows
-  assert ["swap attribute", "50.0", "", "12"] in tables.rows
-  assert ["the built data", "", "75.0", ""] in tables.rows
+  assert ["", "accuracy, %", "average, %", "examples", "to be said"] in tables.rows
+  # By hand: (1/2 + z^2/24 -+ z sqrt(1/48 + z^2/576)) / (1 + z^2/12) with z = 1.96.
+  said = "only 12 pairs; not above chance: accuracy (50 %)"
+  assert ["swap attribute", "50.0 25.4 to 74.6", "", "12", said] in tables.rows
+  assert ["the built data", "", "75.0", "", ""] in tables.rows
   assert "a &lt;b&gt; run" in text and "x &amp; y" in text
 
 

@@ -133,3 +133,12 @@ def test_table():
     "seconds              533.2",
   ]
   assert report.format_table({}) == "no results"
+
+
+def test_table_says_what_rests_on_little():
+  table = report.format_table(
+    {"zero_shot/mine/top1": 0.5, "zero_shot/mine/classes": 2, "zero_shot/mine/examples": 12,
+     "zero_shot/mine/rows": 12}
+  )  # fmt: skip
+  said = "only 12 images; not above chance, 50 %; 95 % interval 25.4 to 74.6 %"
+  assert table.splitlines()[1] == f"  mine/top1      50.0 %  ({said})"

@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from grain_jax.evals import zero_shot
 from grain_jax.evals.inputs.encoders import Encoders
-from grain_jax.evals.inputs.options import Options
+from grain_jax.evals.inputs.options import PROTOCOLS, Options
 from grain_jax.evals.sets import classification, labelled
 
 E, QUERIES, SIZE = 8, 3, 4
@@ -149,8 +149,9 @@ def test_every_protocol_is_scikit_learns_in_one_pass(root):
       assert results[f"zero_shot/mine/{head}/{key}"] == pytest.approx(value, abs=1e-6), head
   for key in ("top1", "top5", "mean_per_class"):
     plain = results[f"zero_shot/mine/{key}"]
-    assert plain == results[f"zero_shot/mine/descriptors/{key}"]
-    assert plain == results[f"zero_shot/mine/regions/alpha=1/{key}"]
+    assert plain == results[f"zero_shot/mine/templates/{key}"]
+    with_descriptors = results[f"zero_shot/mine/descriptors/{key}"]
+    assert with_descriptors == results[f"zero_shot/mine/regions/alpha=1/{key}"]
   assert results["zero_shot/mine/examples"] == len(labels) == model.images == 62
   assert results["zero_shot/mine/rows"] == 63 and results["zero_shot/mine/classes"] == 7
   assert len(results) == 6 * 3 + 3 + 3
@@ -224,14 +225,17 @@ def test_a_model_without_region_queries_is_told_before_anything_is_encoded(root)
   assert not model.texts and not model.images
 
 
-def test_plain_names_are_the_first_protocols_and_no_alpha_is_chosen(root):
-  several = options(root, "regions", "name", alphas=(0.0, 1.0))
-  results = classification.run(Model().encoders, "mine", several)
-  assert "zero_shot/mine/top1" not in results and "zero_shot/mine/name/top1" in results
-  one = options(root, "regions", alphas=(0.3,))
-  results = classification.run(Model().encoders, "mine", one)
-  assert results["zero_shot/mine/top1"] == results["zero_shot/mine/regions/alpha=0.3/top1"]
-  assert "zero_shot/mine/descriptors/top1" not in results
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_name_means_one_thing_whatever_else_is_asked(root, count):
+  """Every choice and order of protocols: what two of them both report is equal."""
+  known = {}
+  for asked in itertools.permutations(PROTOCOLS, count):
+    results = classification.run(Model().encoders, "mine", options(root, *asked, alphas=(0.3,)))
+    assert ("zero_shot/mine/top1" in results) == ("templates" in asked), asked
+    for name, value in results.items():
+      assert known.setdefault(name, value) == pytest.approx(value, abs=1e-6), (name, asked)
+  distinct = {known[f"zero_shot/mine/{head}/mean_per_class"] for head in ("name", "templates")}
+  assert len(distinct) == 2  # else nothing would be compared
 
 
 def test_top5_of_few_classes_is_left_out(root):
@@ -239,7 +243,7 @@ def test_top5_of_few_classes_is_left_out(root):
     for path in (root / "mine" / name).iterdir():
       path.unlink()
     (root / "mine" / name).rmdir()
-  results = classification.run(Model().encoders, "mine", options(root, "name"))
+  results = classification.run(Model().encoders, "mine", options(root))
   assert results["zero_shot/mine/classes"] == 5 and "zero_shot/mine/top1" in results
   assert "zero_shot/mine/top5" not in results
 

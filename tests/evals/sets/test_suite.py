@@ -60,6 +60,33 @@ def test_composition_is_never_without_the_zero_shot_average(monkeypatch, missing
     assert "2 of 11 sets are not at hand: dtd, cub200" in lines[0]
 
 
+def test_a_trial_says_so_and_its_figures_stand_beside_no_other_count(monkeypatch):
+  """Results of one step add up; those of other pictures of the same set do not."""
+
+  class Counted(Fake):
+    def run(self, encoders, name, options):
+      head = options.protocols[0]
+      rows = {"examples": options.limit or 50, "rows": options.limit or 50}
+      return {f"zero_shot/{name}/{head}/top1": 0.5} | {
+        f"zero_shot/{name}/{key}": value for key, value in rows.items()
+      }
+
+  monkeypatch.setattr(suite, "FAMILIES", {"zero_shot": Counted()})
+  specs = [suite.Spec("zero_shot", name) for name in classification.PAPER]
+  trial = suite.run(specs, None, Options(limit=10, protocols=("name",)))
+  assert trial["zero_shot/dtd/limit"] == trial["zero_shot/average11/limit"] == 10
+  whole = suite.run(specs[:1], None, Options(protocols=("templates",)))
+  merged = suite.merge({"retrieval/pairs": 3, **trial}, whole)
+  assert merged["retrieval/pairs"] == 3 and merged["zero_shot/cifar10/rows"] == 50
+  assert "zero_shot/cifar10/name/top1" not in merged and "zero_shot/cifar10/limit" not in merged
+  assert merged["zero_shot/dtd/name/top1"] == 0.5 and merged["zero_shot/dtd/limit"] == 10
+  assert not any(name.startswith("zero_shot/average11") for name in merged)
+  more = suite.merge(whole, suite.run(specs[:1], None, Options(protocols=("name",))))
+  assert {f"zero_shot/cifar10/{head}/top1" for head in ("name", "templates")} < more.keys()
+  ten = suite.run(specs[1:], None, Options(protocols=("templates",)))
+  assert suite.merge(whole, ten)["zero_shot/average11/templates/top1"] == 0.5
+
+
 def test_without_composition_nothing_else_is_evaluated(monkeypatch):
   zero_shot = Fake()
   monkeypatch.setattr(suite, "FAMILIES", {"zero_shot": zero_shot})
