@@ -26,15 +26,17 @@ image next to each other add captions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import places, schema, textfiles
-from grain_jax.data import records
+from grain_jax.data import on_disk, records
 
 OUTSIDE = "outside_the_folder"  # why a record is refused, unless --allow_outside is given
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
@@ -54,13 +56,14 @@ class Source:
 
   name: str
   settings: Mapping[str, Any]  # JSON; a build with equal settings need not be repeated
-  read: Callable[[], Iterator[tuple[str, dict[str, Any] | Refused]]]  # (split, record)
+  read: Callable[..., Iterator[tuple[str, dict[str, Any] | Refused]]]  # () -> (split, record)
   about: Mapping[str, Any]  # into the manifest: licence, class_names, ...
   total: int | None = None  # records, where that is known beforehand
   with_mask: bool = False
   with_label: bool = False
   check_image: bool = True  # decode each image; off where it has just been encoded
   tolerance: float = 1e-3  # how far outside a box may lie, as a fraction of the image
+  indexed: bool = False  # `read` takes a folder for the index that it makes
 
 
 def scenes(settings: Any, *, workers: int | None = None) -> Source:
@@ -176,11 +179,16 @@ def published(
     "descriptions": [_existing(f, "--descriptions") for f in descriptions],
   }
 
-  def read() -> Iterator[tuple[str, dict[str, Any] | Refused]]:
-    texts = [_json_object(f) for f in files["generated"]]
-    regions = _merged(files["boxes"])
-    described = _merged(files["descriptions"])
-    matched = 0
+  kinds = [(kind, file) for kind, paths in files.items() for file in paths]
+
+  def read(scratch: str | pathlib.Path | None = None) -> Iterator[tuple[str, Any]]:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="index-") as folder:
+      index = on_disk.MemberIndex(pathlib.Path(folder), [file for _, file in kinds])
+      with contextlib.closing(index):
+        yield from _published_records(index)
+
+  def _published_records(index: on_disk.MemberIndex) -> Iterator[tuple[str, Any]]:
+    matched = False
     for row in _caption_rows(table):
       if isinstance(row, Refused):
         yield "train", row
@@ -189,25 +197,33 @@ def published(
       if not allow_outside and _is_outside(root, path):
         yield "train", Refused(path, "records", OUTSIDE)
         continue
-      found = regions.get(path) or []
-      matched += path in regions
+      found: dict[str, list] = {kind: [] for kind in files}
+      for number, value in index.find(path).items():
+        kind = kinds[number][0]
+        matched |= kind == "boxes"
+        if kind != "generated":
+          found[kind].extend(value or [])
+        elif value is not None:
+          found[kind].append(value)
       split = "val" if _chance(path) < val_fraction else "train"
-      boxed = {r.get("description") for r in found if isinstance(r, Mapping)}
-      for _ in set(described.get(path) or ()) - boxed:
+      boxed = {r.get("description") for r in found["boxes"] if isinstance(r, Mapping)}
+      for _ in set(found["descriptions"]) - boxed:
         yield split, Refused(path, "regions", "description_without_box")
       yield (
         split,
         {
           schema.RECORD_KEY: path,
           schema.RECORD_IMAGE: root / path,
-          schema.RECORD_CAPTIONS: [caption, *(t[path] for t in texts if t.get(path) is not None)],
-          schema.RECORD_REGIONS: [_published_region(r) for r in found],
+          schema.RECORD_CAPTIONS: [caption, *found["generated"]],
+          schema.RECORD_REGIONS: [_published_region(r) for r in found["boxes"]],
           schema.RECORD_NEGATIVES: [],
         },
       )
-    if regions and not matched:
+    firsts = [index.first_key(n) for n, (kind, _) in enumerate(kinds) if kind == "boxes"]
+    theirs = next((key for key in firsts if key is not None), None)
+    if theirs is not None and not matched:
       raise ValueError(
-        f"no path of {table} stands in the box files (theirs look like {next(iter(regions))!r}). "
+        f"no path of {table} stands in the box files (theirs look like {theirs!r}). "
         "Give the files of one dataset, with paths written alike."
       )
 
@@ -219,7 +235,9 @@ def published(
     "tolerance": tolerance,
   }
   settings |= {"allow_outside": True} if allow_outside else {}
-  return Source("published", settings, read, about={"licence": licence}, tolerance=tolerance)
+  return Source(
+    "published", settings, read, about={"licence": licence}, tolerance=tolerance, indexed=True
+  )
 
 
 def _is_outside(root: pathlib.Path, image: str) -> bool:
@@ -310,21 +328,6 @@ def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str] | Refused]:
       yield row[0], row[1]
     elif row and not header:
       yield Refused(f"row {number}", "records", records.MALFORMED)
-
-
-def _json_object(file: pathlib.Path) -> dict[str, Any]:
-  content = textfiles.read_json(file)
-  if not isinstance(content, dict):
-    raise ValueError(f"{file} is not a JSON object of image paths. Give the published file.")
-  return content
-
-
-def _merged(files: Iterable[pathlib.Path]) -> dict[str, list]:
-  merged: dict[str, list] = {}
-  for file in files:
-    for path, values in _json_object(file).items():
-      merged.setdefault(path, []).extend(values or [])
-  return merged
 
 
 def _annotations(root: pathlib.Path, given: str | pathlib.Path | None) -> pathlib.Path:

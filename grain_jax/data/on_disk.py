@@ -1,0 +1,160 @@
+"""What a build must look up and memory cannot hold: keys met, and where members of JSON files lie.
+
+Both are SQLite files in a folder of the build's own, which goes when the build ends, however it
+ends. SQLite keeps `_CACHE` of them in memory, whatever their size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from grain_jax import failures, textfiles
+
+_CACHE = 64 << 20  # bytes of an index that stay in memory
+_BATCH = 20_000  # entries sorted and inserted together: neighbours in the tree, a page at a time
+
+
+class SeenKeys:
+  """Tells keys that were met before from new ones, by 64 bits of a hash."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._database = _create(
+      folder / "seen_keys.sqlite", "CREATE TABLE seen (hash INTEGER PRIMARY KEY)"
+    )
+
+  def add(self, key: str) -> bool:
+    """Whether the key is new."""
+    with _told(self._database):
+      row = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_hash(key),))
+    return row.rowcount == 1
+
+  def close(self) -> None:
+    self._database.close()
+
+
+class MemberIndex:
+  """Finds the members of JSON files that are one object each, {key: value}, without holding them.
+
+  It is the objects that `json.loads` gives: of a key that a file has twice, the last value.
+  """
+
+  def __init__(self, folder: pathlib.Path, files: Sequence[pathlib.Path]):
+    """Reads all files once.
+
+    Args:
+      folder: where the index goes: 30 bytes a member.
+      files: JSON files; errors name them.
+
+    Raises:
+      ValueError: a file that is no JSON object, in one line.
+    """
+    self._files = [_File(path) for path in files]
+    self._first: list[str | None] = [None] * len(files)
+    self._database = _create(
+      folder / "members.sqlite",
+      "CREATE TABLE members (hash INTEGER, file INTEGER, offset INTEGER, length INTEGER, "
+      "PRIMARY KEY (hash, file, offset)) WITHOUT ROWID",
+    )
+    batch: list[tuple[int, int, int, int]] = []
+    for number, path in enumerate(files):
+      for member in textfiles.iterate_json_object(path):
+        if self._first[number] is None:
+          self._first[number] = member.key
+        batch.append((_hash(member.key), number, member.offset, member.length))
+        if len(batch) == _BATCH:
+          self._insert(batch)
+    self._insert(batch)
+
+  def first_key(self, file: int) -> str | None:
+    """The first key of a file; None where it has none."""
+    return self._first[file]
+
+  def find(self, key: str) -> dict[int, Any]:
+    """{number of the file: value} of the files that have the key, by rising number."""
+    with _told(self._database):
+      rows = self._database.execute(
+        "SELECT file, offset, length FROM members WHERE hash = ? ORDER BY file, offset",
+        (_hash(key),),
+      ).fetchall()
+    found: dict[int, Any] = {}
+    for file, offset, length in rows:
+      name, value = textfiles.parse_member(self._files[file].read(offset, length))
+      if name == key:  # another one may have the same hash
+        found[file] = value
+    return found
+
+  def close(self) -> None:
+    self._database.close()
+    for file in self._files:
+      file.close()
+
+  def _insert(self, batch: list[tuple[int, int, int, int]]) -> None:
+    batch.sort()
+    with _told(self._database):
+      self._database.executemany("INSERT INTO members VALUES (?, ?, ?, ?)", batch)
+    batch.clear()
+
+
+class _File:
+  """Parts of a file by their place; opened again where the storage failed."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._file: BinaryIO | None = None
+
+  def read(self, offset: int, length: int) -> bytes:
+    data = failures.retry_read(lambda: self._read(offset, length), self._path)
+    if len(data) < length:
+      raise ValueError(f"{self._path} has become shorter while it was read. Start again.")
+    return data
+
+  def _read(self, offset: int, length: int) -> bytes:
+    try:
+      if self._file is None:
+        self._file = self._path.open("rb", buffering=0)
+      return os.pread(self._file.fileno(), length, offset)
+    except OSError:
+      self.close()
+      raise
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+
+def _create(path: pathlib.Path, table: str) -> sqlite3.Connection:
+  # No transaction is ever undone: a build that stops throws the file away.
+  database = sqlite3.connect(path, isolation_level=None)
+  with _told(database):
+    for pragma in (
+      "journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE",
+      f"cache_size = -{_CACHE >> 10}",
+    ):  # fmt: skip
+      database.execute(f"PRAGMA {pragma}")
+    database.execute(table)
+    database.execute("BEGIN")
+  return database
+
+
+@contextlib.contextmanager
+def _told(database: sqlite3.Connection) -> Iterator[None]:
+  try:
+    yield
+  except sqlite3.Error as error:
+    raise ValueError(
+      f"the index of the build beside --out cannot be written or read: {error}. Make room on that "
+      "disk, or choose another."
+    ) from error
+
+
+def _hash(key: str) -> int:
+  """64 bits, as SQLite's signed integers; JSON can carry halves of a character."""
+  digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+  return int.from_bytes(digest, "big", signed=True)
