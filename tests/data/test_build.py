@@ -214,7 +214,7 @@ def test_the_same_again_is_not_built_again(tmp_path):
 
   said = []
   same = toy_data.sources.Source("toy", {"records": 3}, read, {})
-  build.build(same, out, say=said.append)
+  build.build(same, out, shard_size=4, say=said.append)
   assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
   assert said == [f"{out} is already built with these settings: train 3."]
 
@@ -222,7 +222,9 @@ def test_the_same_again_is_not_built_again(tmp_path):
 def test_other_settings_need_overwrite(tmp_path):
   out = toy_data.built(tmp_path / "d", [toy_data.record(i) for i in range(3)])
   other = toy_data.source([toy_data.record(i) for i in range(2)])
-  with pytest.raises(ValueError, match=r"other settings \(records\).*--overwrite") as error:
+  with pytest.raises(
+    ValueError, match=r"\(records: 3 -> 2; shard_size: 4 -> 16384\).*--overwrite"
+  ) as error:
     build.build(other, out, say=toy_data.quiet)
   assert "\n" not in str(error.value) and dataset.open_dataset(out).num_records("train") == 3
   build.build(other, out, overwrite=True, say=toy_data.quiet)

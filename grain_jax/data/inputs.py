@@ -1,0 +1,120 @@
+"""What a dataset was built from, as its manifest holds it; and what of that has changed since.
+
+Annotation files are told by path, size and time (in the source's settings); images, all together,
+by the paths that the annotations give them, and by their sizes and times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
+from typing import Any
+
+from grain_jax import failures
+
+_THREADS = 16  # a file system over a network takes a millisecond a file
+_CHUNK = 1000
+
+
+def images(paths: Iterable[pathlib.Path]) -> dict[str, Any]:
+  """{files, missing, bytes, digest} of images, whatever their order.
+
+  The digest is the sum of hashes of path, size and time: no list of millions is held or sorted.
+  """
+  totals = [0, 0, 0, 0]
+  iterator = iter(paths)
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    while several := list(itertools.islice(iterator, _THREADS * _CHUNK)):
+      chunks = [several[i : i + _CHUNK] for i in range(0, len(several), _CHUNK)]
+      for found in pool.map(_sums, chunks):
+        totals = [a + b for a, b in zip(totals, found, strict=True)]
+  files, missing, size, digest = totals
+  return {
+    "files": files, "missing": missing, "bytes": size, "digest": f"{digest % (1 << 128):032x}",
+  }  # fmt: skip
+
+
+def _sums(paths: Iterable[pathlib.Path]) -> tuple[int, int, int, int]:
+  """(files, missing, bytes, sum of hashes) of some images."""
+  files = missing = size = total = 0
+  for path in paths:
+    stat = _stat(path)
+    files, missing = files + (stat is not None), missing + (stat is None)
+    own = "missing" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
+    size += 0 if stat is None else stat.st_size
+    text = f"{path}\0{own}".encode("utf-8", "surrogatepass")
+    total += int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+  return files, missing, size, total
+
+
+def describe_changes(
+  manifest: Mapping[str, Any],
+  settings: Mapping[str, Any],
+  *,
+  shard_size: int,
+  licence: str,
+  find_images: Callable[[], dict[str, Any] | None],
+) -> list[str]:
+  """What of a build's inputs and flags differs from those of a manifest, in words; [] if nothing.
+
+  Args:
+    manifest: of the dataset that is there; what it does not hold (an older one) is not compared.
+    settings: of the source.
+    shard_size, licence: flags of the build.
+    find_images: `images` of the source; called only where all else is the same.
+  """
+  old = manifest["settings"]
+  changes = [
+    f"{name}: {words}"
+    for name in sorted({*old, *settings})
+    if (words := _difference(old.get(name), settings.get(name)))
+  ]
+  inputs = manifest.get("inputs", {})
+  if inputs.get("shard_size", shard_size) != shard_size:
+    changes.append(f"shard_size: {inputs['shard_size']} -> {shard_size}")
+  if manifest.get("licence", licence) != licence:
+    changes.append(f"licence: {manifest['licence']!r} -> {licence!r}")
+  if changes or not inputs.get("images"):
+    return changes
+  new = find_images()
+  if new is None or new == inputs["images"]:
+    return []
+  parts = [
+    f"{what} {inputs['images'][what]:,} -> {new[what]:,}"
+    for what in ("files", "missing", "bytes")
+    if inputs["images"][what] != new[what]
+  ]
+  words = ", ".join(parts) or f"the time or name of some of {new['files']:,} files"
+  return [f"images: {words}"]
+
+
+def _difference(old: Any, new: Any) -> str:
+  """Two values of a setting in words; '' where they are equal."""
+  if old == new:
+    return ""
+  if isinstance(old, list) and isinstance(new, list):
+    if len(old) != len(new):
+      return f"{len(old)} -> {len(new)}"
+    return ", ".join(filter(None, map(_difference, old, new)))
+  if _is_stamp(old) and _is_stamp(new):
+    if old["path"] != new["path"]:
+      return f"{old['path']} -> {new['path']}"
+    if old["bytes"] != new["bytes"]:
+      return f"{new['path']} has {new['bytes']:,} bytes, had {old['bytes']:,}"
+    return f"{new['path']} was written anew"
+  return f"{old!r} -> {new!r}"
+
+
+def _is_stamp(value: Any) -> bool:
+  return isinstance(value, Mapping) and {"path", "bytes", "mtime_ns"} <= value.keys()
+
+
+def _stat(path: pathlib.Path) -> os.stat_result | None:
+  try:
+    return failures.retry_read(lambda: os.stat(path), path)
+  except (OSError, ValueError):  # it is not there, or no path: `records.check` counts it
+    return None
