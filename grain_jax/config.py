@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from grain_jax import places, recipes
+from grain_jax import places, recipes, schema
 
 # Image towers by name: (width, depth, heads, patch size in pixels).
 VARIANTS = {
@@ -105,7 +105,7 @@ ADDED = {
   "data.eval_resize": "squash",
   "data.max_bad_fraction": 1.0,
   "data.max_bad_in_a_row": 0,
-  "data.max_pixels": 89_478_485,
+  "data.max_pixels": schema.MAX_PIXELS,
   "data.min_bad": 20,
   "data.reduced_decode": False,
   "grounding.split": "val",
@@ -270,6 +270,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.data.max_bad_fraction = {config.data.max_bad_fraction} must be in [0, 1]: 0.01 is "
       "one bad record in 100."
     )
+  schema.check_max_pixels(config.data.max_pixels)
   if not config.model.decoder.dropout < 1:
     raise ValueError(f"config.model.decoder.dropout = {config.model.decoder.dropout} must be < 1.")
   if not 0 <= config.optimizer.ema_decay < 1:

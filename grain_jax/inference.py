@@ -181,7 +181,7 @@ def _to_pil(image: Any, index: int, max_pixels: int = decoding.MAX_PIXELS) -> Im
   """As it is shown, RGB; one line about what cannot be read."""
   if isinstance(image, (str, os.PathLike)):
     places.check(image, f"images[{index}]")
-    file = pathlib.Path(image)
+    file = places.find_file(image)
     if not failures.retry_read(file.is_file, file):
       raise ValueError(f"images[{index}]: there is no file {file}.")
     try:

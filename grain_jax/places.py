@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,3 +41,30 @@ def check_all(values: Mapping[str, Any]) -> None:
     for item in value if isinstance(value, list | tuple) else (value,):
       if isinstance(item, str | os.PathLike):
         check(item, name)
+
+
+def find_file(path: str | os.PathLike) -> pathlib.Path:
+  """The path as its file is spelled on the disk; as it is where there is none, or no accent in it.
+
+  macOS and what it writes spell an accent as a character of its own (NFD), other systems within its
+  letter (NFC): what stands in a file of annotations may name a file of the other spelling. A path
+  with ".." stays: a link that is found so would lead elsewhere than the one that was judged.
+  """
+  path = pathlib.Path(path)
+  if str(path).isascii() or ".." in path.parts or _exists(path):
+    return path
+  found = pathlib.Path(path.anchor)
+  for part in path.relative_to(path.anchor).parts:
+    forms = dict.fromkeys([part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))])
+    spelled = next((found / form for form in forms if _exists(found / form)), None)
+    if spelled is None:
+      return path
+    found = spelled
+  return found
+
+
+def _exists(path: pathlib.Path) -> bool:
+  try:
+    return os.path.lexists(path)
+  except ValueError:  # a NUL, half a character: no path
+    return False

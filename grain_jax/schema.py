@@ -34,6 +34,12 @@ RECORD_LABEL = "label"  # i64, index into the split's class names
 # Kinds of hard negatives, in the order of their ids (CE-CLIP, arXiv 2306.08832).
 NEGATIVE_KINDS = ("relation", "attribute", "object", "action")
 
+# Pixels of the largest image that is decoded: where PIL begins to warn of decompression bombs. One
+# of that size takes 0.36 GB in PIL, and twice that where it has transparency.
+MAX_PIXELS = 89_478_485
+# PIL itself refuses more than twice its own limit.
+MOST_PIXELS = 2 * MAX_PIXELS
+
 # A host batch: b images, L tokens a row, R regions, K negatives, T = 1 + R + K texts an image in
 # the order caption, R descriptions, K negatives.
 BATCH: Mapping[str, Field] = {
@@ -104,3 +110,18 @@ def center_to_corners(boxes: np.ndarray) -> np.ndarray:
   """(cx, cy, w, h) of a batch -> (ymin, xmin, ymax, xmax) of a record, both in [0, 1], [..., 4]."""
   cx, cy, w, h = np.moveaxis(np.asarray(boxes, np.float32), -1, 0)
   return np.stack([cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2], axis=-1)
+
+
+def check_max_pixels(max_pixels: Any, name: str = "config.data.max_pixels") -> None:
+  """Raises a one-line ValueError where a limit of pixels is none that can be kept.
+
+  Args:
+    max_pixels: of the largest image to decode.
+    name: where it was given.
+  """
+  whole = isinstance(max_pixels, int) and not isinstance(max_pixels, bool)
+  if not whole or not 1 <= max_pixels <= MOST_PIXELS:
+    raise ValueError(
+      f"{name} = {max_pixels!r} is not in [1, {MOST_PIXELS}]: PIL opens no larger images. Choose "
+      "another."
+    )

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import places, trees
+from grain_jax import places, schema, trees
 from grain_jax.models import grain, initial
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime import mesh as meshes
@@ -50,6 +50,9 @@ def open_checkpoint(
       f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
       "checkpoint first (python -m grain_jax.convert --help)."
     )
+  # Before anything is read: whoever opens a checkpoint may show it images.
+  file = folder / "config.json"
+  schema.check_max_pixels(configs.read(file).data.max_pixels, f"{file}: data.max_pixels")
   if not (folder / "model.safetensors").is_file():
     return load_run(folder, step=step)
   if step is not None:

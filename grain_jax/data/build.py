@@ -199,7 +199,12 @@ def _checked(
   def check(record) -> records.Checked:
     if isinstance(record, sources.Refused):
       return records.Checked(None, [(record.what, record.why)])
-    return records.check(record, tolerance=source.tolerance, check_image=source.check_image)
+    return records.check(
+      record,
+      tolerance=source.tolerance,
+      check_image=source.check_image,
+      max_pixels=source.max_pixels,
+    )
 
   def read() -> Iterator[tuple[str, Any]]:
     return source.read(scratch) if source.indexed else source.read()

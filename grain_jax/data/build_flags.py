@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from grain_jax import places
+from grain_jax import places, schema
 from grain_jax.data import sources
 
 SHARD_SIZE = 16_384  # records: the 10 M of CC12M are 611 shards, few enough to stay open
@@ -47,6 +47,7 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
     add("--val_fraction", type=float, default=0.0, help="part of train that goes to val")
     add("--tolerance", type=float, default=near, help="how far outside a box may lie (clipped)")
     add("--licence", default="", help="of the images, for the manifest")
+    add("--max_pixels", type=int, default=schema.MAX_PIXELS, help="of the largest image kept")
     add("--allow_outside", action="store_true", help="read images that lie outside the folder too")
   if source == "folder":
     add("--input", required=True, help="folder of images")
@@ -89,9 +90,8 @@ def source(flags: argparse.Namespace) -> sources.Source:
     settings = {name: values[name] for name in fields & values.keys()}
     settings["names"] = tuple(n.strip() for n in flags.names.split(",") if n.strip())
     return sources.scenes(scenes.SceneSettings(**settings), workers=flags.workers)
-  common = {
-    name: values[name] for name in ("val_fraction", "tolerance", "licence", "allow_outside")
-  }
+  names = ("val_fraction", "tolerance", "licence", "allow_outside", "max_pixels")
+  common = {name: values[name] for name in names}
   if flags.source == "folder":
     return sources.folder(flags.input, annotations=flags.annotations, **common)
   files = {name: values[name] for name in ("captions", "generated", "boxes", "descriptions")}

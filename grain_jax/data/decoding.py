@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Pixels of the largest image that is decoded: where PIL begins to warn of decompression bombs. One
-# of that size takes 0.36 GB in PIL, and twice that where it has transparency.
-MAX_PIXELS = 89_478_485
-# PIL itself refuses more than twice its own limit.
-MOST_PIXELS = 2 * MAX_PIXELS
-_BOMB = f"image of more than {MOST_PIXELS} pixels: more than PIL opens"
+from grain_jax import schema
+
+MAX_PIXELS = schema.MAX_PIXELS
+_BOMB = f"image of more than {schema.MOST_PIXELS} pixels: more than PIL opens"
 
 _ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
 # By EXIF's number: what turns the pixels of a file upright. `ImageOps.exif_transpose` writes EXIF
@@ -37,15 +35,6 @@ _DRAFT_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with further images behind it, o
 
 class TooManyPixels(ValueError):
   """An image larger than the limit, told from its header."""
-
-
-def check_limit(max_pixels: int) -> None:
-  """Raises a one-line ValueError where config.data.max_pixels is none that can be kept."""
-  if not 1 <= max_pixels <= MOST_PIXELS:
-    raise ValueError(
-      f"config.data.max_pixels = {max_pixels} is not in [1, {MOST_PIXELS}]: PIL opens no larger "
-      "images. Choose another."
-    )
 
 
 def decode(

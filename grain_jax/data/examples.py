@@ -67,7 +67,7 @@ class Examples:
     self.reduced = training and config.data.reduced_decode
     self.min_area = config.data.crop_min_area
     self.max_pixels = config.data.max_pixels
-    decoding.check_limit(self.max_pixels)
+    schema.check_max_pixels(self.max_pixels)
     self.caption = config.data.caption if training else "original"
     self.stop = config.data.on_bad_record == "stop"
     self.tokenizer = tokenizer.Tokenizer(config.model.text.context)

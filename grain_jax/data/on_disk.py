@@ -11,6 +11,7 @@ import hashlib
 import os
 import pathlib
 import sqlite3
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -66,7 +67,7 @@ class MemberIndex:
       for member in textfiles.iterate_json_object(path):
         if self._first[number] is None:
           self._first[number] = member.key
-        batch.append((_hash(member.key), number, member.offset, member.length))
+        batch.append((_hash(_nfc(member.key)), number, member.offset, member.length))
         if len(batch) == _BATCH:
           self._insert(batch)
     self._insert(batch)
@@ -76,18 +77,25 @@ class MemberIndex:
     return self._first[file]
 
   def find(self, key: str) -> dict[int, Any]:
-    """{number of the file: value} of the files that have the key, by rising number."""
+    """{number of the file: value} of the files that have the key, by rising number.
+
+    Where a file spells an accent as a character of its own and the key does not, or the other way
+    round, it is the same key, unless the file has it as it stands too.
+    """
     with _told(self._database):
       rows = self._database.execute(
         "SELECT file, offset, length FROM members WHERE hash = ? ORDER BY file, offset",
-        (_hash(key),),
+        (_hash(_nfc(key)),),
       ).fetchall()
     found: dict[int, Any] = {}
+    near: dict[int, Any] = {}
     for file, offset, length in rows:
       name, value = textfiles.parse_member(self._files[file].read(offset, length))
-      if name == key:  # another one may have the same hash
+      if name == key:
         found[file] = value
-    return found
+      elif _nfc(name) == _nfc(key):  # another one may have the same hash
+        near[file] = value
+    return dict(sorted((near | found).items()))
 
   def close(self) -> None:
     self._database.close()
@@ -152,6 +160,10 @@ def _told(database: sqlite3.Connection) -> Iterator[None]:
       f"the index of the build beside --out cannot be written or read: {error}. Make room on that "
       "disk, or choose another."
     ) from error
+
+
+def _nfc(key: str) -> str:
+  return key if key.isascii() else unicodedata.normalize("NFC", key)
 
 
 def _hash(key: str) -> int:

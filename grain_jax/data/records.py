@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from grain_jax import failures, schema
+from grain_jax import failures, places, schema
 from grain_jax.data import decoding
 
 # Why `check` drops something; the manifest counts each by this name.
 MISSING_IMAGE = "missing_image"
 CORRUPT_IMAGE = "corrupt_image"
-IMAGE_TOO_LARGE = "image_too_large"  # more pixels than `decoding.MAX_PIXELS`
+IMAGE_TOO_LARGE = "image_too_large"  # more pixels than --max_pixels
 NO_CAPTION = "no_caption"
 EMPTY_CAPTION = "empty_caption"
 EMPTY_DESCRIPTION = "empty_description"
@@ -191,7 +191,11 @@ def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:
 
 
 def check(
-  record: Mapping[str, Any], *, tolerance: float = 1e-3, check_image: bool = True
+  record: Mapping[str, Any],
+  *,
+  tolerance: float = 1e-3,
+  check_image: bool = True,
+  max_pixels: int = schema.MAX_PIXELS,
 ) -> Checked:
   """Takes out of a record what cannot be used.
 
@@ -202,6 +206,7 @@ def check(
     record: keys of `schema.RECORD_*`; the image may be the path of its file.
     tolerance: see `check_box`.
     check_image: decode the image; off for a source that has just encoded it.
+    max_pixels: of the largest image that is kept.
   """
   dropped: list[tuple[str, str]] = []
   given = list(record[schema.RECORD_CAPTIONS])
@@ -217,8 +222,9 @@ def check(
   if check_image:
     try:
       if isinstance(image, pathlib.Path):
-        image = failures.retry_read(image.read_bytes, image)
-      image = decoding.as_jpeg(image)
+        file = places.find_file(image)
+        image = failures.retry_read(file.read_bytes, file)
+      image = decoding.as_jpeg(image, max_pixels=max_pixels)
     except OSError:
       return Checked(None, [*dropped, ("records", MISSING_IMAGE)])
     except decoding.TooManyPixels:

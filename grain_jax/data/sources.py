@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import places, schema, textfiles
-from grain_jax.data import on_disk, records
+from grain_jax.data import inputs, on_disk, records
 
 OUTSIDE = "outside_the_folder"  # why a record is refused, unless --allow_outside is given
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
@@ -63,6 +63,7 @@ class Source:
   with_label: bool = False
   check_image: bool = True  # decode each image; off where it has just been encoded
   tolerance: float = 1e-3  # how far outside a box may lie, as a fraction of the image
+  max_pixels: int = schema.MAX_PIXELS  # of the largest image that is kept
   indexed: bool = False  # `read` takes a folder for the index that it makes
   images: Callable[[], Iterator[pathlib.Path]] | None = None  # files of all records, if they have
 
@@ -111,6 +112,7 @@ def folder(
   tolerance: float = 1e-3,
   licence: str = "",
   allow_outside: bool = False,
+  max_pixels: int = schema.MAX_PIXELS,
 ) -> Source:
   """A folder of one's own images; the format stands at the head of this file.
 
@@ -121,10 +123,12 @@ def folder(
     tolerance: how far outside the image a box may lie (it is clipped), as a fraction of it.
     licence: of the images, for the manifest.
     allow_outside: read images outside the folder too, where a path leads there ("../x", "/x").
+    max_pixels: of the largest image that is kept; larger ones are counted.
   """
   root = _existing(input_dir, "--input")
   if not 0 <= val_fraction < 1:
     raise ValueError(f"--val_fraction = {val_fraction}: not a part of the data. Use [0, 1).")
+  schema.check_max_pixels(max_pixels, "--max_pixels")
   file = _annotations(root, annotations)
   lines = _csv_lines if file.suffix.lower() == ".csv" else _json_lines
 
@@ -146,11 +150,17 @@ def folder(
       if not isinstance(record, Refused):
         yield record[schema.RECORD_IMAGE]
 
-  settings = {"input": str(root), "annotations": _stamp(file), "val_fraction": val_fraction}
+  settings = {"input": str(root), "annotations": inputs.stamp(file), "val_fraction": val_fraction}
   settings["tolerance"] = tolerance
-  settings |= {"allow_outside": True} if allow_outside else {}
+  settings |= _unusual(allow_outside=allow_outside, max_pixels=max_pixels)
   return Source(
-    "folder", settings, read, about={"licence": licence}, tolerance=tolerance, images=images
+    "folder",
+    settings,
+    read,
+    about={"licence": licence},
+    tolerance=tolerance,
+    images=images,
+    max_pixels=max_pixels,
   )
 
 
@@ -165,6 +175,7 @@ def published(
   tolerance: float = 0.05,
   licence: str = "",
   allow_outside: bool = False,
+  max_pixels: int = schema.MAX_PIXELS,
 ) -> Source:
   """The annotation files published with GRAIN, over a folder of the images they name.
 
@@ -179,10 +190,12 @@ def published(
     tolerance: see `folder`; larger, because the detector's boxes reach over the edge.
     licence: of the images, for the manifest.
     allow_outside: see `folder`.
+    max_pixels: see `folder`.
   """
   root = _existing(images, "--images")
   if not 0 <= val_fraction < 1:
     raise ValueError(f"--val_fraction = {val_fraction}: not a part of the data. Use [0, 1).")
+  schema.check_max_pixels(max_pixels, "--max_pixels")
   table = _existing(captions, "--captions")
   files = {
     "generated": [_existing(f, "--generated") for f in generated],
@@ -245,12 +258,12 @@ def published(
 
   settings = {
     "images": str(root),
-    "captions": _stamp(table),
-    **{name: [_stamp(f) for f in paths] for name, paths in files.items()},
+    "captions": inputs.stamp(table),
+    **{name: [inputs.stamp(f) for f in paths] for name, paths in files.items()},
     "val_fraction": val_fraction,
     "tolerance": tolerance,
   }
-  settings |= {"allow_outside": True} if allow_outside else {}
+  settings |= _unusual(allow_outside=allow_outside, max_pixels=max_pixels)
   return Source(
     "published",
     settings,
@@ -259,7 +272,15 @@ def published(
     tolerance=tolerance,
     indexed=True,
     images=image_files,
+    max_pixels=max_pixels,
   )
+
+
+def _unusual(*, allow_outside: bool, max_pixels: int) -> dict[str, Any]:
+  """Settings that came later, where they are not what a dataset without them was built with."""
+  settings = {"allow_outside": allow_outside, "max_pixels": max_pixels}
+  usual = {"allow_outside": False, "max_pixels": schema.MAX_PIXELS}
+  return {name: value for name, value in settings.items() if value != usual[name]}
 
 
 def _is_outside(root: pathlib.Path, image: str) -> bool:
@@ -268,7 +289,8 @@ def _is_outside(root: pathlib.Path, image: str) -> bool:
   Links inside the folder are followed, for its owner put them there; `LINK/../x` is no way out.
   """
   path = pathlib.PurePath(image)
-  if ".." not in path.parts and (not path.is_absolute() or path.is_relative_to(root)):
+  inside = not path.is_absolute() or places.find_file(path).is_relative_to(root)
+  if ".." not in path.parts and inside:
     return False
   try:
     return not pathlib.Path(os.path.realpath(root / path)).is_relative_to(root)
@@ -370,12 +392,6 @@ def _existing(path: str | pathlib.Path, flag: str) -> pathlib.Path:
   if not str(path) or not found.exists():
     raise ValueError(f"{flag} = {path}: there is no such file or folder. Correct the path.")
   return found
-
-
-def _stamp(file: pathlib.Path) -> dict[str, Any]:
-  """Tells a changed file from an unchanged one without reading it."""
-  stat = file.stat()
-  return {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _chance(key: str) -> float:

@@ -257,6 +257,14 @@ def test_nothing_usable_is_an_error(tmp_path):
     (["--source=scenes", "--out=x", "--shard_size=0"], "--shard_size = 0"),
     (["--source=folder", "--out=x", "--input=/nowhere"], "--input = /nowhere: there is no"),
     (["--source=folder", "--out=x", "--input=."], "neither annotations.jsonl nor"),
+    (
+      ["--source=folder", "--out=x", "--input=.", "--max_pixels=0"],
+      "--max_pixels = 0 is not in [1",
+    ),
+    (
+      ["--source=published", "--out=x", "--images=.", "--captions=c", "--max_pixels=178956971"],
+      "--max_pixels = 178956971 is not in [1, 178956970]",
+    ),
   ],
 )
 def test_wrong_flags_are_one_line(flags, message, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,8 @@
 """Every reader of pictures (build, training, evaluations, `load`, `embed`) shows a file alike."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 import toy_data
@@ -7,7 +10,9 @@ from numpy.testing import assert_array_equal
 from odd_pictures import ORIENTATIONS, PICTURES, REFUSED, RGB, SIZE, exif, gray, save
 from PIL import Image
 
-from grain_jax import embed, inference
+import grain_jax
+from grain_jax import config as configs
+from grain_jax import embed, evaluate, inference
 from grain_jax.data import dataset, examples, sources
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs import images as images_lib
@@ -227,6 +232,43 @@ def test_a_picture_in_memory_that_cannot_be_decoded_is_one_line(folder, name):
   with Image.open(folder / name) as image, pytest.raises(ValueError, match=words) as error:
     images_lib.open_image(image)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 178_956_971, 2.5, True])
+def test_a_limit_that_cannot_be_kept_is_one_line_for_all(config, tmp_path, limit):
+  """Training, evaluate, load, embed: before a checkpoint is read. PIL opens up to 178,956,970."""
+  (tmp_path / "x.jpg").write_bytes(b"")
+  flags = {"checkpoint": str(tmp_path), "images": str(tmp_path), "out": str(tmp_path / "o.npz")}
+  flags |= {"texts": None, "step": None, "overwrite": False, "labels": "", "regions": False}
+  own = config.to_dict()
+  own["data"]["max_pixels"] = limit
+  (tmp_path / "config.json").write_text(json.dumps(own))
+  asked = {
+    "train": lambda: configs.check(configs.resolve(configs.read(tmp_path / "config.json"))),
+    "evaluate": lambda: evaluate.evaluate(tmp_path, ["zero_shot:mine"]),
+    "load": lambda: grain_jax.load(tmp_path),
+    "embed": lambda: embed._main(types.SimpleNamespace(**flags)),
+  }
+  for name, ask in asked.items():
+    with pytest.raises(
+      ValueError, match=rf"data.max_pixels = {limit} is not in \[1, 178956970"
+    ) as e:
+      ask()
+    assert "\n" not in str(e.value), name
+
+
+def test_the_limit_of_a_build_is_its_flags(tmp_path):
+  root = tmp_path / "in"
+  root.mkdir()
+  for i, side in enumerate((10, 11)):
+    Image.new("RGB", (side, 10)).save(root / f"{i}.png")
+  (root / "annotations.csv").write_text("image,caption\n0.png,a\n1.png,b\n")
+  source = sources.folder(root, max_pixels=100)
+  manifest = toy_data.build.build(source, tmp_path / "d", say=toy_data.quiet)
+  train = manifest["splits"]["train"]
+  assert train["records"] == 1 and train["dropped"]["records"] == {
+    "image_too_large": {"count": 1, "first": ["1.png"]}
+  }
 
 
 def test_the_limit_is_the_configs(config, folder, tmp_path):

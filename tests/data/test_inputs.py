@@ -56,6 +56,7 @@ CHANGES = {
     lambda root: os.utime(root / "annotations.csv", (1, 1)), [], "annotations.csv was written ane"),
   "a part goes to val": (lambda root: None, ["--val_fraction=0.5"], "val_fraction: 0.0 -> 0.5"),
   "other boxes are good enough": (lambda root: None, ["--tolerance=0.5"], "tolerance: 0.0"),
+  "smaller pictures": (lambda root: None, ["--max_pixels=9999"], "max_pixels: not given -> 9999"),
   "shards of another size": (lambda root: None, ["--shard_size=1"], "shard_size: 16384 -> 1"),
   "a licence": (lambda root: None, ["--licence=CC0"], "licence: '' -> 'CC0'"),
 }  # fmt: skip

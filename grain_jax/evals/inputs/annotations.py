@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from grain_jax import textfiles
+from grain_jax import places, textfiles
 from grain_jax.evals.inputs.options import Options, find
 
 GET_COCO = "Get val2014.zip, train2014.zip and val2017.zip from cocodataset.org into DIR/coco."
@@ -101,5 +101,5 @@ def check_images(paths: Iterable[pathlib.Path], what: str, how: str) -> None:
   for path in dict.fromkeys(paths):
     needed.setdefault(path.parent, []).append(path)
   for folder, own in needed.items():
-    if not any(path.is_file() for path in own):
+    if not any(places.find_file(path).is_file() for path in own):
       raise ValueError(f"{what}: {folder} holds none of its {len(own)} pictures. {how}")

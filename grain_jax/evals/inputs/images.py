@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from grain_jax import failures
+from grain_jax import failures, places
 from grain_jax.data import decoding, transforms
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
@@ -77,7 +76,7 @@ def open_image(source: Source, *, max_pixels: int = decoding.MAX_PIXELS) -> Imag
   """
   if isinstance(source, (bytes, Image.Image, np.ndarray)):
     return decoding.decode(source, max_pixels=max_pixels)
-  path = pathlib.Path(source)
+  path = places.find_file(source)
   try:
     data = failures.retry_read(path.read_bytes, path)
     return decoding.decode(data, max_pixels=max_pixels)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from grain_jax import places
 from grain_jax.evals.inputs import annotations
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -123,7 +124,7 @@ def check(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS
 
 def check_files(files: Sequence[pathlib.Path], *, what: str, how: str) -> None:
   """Raises a one-line ValueError where none of the images is there (single ones are counted)."""
-  if not any(file.is_file() for file in files):
+  if not any(places.find_file(file).is_file() for file in files):
     raise ValueError(f"{what}: none of its {len(files)} pictures is there, not {files[0]}. {how}")
 
 

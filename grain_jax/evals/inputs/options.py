@@ -53,7 +53,7 @@ def find(options: Options, *names: str, what: str, how: str) -> pathlib.Path:
   below = pathlib.PurePath(*names)
   if options.root is None:
     raise ValueError(f"{what} needs DIR/{below}: give --datasets=DIR. {how}")
-  path = options.root / below
+  path = places.find_file(options.root / below)
   if not path.exists():
     raise ValueError(f"{what}: there is no {path}. {how}")
   return path

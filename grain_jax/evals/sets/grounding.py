@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from grain_jax import schema, textfiles
+from grain_jax import places, schema, textfiles
 from grain_jax.evals import grounding
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs import instances
@@ -150,7 +150,7 @@ def own_lines(name: str, options: Options, *, what: str) -> tuple[pathlib.Path, 
     'image: {"image": path, "regions": [{"description": text, "box": [ymin, xmin, ymax, xmax]}]}.'
   )
   if options.root is not None:
-    for file in (options.root / name / own for own in _OWN):
+    for file in (places.find_file(options.root / name / own) for own in _OWN):
       if file.is_file():
         return file, read_lines(file)
   file = find(options, name, _OWN[0], what=what, how=how)

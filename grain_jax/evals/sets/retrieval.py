@@ -14,6 +14,7 @@ All captions of an image count, of COCO the first five (the protocol takes 25,00
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -165,8 +166,10 @@ def _json_lines(options: Options, name: str) -> list[Captioned]:
   how = f'Write lines {{"image": path, "caption": text}} into it, or choose from {known}.'
   path = find(options, name, "captions.jsonl", what=f"retrieval:{name}", how=how)
   captions: dict[str, tuple[str, ...]] = {}
+  spelled: dict[str, str] = {}  # in NFC: see `places.find_file`
   for where, entry in annotations.read_json_lines(path):
     image = annotations.field(entry, "image", str, where)
+    image = spelled.setdefault(unicodedata.normalize("NFC", image), image)
     key = "caption" if entry.get("captions") is None else "captions"
     captions[image] = captions.get(image, ()) + annotations.texts(entry, key, where)
   if not captions:

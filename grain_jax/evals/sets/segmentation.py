@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grain_jax import failures, textfiles
+from grain_jax import failures, places, textfiles
 from grain_jax.evals import retrieval, segmentation
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -147,7 +147,8 @@ def check_files(items: Sequence[Item], what: str, kind: str) -> None:
   The sizes of the first pair are compared too: a folder of resized images shows there.
   """
   for field in ("image", kind):
-    missing = [path for item in items if not (path := getattr(item, field)).exists()]
+    paths = [getattr(item, field) for item in items]
+    missing = [path for path in paths if not places.find_file(path).exists()]
     if missing:
       raise ValueError(
         f"{what}: {len(missing)} of {len(items)} files are missing, the first {missing[0]}. "
@@ -163,7 +164,8 @@ def check_files(items: Sequence[Item], what: str, kind: str) -> None:
 
 def read_png(path: pathlib.Path, size: tuple[int, int]) -> np.ndarray:
   """A mask file as it stands, u8 [H, W]; a one-line ValueError where it is not of this size."""
-  mask = segmentation.decode_mask(failures.retry_read(path.read_bytes, path), str(path))
+  file = places.find_file(path)
+  mask = segmentation.decode_mask(failures.retry_read(file.read_bytes, file), str(path))
   if mask.shape != tuple(size):
     raise ValueError(
       f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its picture "

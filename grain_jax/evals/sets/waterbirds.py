@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grain_jax import textfiles
+from grain_jax import places, textfiles
 from grain_jax.evals import retrieval, segmentation
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -54,7 +54,7 @@ SETS: Mapping[str, Set] = {
 def check(name: str, options: Options) -> None:
   """Raises a one-line ValueError where the metadata or an image is missing or malformed."""
   rows = _rows(name, options)
-  missing = [row.path for row in rows if not row.path.exists()]
+  missing = [row.path for row in rows if not places.find_file(row.path).exists()]
   if missing:
     raise ValueError(
       f"waterbirds:{name}: {len(missing)} of {len(rows)} pictures are missing, the first "
