@@ -31,7 +31,7 @@ class SeenKeys:
 
   def add(self, key: str) -> bool:
     """Whether the key is new."""
-    with _told(self._database):
+    with _told():
       row = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_hash(key),))
     return row.rowcount == 1
 
@@ -82,7 +82,7 @@ class MemberIndex:
     Where a file spells an accent as a character of its own and the key does not, or the other way
     round, it is the same key, unless the file has it as it stands too.
     """
-    with _told(self._database):
+    with _told():
       rows = self._database.execute(
         "SELECT file, offset, length FROM members WHERE hash = ? ORDER BY file, offset",
         (_hash(_nfc(key)),),
@@ -104,7 +104,7 @@ class MemberIndex:
 
   def _insert(self, batch: list[tuple[int, int, int, int]]) -> None:
     batch.sort()
-    with _told(self._database):
+    with _told():
       self._database.executemany("INSERT INTO members VALUES (?, ?, ?, ?)", batch)
     batch.clear()
 
@@ -138,21 +138,20 @@ class _File:
 
 
 def _create(path: pathlib.Path, table: str) -> sqlite3.Connection:
-  # No transaction is ever undone: a build that stops throws the file away.
-  database = sqlite3.connect(path, isolation_level=None)
-  with _told(database):
-    for pragma in (
-      "journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE",
-      f"cache_size = -{_CACHE >> 10}",
-    ):  # fmt: skip
-      database.execute(f"PRAGMA {pragma}")
+  # Nobody else opens it: no locks, which some file systems of clusters do not have.
+  address = f"{path.resolve().as_uri()}?nolock=1"
+  with _told():
+    database = sqlite3.connect(address, uri=True, isolation_level=None)
+    database.execute("PRAGMA journal_mode = OFF")  # a build that stops throws it all away
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute(f"PRAGMA cache_size = -{_CACHE >> 10}")
     database.execute(table)
     database.execute("BEGIN")
   return database
 
 
 @contextlib.contextmanager
-def _told(database: sqlite3.Connection) -> Iterator[None]:
+def _told() -> Iterator[None]:
   try:
     yield
   except sqlite3.Error as error:
