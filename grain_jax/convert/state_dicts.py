@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 from here on
@@ -16,6 +16,8 @@ from grain_jax import textfiles
 from grain_jax.convert import layout
 
 _INDEX = ".index.json"
+# Names of torch's wrappers within keys: of torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -96,24 +98,52 @@ def _load_torch(path: pathlib.Path) -> Any:
 
 
 def arrays(weights: Any, *, where: str) -> layout.State:
-  """The weights as NumPy arrays, floating-point ones as float32, without 'module.' in front.
+  """The weights as NumPy arrays, floating-point ones as float32, under the names of the bare model.
 
   Args:
-    weights: a state dict of torch tensors or NumPy arrays.
+    weights: a state dict of torch tensors or NumPy arrays, of a model that may have been compiled
+      or distributed, as a whole or in parts; see `unwrap`.
     where: the file, for errors.
 
   Raises:
-    ValueError: it is no dictionary of tensors, or an empty one.
+    ValueError: it is no dictionary of tensors, an empty one, or holds a weight under two names.
   """
   if not isinstance(weights, Mapping) or not weights:
     raise ValueError(f"{where} is not a dictionary of weights.")
   others = [str(k) for k, v in weights.items() if not hasattr(v, "shape") or not isinstance(k, str)]
   if others:
     raise ValueError(f"{where} is not a state dict: {layout.few(others)} are no arrays.")
-  state = {key: _array(value) for key, value in weights.items()}
-  if all(key.startswith("module.") for key in state):  # torch's DistributedDataParallel
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+  state: layout.State = {}
+  for (key, value), name in zip(weights.items(), unwrap(weights), strict=True):
+    if name in state:
+      raise ValueError(
+        f"{where} holds {name} twice, once as {key}. Save the state dict of one model, compiled or "
+        "not."
+      )
+    state[name] = _array(value)
   return state
+
+
+def unwrap(keys: Iterable[str]) -> list[str]:
+  """Keys of a state dict without the names that torch's wrappers put into them, in their order.
+
+  'module._orig_mod.visual.proj' -> 'visual.proj'. The names of torch.compile, FSDP and activation
+  checkpointing go wherever they stand, since no module is called so. DistributedDataParallel's
+  'module' goes at a place where every key has it: 'visual.module' if 'visual' has nothing else.
+  """
+  paths = [tuple(p for p in key.split(".") if p not in _WRAPPERS) for key in keys]
+  children: dict[tuple[str, ...], set[str]] = {}
+  for path in paths:
+    for depth, part in enumerate(path):
+      children.setdefault(path[:depth], set()).add(part)
+  return [
+    ".".join(
+      part
+      for depth, part in enumerate(path)
+      if part != "module" or depth == len(path) - 1 or children[path[:depth]] != {"module"}
+    )
+    for path in paths
+  ]
 
 
 def _array(value: Any) -> np.ndarray:
