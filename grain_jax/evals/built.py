@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,9 +73,11 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) ->
   )
 
 
-def _descriptors(config: Any, dataset: dataset_lib.Dataset) -> dict[str, list[str]]:
+def _descriptors(
+  config: Any, dataset: dataset_lib.Dataset, warn: Callable[[str], None] = lambda line: None
+) -> dict[str, list[str]]:
   if config.zero_shot.descriptors:
-    return zero_shot.load_descriptors(config.zero_shot.descriptors, dataset.class_names)
+    return zero_shot.load_descriptors(config.zero_shot.descriptors, dataset.class_names, warn=warn)
   return dataset.descriptors
 
 
@@ -190,7 +193,7 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dat
   if name == "zero_shot" and dataset.class_names:
     try:
       zero_shot.class_prompts(dataset.class_names, config.zero_shot.templates)
-      _descriptors(config, dataset)
+      _descriptors(config, dataset, logging.getLogger(__name__).warning)
     except ValueError as error:
       raise ValueError(f"config.zero_shot: {error}") from error
   if not any(map(evaluation.serves, _readable(dataset, split))):

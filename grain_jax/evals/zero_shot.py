@@ -12,11 +12,13 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from grain_jax import places, textfiles
 from grain_jax.evals import retrieval
+from grain_jax.evals.inputs import names
 
 _IS = ("a", "an", "used")  # first words that "which is" goes before
 _AS_IT_IS = ("has", "often", "typically", "may", "can")  # ... and plain "which"
@@ -246,7 +248,7 @@ def class_prompts(
   """The prompts of each class: every template, with every descriptor of the class if there are any.
 
   "a photo of a {}." becomes "a photo of a hen." or, with a descriptor, "a photo of a hen, which
-  has two legs".
+  has two legs". Descriptors are found by `match_descriptors`.
 
   Raises:
     ValueError: no classes, no templates, a template without exactly one {}, or classes without
@@ -261,16 +263,18 @@ def class_prompts(
       raise ValueError(
         f"templates holds {template!r}: the class name goes where {{}} stands. Write it once."
       )
+  alone = [[template.replace("{}", name) for template in templates] for name in classes]
   if descriptors is None:
-    return [[template.replace("{}", name) for template in templates] for name in classes]
-  check_descriptors(descriptors, classes)
+    return alone
+  found = match_descriptors(descriptors, classes).descriptors
   return [
     [
       f"{template.replace('{}', name).rstrip(' .')}, {descriptor_clause(descriptor)}"
       for template in templates
-      for descriptor in descriptors[name]
+      for descriptor in own
     ]
-    for name in classes
+    or plain
+    for name, own, plain in zip(classes, found, alone, strict=True)
   ]
 
 
@@ -287,11 +291,69 @@ def descriptor_clause(descriptor: str) -> str:
   return f"which {descriptor}" if first in _AS_IT_IS else f"which has {descriptor}"
 
 
-def load_descriptors(path: str | pathlib.Path, classes: Sequence[str]) -> dict[str, list[str]]:
-  """Reads a JSON file {class: [descriptor, ...]} and holds it against the class names."""
-  descriptors = read_descriptors(path)
-  check_descriptors(descriptors, classes)
-  return {name: list(descriptors[name]) for name in classes}
+class Described(NamedTuple):
+  """Descriptors held against classes."""
+
+  descriptors: list[list[str]]  # of each class; []: the class name alone
+  note: str  # what of classes and keys went without; empty where nothing did
+
+
+def match_descriptors(
+  held: Mapping[str, Sequence[str]],
+  classes: Sequence[str],
+  *,
+  labels: Sequence[str] | None = None,
+) -> Described:
+  """The descriptors of each class: those under its name, however spelled (`names.find_keys`).
+
+  Args:
+    held: {class: [descriptor, ...]}; an empty list is the class name alone, as in the files that
+      Menon and Vondrick published. Keys may be of further classes: they are counted in the note.
+    classes: names of the classes.
+    labels: other names of the same classes, less good ones.
+
+  Raises:
+    ValueError: a class without a key, something else than a list of texts; one line.
+  """
+  named = list(zip(classes, labels or classes, strict=True))
+  keys = names.find_keys(list(held), named)
+  missing = [name for name, key in zip(classes, keys, strict=True) if key is None]
+  unused = sorted(set(held) - set(keys))
+  if missing:
+    also = f" (no class for {len(unused)} keys: {_some(unused)})" if unused else ""
+    raise ValueError(
+      f"descriptors lack {len(missing)} of {len(classes)} classes: {_some(missing)}{also}. "
+      "Add them ([] for the class name alone), or use class names as the descriptors spell them."
+    )
+  for key in dict.fromkeys(keys):
+    own = held[key]
+    listed = isinstance(own, Sequence) and not isinstance(own, str)
+    if not listed or not all(isinstance(d, str) and d.strip() for d in own):
+      raise ValueError(f"descriptors[{key!r}] = {own!r}: a list of non-empty strings is needed.")
+  found = [list(held[key]) for key in keys]
+  alone = [name for name, own in zip(classes, found, strict=True) if not own]
+  parts = []
+  if alone:
+    parts.append(f"{len(alone)} of {len(classes)} classes by name alone (no text): {_some(alone)}")
+  if unused:
+    parts.append(f"{len(unused)} of {len(held)} keys are no class: {_some(unused)}")
+  return Described(found, "; ".join(parts))
+
+
+def load_descriptors(
+  path: str | pathlib.Path,
+  classes: Sequence[str],
+  *,
+  warn: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[str]]:
+  """Reads a JSON file {class: [descriptor, ...]} and holds it against the class names.
+
+  `warn` gets one line where classes have no text or keys are no class; see `match_descriptors`.
+  """
+  found = match_descriptors(read_descriptors(path), classes)
+  if found.note:
+    warn(f"descriptors = {str(path)!r}: {found.note}")
+  return dict(zip(classes, found.descriptors, strict=True))
 
 
 def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
@@ -307,19 +369,8 @@ def read_descriptors(path: str | pathlib.Path) -> dict[str, list[str]]:
   return descriptors
 
 
-def check_descriptors(descriptors: Mapping[str, Sequence[str]], classes: Sequence[str]) -> None:
-  """Raises a one-line ValueError unless every class has a list of non-empty descriptors."""
-  missing = [name for name in classes if not descriptors.get(name)]
-  if missing:
-    shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
-    raise ValueError(
-      f"descriptors lack {len(missing)} of {len(classes)} classes: {shown}. "
-      "Add them, or use class names as the descriptors spell them."
-    )
-  for name in classes:
-    own = descriptors[name]
-    if isinstance(own, str) or not all(isinstance(d, str) and d.strip() for d in own):
-      raise ValueError(f"descriptors[{name!r}] = {own!r}: a list of non-empty strings is needed.")
+def _some(shown: Sequence[str]) -> str:
+  return ", ".join(map(repr, shown[:10])) + (", ..." if len(shown) > 10 else "")
 
 
 def _check_group(name: str, members: Sequence[int], classes: Sequence[str]) -> np.ndarray:

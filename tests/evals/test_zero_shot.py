@@ -263,6 +263,8 @@ def test_prompts_with_and_without_descriptors():
   assert zero_shot.class_prompts(["hen"], ["a photo of a {}."]) == [["a photo of a hen."]]
   got = zero_shot.class_prompts(["hen"], ["a photo of a {}."], {"hen": ["two legs"], "cow": []})
   assert got == [["a photo of a hen, which has two legs"]]
+  got = zero_shot.class_prompts(["cow", "hen"], ["a {}.", "one {}"], {"HEN": ["legs"], "cow": []})
+  assert got == [["a cow.", "one cow"], ["a hen, which has legs", "one hen, which has legs"]]
 
 
 def test_a_group_without_images_has_a_count_of_zero_and_no_share():
@@ -281,9 +283,13 @@ def test_a_group_without_images_has_a_count_of_zero_and_no_share():
 def test_descriptor_file(tmp_path):
   path = tmp_path / "d.json"
   path.write_text(json.dumps({"hen": ["two legs"], "cow": ["horns"], "cat": []}))
-  assert zero_shot.load_descriptors(path, ["hen", "cow"]) == {"hen": ["two legs"], "cow": ["horns"]}
-  with pytest.raises(ValueError, match="lack 2 of 3 classes: 'cat', 'dog'"):
-    zero_shot.load_descriptors(path, ["hen", "cat", "dog"])
+  warned = []
+  got = zero_shot.load_descriptors(path, ["Hen", "cow"], warn=warned.append)
+  assert got == {"Hen": ["two legs"], "cow": ["horns"]}
+  assert len(warned) == 1 and warned[0].endswith("1 of 3 keys are no class: 'cat'")
+  assert zero_shot.load_descriptors(path, ["hen", "cat"]) == {"hen": ["two legs"], "cat": []}
+  with pytest.raises(ValueError, match="lack 2 of 4 classes: 'dog', 'pig' .no class for .* 'cow'"):
+    zero_shot.load_descriptors(path, ["hen", "cat", "dog", "pig"])
   with pytest.raises(ValueError, match="No such file"):
     zero_shot.load_descriptors(tmp_path / "none.json", ["hen"])
   path.write_text("{")

@@ -31,22 +31,23 @@ class Set:
 
   title: str
   get: str = ""  # how to get it where TFDS does not have it
+  published: str = ""  # its name in published files of descriptors, where it is another one
 
 
 SETS: dict[str, Set] = {
   "cifar10": Set("CIFAR-10"),
   "cifar100": Set("CIFAR-100"),
-  "sun397": Set("SUN397"),
-  "stanford_cars": Set("Stanford Cars"),
+  "sun397": Set("SUN397", published="sun"),
+  "stanford_cars": Set("Stanford Cars", published="cars"),
   "dtd": Set("DTD"),
-  "oxford_pets": Set("Oxford Pets"),
-  "caltech101": Set("Caltech101"),
-  "flowers102": Set("Flowers102"),
-  "cub200": Set("CUB-200"),
+  "oxford_pets": Set("Oxford Pets", published="pets"),
+  "caltech101": Set("Caltech101", published="caltech"),
+  "flowers102": Set("Flowers102", published="flowers"),
+  "cub200": Set("CUB-200", published="cub"),
   "places365": Set("Places365"),
   "food101": Set("Food101"),
   "imagenet": Set("ImageNet"),
-  "imagenet_v2": Set("ImageNet-V2"),
+  "imagenet_v2": Set("ImageNet-V2", published="imagenet"),
   "eurosat": Set("EuroSAT"),
   "resisc45": Set("RESISC45"),
   "patch_camelyon": Set("PatchCamelyon"),
@@ -110,6 +111,8 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   check(name, options)
   data = _load(name, options)
   prompts = _prompts(name, data, options, default=encoders.templates)
+  if prompts.note:
+    options.warn(prompts.note)
   scorer = _Scorer.build(encoders, prompts, options)
 
   labels: list[int] = []
@@ -202,6 +205,7 @@ class _Prompts:
 
   heads: Mapping[str, list[list[str]]]  # protocol -> prompts of each class
   phrases: list[list[str]]  # raw descriptors of each class; [] if they are not asked for
+  note: str  # of descriptors, where classes or keys went without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,47 +280,39 @@ def _prompts(
   templates = data.templates or default
   heads: dict[str, list[list[str]]] = {}
   phrases: list[list[str]] = []
+  note = ""
   for protocol in options.protocols:
     if protocol == "name":
       heads[protocol] = [[label] for label in data.classes]
     elif protocol == "templates":
       heads[protocol] = zero_shot.class_prompts(data.classes, templates)
   if {"descriptors", "regions"} & set(options.protocols):
-    own = _descriptors(name, data, options)
+    described = _descriptors(name, data, options)
+    own = list(zip(data.classes, described.descriptors, strict=True))
     heads["descriptors"] = [
-      zero_shot.class_prompts([label], templates, {label: found})[0]
-      for label, found in zip(data.classes, own, strict=True)
+      zero_shot.class_prompts([label], templates, {label: found})[0] for label, found in own
     ]
     if "regions" in options.protocols:
-      phrases = own
-  return _Prompts(heads, phrases)
+      phrases = [found or [label] for label, found in own]
+    note = described.note
+  return _Prompts(heads, phrases, note)
 
 
-def _descriptors(name: str, data: labelled.Labelled, options: Options) -> list[list[str]]:
+def _descriptors(name: str, data: labelled.Labelled, options: Options) -> zero_shot.Described:
   """Descriptors of each class, found by its name in prompts or by its label, however spelled."""
   what = f"zero_shot:{name} by descriptors"
   if options.descriptors is None:
     raise ValueError(f"{what} needs DIR/{name}.json {{class: [...]}}: give --descriptors=DIR.")
-  path = options.descriptors / f"{name}.json"
+  stems = dict.fromkeys([name, SETS[name].published or name] if name in SETS else [name])
+  files = [f"{prefix}{stem}.json" for stem in stems for prefix in ("", "descriptors_")]
+  found = [file for file in files if (options.descriptors / file).exists()]
+  path = options.descriptors / (found or files)[0]
   held = zero_shot.read_descriptors(path)
-  spelled: dict[str, list[str]] = {}
-  for key, value in held.items():
-    spelled.setdefault(labelled.spell(key), value)
-  found = []
-  for label, prompt in zip(data.labels, data.classes, strict=True):
-    exact = held.get(prompt) or held.get(label)
-    found.append(
-      exact or spelled.get(labelled.spell(prompt)) or spelled.get(labelled.spell(label)) or []
-    )
-  lacking = {prompt for prompt, own in zip(data.classes, found, strict=True) if not own}
-  by_name = dict(zip(data.classes, found, strict=True))
   try:
-    zero_shot.check_descriptors(
-      {key: own for key, own in by_name.items() if key not in lacking}, data.classes
-    )
+    own = zero_shot.match_descriptors(held, data.classes, labels=data.labels)
   except ValueError as error:
     raise ValueError(f"{what}: {path}: {error}") from error
-  return found
+  return own._replace(note=f"{what}: {path}: {own.note}" if own.note else "")
 
 
 def _twins(texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -13,16 +13,17 @@ import json
 import os
 import pathlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grain_jax.evals.inputs import annotations
 from grain_jax.evals.inputs import files as files_lib
 from grain_jax.evals.inputs import images as images_lib
+from grain_jax.evals.inputs import names as names_lib
 from grain_jax.evals.inputs.options import Options, find
 
 VOCABULARIES = pathlib.Path(__file__).parent / "vocabularies"
+spell = names_lib.spell  # what two spellings of a class have in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +84,6 @@ def read_vocabulary(name: str) -> Vocabulary | None:
     templates=tuple(held["templates"]),
     get=held.get("get", ""),
   )
-
-
-def spell(name: str) -> str:
-  """A name without what spellings differ in: "British_Shorthair" -> "british shorthair"."""
-  return " ".join(re.findall(r"[^\W_]+", _nfc(_nfc(name).casefold())))
-
-
-def _nfc(name: str) -> str:
-  """One form of accents: macOS writes them as characters of their own."""
-  return unicodedata.normalize("NFC", name)
 
 
 def class_index(labels: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
@@ -205,13 +196,13 @@ def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -
       f"{what}: no picture ({shown}, ...) in the {len(pictures)} sub-folders of {folder}. Put "
       "each class's pictures into its own."
     )
-  if len(set(map(_nfc, subs))) < len(subs):
+  if len(set(map(names_lib.nfc, subs))) < len(subs):
     raise ValueError(
       f"{what}: two sub-folders of {folder} have one name in two forms of Unicode. Merge them."
     )
   if vocabulary is None:
     names = _class_names(folder, subs, what=what)
-    labels, classes, templates = tuple(map(_nfc, subs)), tuple(names), ()
+    labels, classes, templates = tuple(map(names_lib.nfc, subs)), tuple(names), ()
     index = {sub: i for i, sub in enumerate(subs)}
   else:
     labels, classes = tuple(vocabulary.names), tuple(vocabulary.names.values())
@@ -243,13 +234,19 @@ def _known_folders(
   if _are_numbers(subs) and [int(sub) for sub in subs] == list(range(len(labels))):
     return {sub: int(sub) for sub in subs}
   by_name = class_index(labels, classes)
-  unknown = [sub for sub in subs if spell(sub) not in by_name]
+  index = {sub: by_name[spell(sub)] for sub in subs if spell(sub) in by_name}
+  free = {form: i for form, i in by_name.items() if i not in index.values()}
+  others = [sub for sub in subs if sub not in index]
+  forms = list(free)
+  for form, sub in zip(forms, names_lib.find_keys(others, [[f] for f in forms]), strict=True):
+    if sub is not None:
+      index[sub] = free[form]
+  unknown = [sub for sub in subs if sub not in index]
   if unknown:
     raise ValueError(
       f"{what}: {_some(unknown)} in {folder} is no class of this set. Name sub-folders as the set "
       f"names its classes, such as {labels[0]!r} or {classes[0]!r}, or 0 to {len(labels) - 1}."
     )
-  index = {sub: by_name[spell(sub)] for sub in subs}
   missing = [classes[i] for i in sorted(set(range(len(labels))) - set(index.values()))]
   if missing:
     raise ValueError(
@@ -297,7 +294,7 @@ def _class_names(folder: pathlib.Path, subs: Sequence[str], *, what: str) -> lis
   """The name in prompts of each sub-folder: of classes.json, or the folder's own."""
   path = folder / "classes.json"
   if not path.exists():
-    return [" ".join(_nfc(sub).replace("_", " ").split()) for sub in subs]
+    return [" ".join(names_lib.nfc(sub).replace("_", " ").split()) for sub in subs]
   held = annotations.read_json(path)
   if isinstance(held, list):
     names = _strings(path, held, what=what)
@@ -311,8 +308,8 @@ def _class_names(folder: pathlib.Path, subs: Sequence[str], *, what: str) -> lis
   if not isinstance(held, dict):
     raise ValueError(f"{what}: {path} holds a {type(held).__name__}. Give {{sub-folder: name}}.")
   _strings(path, list(held.values()), what=what)
-  held = {_nfc(sub): name for sub, name in held.items()}
-  subs = [_nfc(sub) for sub in subs]
+  held = {names_lib.nfc(sub): name for sub, name in held.items()}
+  subs = [names_lib.nfc(sub) for sub in subs]
   for here, there, where in ((subs, held, "classes.json"), (held, subs, "the folder")):
     lacking = [name for name in here if name not in there]
     if lacking:
