@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.max_regions = 5  # regions an image, those of highest score (R)
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
   c.data.resize = "squash"  # squash (published) | crop (random resized crop)
-  c.data.eval_resize = "squash"  # of files and outside datasets: squash (published) | center_crop
+  c.data.eval_resize = "squash"  # where no place in it matters: squash (published) | center_crop
   c.data.crop_min_area = 0.5  # crop: least area kept, as a fraction of the image
   c.data.reduced_decode = True  # training JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough
   c.data.max_pixels = 89_478_485  # of the largest image to decode; a larger one is a bad record
@@ -78,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.position_init = "normal"  # normal (0.02) | sincos (2-D sine-cosine); both learned
   c.model.image.mean = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1]
   c.model.image.std = (0.229, 0.224, 0.225)  # the same
+  c.model.image.interpolation = "bicubic"  # of images brought to that size: bicubic | bilinear
 
   c.model.text = ml_collections.ConfigDict()
   c.model.text.width = 512  # of a token

@@ -72,6 +72,7 @@ def make(
     patches=lambda images: call(jitted["patches"], images),
     size=config.model.image.size,
     resize=config.data.eval_resize,
+    interpolation=config.model.image.interpolation,
     max_pixels=config.data.max_pixels,
     batch_size=size,
     context=min(config.model.text.context, config.data.row_length),

@@ -126,7 +126,9 @@ class Model:
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
   def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
-    """Images as the model sees them (`config.data.eval_resize`): u8 [N, size, size, 3].
+    """Images as the model sees them: u8 [N, size, size, 3].
+
+    By `config.data.eval_resize` and `config.model.image.interpolation`.
 
     Raises:
       ValueError: what is no image, or an array that is not u8 [..., H, W, 3].
@@ -140,7 +142,11 @@ class Model:
     items = [images] if single else list(images)
     size = self.config.model.image.size
     most = self.config.data.max_pixels
-    pixels = [transforms.resize(_to_pil(p, i, most), size, how) for i, p in enumerate(items)]
+    by = self.config.model.image.interpolation
+    pixels = [
+      transforms.resize(_to_pil(p, i, most), size, how, interpolation=by)
+      for i, p in enumerate(items)
+    ]
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
   def _with_batch_size(self, size: int) -> ml_collections.ConfigDict:

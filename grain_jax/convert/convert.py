@@ -33,8 +33,13 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "ce_clip": functools.partial(open_clip.load, quick_gelu=True),
   "safetensors": native.load,
 }
-# A file says its pixels' mean and deviation for certain, and they are no size: they always hold.
-_PIXELS = ("model.image.mean", "model.image.std")
+# A file says for certain how it sees an image, which is no size of the model: it always holds.
+_PIXELS = (
+  "model.image.mean",
+  "model.image.std",
+  "model.image.interpolation",
+  "data.eval_resize",
+)
 
 
 def read(
@@ -79,8 +84,9 @@ def read(
   params = layout.read(found.rules(config), found.state, abstract, where=found.where)
   if recipe is not None:
     _check_facts(found, config, recipe)
-  if image_size is not None:
-    resize.images(params, config, size=image_size)
+  size = image_size or found.image_size
+  if size is not None:
+    resize.images(params, config, size=size)
   return config, params
 
 
@@ -118,7 +124,8 @@ def _configure(found: foreign.ForeignCheckpoint, recipe: str | None) -> ml_colle
   else:
     config = configs.resolve(configs.load(recipe))
     for key in _PIXELS:
-      configs.set_key(config, key, found.facts.get(key, config.model.image[key.split(".")[-1]]))
+      if key in found.facts:
+        configs.set_key(config, key, found.facts[key])
     if config.method != found.facts["method"]:
       raise ValueError(
         f"{found.where} is a model of method {found.facts['method']}; --config={recipe} says "

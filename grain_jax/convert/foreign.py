@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class ForeignCheckpoint:
   facts: Mapping[str, Any]  # what the file says or its shapes show
   assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # conventions, not in it
   carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # a whole configuration
+  image_size: int | None = None  # in pixels, where positions are to be resized to another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,25 @@ class Shapes:
         "patches."
       )
     return side * patch
+
+
+def words(text: str) -> frozenset[str]:
+  """The words of a text, for long sets of names."""
+  return frozenset(text.split())
+
+
+def channels(value: Any, name: str) -> tuple[float, ...]:
+  """Three numbers, a mean or (by its name) a deviation of an image's channels.
+
+  Raises:
+    ValueError: it is something else; one line.
+  """
+  numbers = isinstance(value, list) and len(value) == 3
+  if not numbers or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+    raise ValueError(f"{name} = {value!r} is not 3 numbers, of red, green and blue.")
+  if name.endswith("std") and min(value) <= 0:
+    raise ValueError(f"{name} = {value!r} divides by what is not positive.")
+  return tuple(float(v) for v in value)
 
 
 def check_vocabulary(size: int, *, where: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from grain_jax import tokenizer as tokenizers
-from grain_jax.convert import foreign, layout, state_dicts
+from grain_jax.convert import foreign, hf_processor, layout, state_dicts
 
 _WEIGHTS = (
   "model.safetensors",
@@ -72,8 +72,8 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
       raise ValueError(f"--input={path} has none of {', '.join(_WEIGHTS)}.")
     path = path / found[0]
   facts = _facts(folder / "config.json")
+  pixels = hf_processor.read(folder, size=facts["model.image.size"])
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
-  pixels = _pixels(folder)
   return foreign.ForeignCheckpoint(
     where=str(path),
     state=state_dicts.without(state, _IGNORED),
@@ -132,26 +132,6 @@ def _facts(path: pathlib.Path) -> dict[str, Any]:
   return facts
 
 
-def _pixels(folder: pathlib.Path) -> dict[str, Any]:
-  """Mean, deviation and crop, from preprocessor_config.json or what took its place."""
-  values: Any = {}
-  if (folder / "preprocessor_config.json").is_file():
-    values = state_dicts.read_json(folder / "preprocessor_config.json")
-  elif (folder / "processor_config.json").is_file():
-    values = state_dicts.read_json(folder / "processor_config.json")
-    values = values.get("image_processor", {}) if isinstance(values, dict) else values
-  pixels = {}
-  for key, theirs in (("model.image.mean", "image_mean"), ("model.image.std", "image_std")):
-    value = values.get(theirs) if isinstance(values, dict) else None
-    if value is not None:
-      if not isinstance(value, list) or len(value) != 3:
-        raise ValueError(f"{folder}: {theirs} of the image processor is {value!r}, not 3 numbers.")
-      pixels[key] = tuple(float(v) for v in value)
-  if isinstance(values, dict) and "do_center_crop" in values:
-    pixels["data.eval_resize"] = "center_crop" if values["do_center_crop"] else "squash"
-  return pixels
-
-
 def save(path: pathlib.Path, *, config: ml_collections.ConfigDict, params: Any, step: int) -> None:
   """Writes a folder that CLIPModel, CLIPTokenizer and CLIPImageProcessor load.
 
@@ -178,6 +158,7 @@ def save(path: pathlib.Path, *, config: ml_collections.ConfigDict, params: Any, 
   state = layout.write(rules(), {**params, "image_tower": tower})
   safetensors.numpy.save_file(state, path / "model.safetensors", metadata={"format": "pt"})
   _save_config(path, config, logit_scale=float(np.asarray(params["logit_scale"])))
+  hf_processor.write(path, config)
   _save_tokenizer(path, context=config.model.text.context)
 
 
@@ -229,23 +210,6 @@ def _save_config(
     architectures=["CLIPModel"],
     dtype="float32",
   ).save_pretrained(path)
-  crops = config.data.eval_resize == "center_crop"
-  sides = {"height": m.image.size, "width": m.image.size}
-  processor = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": m.image.size} if crops else sides,
-    "resample": 3,  # bicubic
-    "do_center_crop": crops,
-    "crop_size": sides,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(m.image.mean),
-    "image_std": list(m.image.std),
-  }
-  (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def _save_tokenizer(path: pathlib.Path, *, context: int) -> None:

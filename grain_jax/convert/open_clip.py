@@ -1,23 +1,33 @@
 """OpenCLIP's and OpenAI's CLIP with a vision transformer (and CE-CLIP, which is one).
 
-A state dict, plain or in a training checkpoint under 'state_dict', with or without 'module.'. What
-it does not say: the activation (`quick_gelu`: OpenAI's weights and all that is trained from them,
-but not OpenCLIP's own models) and the number of heads (OpenCLIP's: width / 64, and 16 for
-ViT-H, -g and -bigG).
+A state dict, plain or in a training checkpoint under 'state_dict'. What it does not say stands in
+open_clip_config.json beside it, where there is one. Else it is by convention: OpenAI's mean,
+deviation and crop, the number of heads (OpenCLIP's: width / 64, and 16 for ViT-H, -g and -bigG) and
+the activation: GELU, unless `quick_gelu` or "quickgelu" in the name says otherwise (OpenAI's
+weights have QuickGELU and all that is trained from them, but not OpenCLIP's own models).
 """
 
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Mapping
 
 import ml_collections
 
-from grain_jax.convert import clip_blocks, foreign, layout, state_dicts
+from grain_jax.convert import clip_blocks, foreign, layout, open_clip_config, state_dicts
 
 # Buffers, and what OpenAI's archives note beside the weights.
 _IGNORED = r"(visual\.)?attn_mask|input_resolution|context_length|vocab_size"
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
+# As OpenCLIP names them on the hub.
+_WEIGHTS = (
+  "open_clip_model.safetensors",
+  "open_clip_pytorch_model.safetensors",
+  "open_clip_pytorch_model.bin",
+  "open_clip_model.safetensors.index.json",
+  "open_clip_pytorch_model.bin.index.json",
+)
 
 
 def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
@@ -36,21 +46,29 @@ def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
 
 
 def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.ForeignCheckpoint:
-  """Reads a file of weights.
+  """Reads a file of weights, and open_clip_config.json beside it.
 
   Args:
-    path: .pt, .bin or .safetensors.
-    quick_gelu: whether both towers were trained with QuickGELU instead of GELU; None: not known,
-      GELU is assumed, as OpenCLIP does.
+    path: .pt, .bin or .safetensors, or a folder as OpenCLIP has it on the hub.
+    quick_gelu: whether both towers were trained with QuickGELU instead of GELU; None: as the
+      configuration or the name says, else GELU, as OpenCLIP does.
 
   Raises:
     ValueError: not such a model, or one whose image tower is not a plain vision transformer.
   """
+  if path.is_dir():
+    found = [name for name in _WEIGHTS if (path / name).is_file()]
+    if not found:
+      raise ValueError(f"--input={path} has none of {', '.join(_WEIGHTS)}. Name the file.")
+    path = path / found[0]
   where = str(path)
+  settings = open_clip_config.read(path.with_name(open_clip_config.NAME))
   weights = state_dicts.load(path)
+  run_name = str(weights.get("name", "")) if "state_dict" in weights else ""
   if isinstance(weights.get("state_dict"), Mapping):
     weights = weights["state_dict"]
-  state = state_dicts.without(state_dicts.arrays(weights, where=where), _IGNORED)
+  state = _flat_text(state_dicts.arrays(weights, where=where))
+  state = state_dicts.without(state, _IGNORED)
   if any(key.startswith("visual.trunk.") for key in state):
     raise ValueError(
       f"{where} has a timm image tower (visual.trunk.*), as CLIPpy's checkpoints have: CLIPpy's "
@@ -79,9 +97,14 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
     "model.image.patch_bias": False,
     **text,
   }
-  name = "quick_gelu" if quick_gelu else "gelu"
+  said = quick_gelu
+  if settings is not None:
+    settings.check_weights(facts)
+    said = _agreed(quick_gelu, settings, path.name)
+    facts |= settings.facts
+  name = "quick_gelu" if said or (said is None and _named_quick(path.name, run_name)) else "gelu"
   activation = {"model.image.activation": name, "model.text.activation": name}
-  if quick_gelu is not None:
+  if said is not None:
     facts |= activation
   assumed = {
     **activation,
@@ -91,4 +114,40 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
     **foreign.CLIP_PIXELS,
     "data.max_regions": 0,
   }
-  return foreign.ForeignCheckpoint(where, state, rules, facts, assumed)
+  size = None if settings is None else settings.image_size
+  return foreign.ForeignCheckpoint(
+    where,
+    state,
+    rules,
+    facts,
+    assumed,
+    image_size=None if size == facts["model.image.size"] else size,
+  )
+
+
+def _flat_text(state: layout.State) -> layout.State:
+  """Without the 'text.' that OpenCLIP's models with `custom_text` put before their text tower."""
+  if "text.token_embedding.weight" not in state:
+    return state
+  return {key.removeprefix("text."): value for key, value in state.items()}
+
+
+def _named_quick(*names: str) -> bool:
+  """Whether OpenCLIP's name of a model is in one of these: 'ViT-B-32-quickgelu'."""
+  return any("quickgelu" in re.sub(r"[-_ ]", "", name.lower()) for name in names)
+
+
+def _agreed(flag: bool | None, settings: open_clip_config.Settings, name: str) -> bool:
+  """The activation of which flag, configuration and name are not at odds."""
+  if flag is not None and settings.quick_gelu not in (None, flag):
+    raise ValueError(
+      f"--quick_gelu={str(flag).lower()}, but {settings.where} has model_cfg.quick_gelu = "
+      f"{str(settings.quick_gelu).lower()}. Leave the flag away, or mend the file."
+    )
+  said = settings.quick_gelu if flag is None else flag
+  if said is None and _named_quick(name):
+    raise ValueError(
+      f"{settings.where} does not say model_cfg.quick_gelu, which is GELU to OpenCLIP, but the "
+      f"name {name} does. Give --quick_gelu or --noquick_gelu."
+    )
+  return bool(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 from typing import Any
@@ -124,6 +125,8 @@ def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:
     except ValueError as error:
       raise ValueError(f"config.init.{part}: {error}") from error
     _check_architecture(config, theirs, part, where=where)
+    if part == "image":
+      _warn_of_another_view(config, theirs, where=where)
     found = dict(trees.named_leaves(weights))
 
     def take(name: str, fresh: Any, prefixes=prefixes, found=found, where=where) -> Any:
@@ -137,6 +140,21 @@ def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:
 
     params = trees.map_with_name(take, params)
   return params
+
+
+def _warn_of_another_view(ours: Any, theirs: Any, *, where: str) -> None:
+  """One line where a run shows images in another way than the tower that it starts from knows.
+
+  A recipe may want that: boxes hold in a squashed image, not in a cropped one.
+  """
+  seen = theirs.data.eval_resize
+  squashes = ours.data.resize == "squash"  # random crops are no view of any tower
+  if seen != ours.data.eval_resize or (squashes and seen != "squash"):
+    logging.getLogger(__name__).warning(
+      "%s: data.eval_resize is %r there; here images are shown by data.resize = %r in training and "
+      "data.eval_resize = %r in evaluation.",
+      where, seen, ours.data.resize, ours.data.eval_resize,
+    )  # fmt: skip
 
 
 def _check_architecture(ours: Any, theirs: Any, part: str, *, where: str) -> None:

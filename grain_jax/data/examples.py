@@ -41,8 +41,9 @@ class Examples:
     dataset: what to read.
     split: of the dataset.
     config: whole configuration.
-    training: draw captions, crops and flips at random; else the first caption and squash.
+    training: draw captions, crops and flips at random; else the first caption and `resize`.
     negatives: slots for hard negatives (K).
+    resize: of images where not training, one of `transforms.RESIZES`; boxes are of squashed ones.
   """
 
   def __init__(
@@ -53,6 +54,7 @@ class Examples:
     *,
     training: bool,
     negatives: int = 0,
+    resize: str = "squash",
   ):
     self.dataset, self.split = dataset, split
     self.size = config.model.image.size
@@ -62,6 +64,8 @@ class Examples:
     self.seed = config.seed
     for key in ("resize", "caption", "on_bad_record"):
       configs.check_choice(f"data.{key}", config.data[key])
+    self.resize = "squash" if training else resize
+    self.interpolation = config.model.image.interpolation
     self.crop = training and config.data.resize == "crop"
     self.flip = training and config.data.flip
     self.reduced = training and config.data.reduced_decode
@@ -161,9 +165,9 @@ class Examples:
       if factor < 1:
         box = transforms.scale_window(box, factor, width, height)
       window[:] = box[1] / height, box[0] / width, box[3] / height, box[2] / width
-      pixels = transforms.crop(decoded, box, self.size)
+      pixels = transforms.crop(decoded, box, self.size, interpolation=self.interpolation)
     else:
-      pixels = transforms.squash(decoded, self.size)
+      pixels = transforms.resize(decoded, self.size, self.resize, interpolation=self.interpolation)
     flipped = bool(self.flip and draws[4] < 0.5)
     if flipped:
       negatives = [caption for caption, _ in record.negatives]

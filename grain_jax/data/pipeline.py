@@ -227,15 +227,19 @@ def eval_batches(
   host: int = 0,
   num_hosts: int = 1,
   negatives: int = 0,
+  resize: str = "squash",
 ) -> Iterator[tuple[dict[str, np.ndarray], ExampleInfo]]:
   """One pass over a split in its own order, as (batch, extras).
 
   Every batch has config.eval_batch_size images over all hosts (each reads as many, rounded up); the
   last one is filled up with examples whose example_mask is false. The caption is the first one.
+  Boxes hold where images are squashed, not by another way to `resize` them.
   """
   dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
   num_records, size = dataset.num_records(split), config.eval_batch_size
-  examples = examples_lib.Examples(dataset, split, config, training=False, negatives=negatives)
+  examples = examples_lib.Examples(
+    dataset, split, config, training=False, negatives=negatives, resize=resize
+  )
 
   def load(step: int) -> tuple[dict[str, np.ndarray], ExampleInfo]:
     indices = sampler.eval_indices(

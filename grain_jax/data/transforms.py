@@ -40,21 +40,25 @@ def uniforms(*, seed: int, epoch: int, indices: np.ndarray, count: int) -> np.nd
   return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def squash(image: Image.Image, size: int) -> np.ndarray:
-  """The whole image at size x size, bicubic with antialiasing: u8 [size, size, 3]."""
+# PIL's filters, with antialiasing, by config.model.image.interpolation.
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def squash(image: Image.Image, size: int, *, interpolation: str = "bicubic") -> np.ndarray:
+  """The whole image at size x size: u8 [size, size, 3]."""
   if image.size != (size, size):
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, size), INTERPOLATIONS[interpolation])
   return np.asarray(image)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, *, interpolation: str = "bicubic") -> np.ndarray:
   """The middle of the image, its shorter side at `size`, as CLIP sees it: u8 [size, size, 3]."""
   image = _middle(image)
   width, height = image.size
   shorter = min(width, height)
   scaled = (max(int(size * width / shorter), size), max(int(size * height / shorter), size))
   if image.size != scaled:
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    image = image.resize(scaled, INTERPOLATIONS[interpolation])
   left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -77,11 +81,13 @@ def _middle(image: Image.Image) -> Image.Image:
 RESIZES = {"squash": squash, "center_crop": center_crop}
 
 
-def resize(image: Image.Image, size: int, how: str) -> np.ndarray:
-  """The image of an evaluation, by one of `RESIZES`: u8 [size, size, 3]."""
+def resize(
+  image: Image.Image, size: int, how: str, *, interpolation: str = "bicubic"
+) -> np.ndarray:
+  """The image of an evaluation, by one of `RESIZES` and `INTERPOLATIONS`: u8 [size, size, 3]."""
   if how not in RESIZES:
     raise ValueError(f"resize = {how!r} is unknown. Choose from {', '.join(RESIZES)}.")
-  return RESIZES[how](image, size)
+  return RESIZES[how](image, size, interpolation=interpolation)
 
 
 def random_window(
@@ -124,9 +130,15 @@ def scale_window(
   return left, top, min(max(right, left + 1), width), min(max(bottom, top + 1), height)
 
 
-def crop(image: Image.Image, window: tuple[int, int, int, int], size: int) -> np.ndarray:
-  """The window of the image at size x size, bicubic with antialiasing: u8 [size, size, 3]."""
-  return squash(image.crop(window), size)
+def crop(
+  image: Image.Image,
+  window: tuple[int, int, int, int],
+  size: int,
+  *,
+  interpolation: str = "bicubic",
+) -> np.ndarray:
+  """The window of the image at size x size: u8 [size, size, 3]."""
+  return squash(image.crop(window), size, interpolation=interpolation)
 
 
 def crop_boxes(boxes: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

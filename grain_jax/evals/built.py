@@ -64,7 +64,7 @@ def _zero_shot(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) ->
     zero_shot.evaluate(
       encoders.image,
       encoders.text,
-      _batches(config, encoders, dataset, split_of(config, "zero_shot")),
+      _batches(config, encoders, dataset, split_of(config, "zero_shot"), whole=True),
       classes=classes,
       templates=config.zero_shot.templates,
       descriptors=descriptors,
@@ -83,7 +83,7 @@ def _descriptors(
 
 def _retrieval(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """R@1/5/10 both ways, one caption an image."""
-  batches = _batches(config, encoders, dataset, split_of(config, "retrieval"))
+  batches = _batches(config, encoders, dataset, split_of(config, "retrieval"), whole=True)
   return Outcome(retrieval.evaluate(encoders.image, encoders.text, batches))
 
 
@@ -97,7 +97,7 @@ def _grounding(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) ->
 
 def _composition(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Captions against captions with one thing changed."""
-  batches = _batches(config, encoders, dataset, split_of(config, "composition"))
+  batches = _batches(config, encoders, dataset, split_of(config, "composition"), whole=True)
   return Outcome(composition.evaluate_built(encoders.image, encoders.text, batches))
 
 
@@ -234,15 +234,26 @@ def run(
 
 
 def _batches(
-  config: ml_collections.ConfigDict, encoders: Encoders, dataset: dataset_lib.Dataset, split: str
+  config: ml_collections.ConfigDict,
+  encoders: Encoders,
+  dataset: dataset_lib.Dataset,
+  split: str,
+  *,
+  whole: bool = False,
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """(batch, extras by name) of a split, descriptions filled up with '' to one a region.
 
-  Each process reads its shard; every process gets full batches.
+  Each process reads its shard; every process gets full batches. Where embeddings of `whole` images
+  are all that is asked for, the model sees them in its own way; else squashed, so that places hold.
   """
   regions, size, shard = config.data.max_regions, config.eval_batch_size, encoders.shard
   for batch, info in pipeline.eval_batches(
-    dataset, split, config, host=shard.index, num_hosts=shard.count
+    dataset,
+    split,
+    config,
+    host=shard.index,
+    num_hosts=shard.count,
+    resize=encoders.resize if whole else "squash",
   ):
     extras = info._asdict()
     if shard.count > 1:

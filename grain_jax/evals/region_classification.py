@@ -311,6 +311,7 @@ def _by_crop(
     crops(),
     size=encoders.size,
     resize=encoders.resize,
+    interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=images_lib.Unreadable(),
     max_pixels=encoders.max_pixels,

@@ -30,6 +30,7 @@ class Encoders:
   patches: Callable[[np.ndarray], np.ndarray] = _no_patches
   size: int = 224  # side of the images in pixels
   resize: str = "squash"  # how images are brought to that size: one of `transforms.RESIZES`
+  interpolation: str = "bicubic"  # by which: one of `transforms.INTERPOLATIONS`
   max_pixels: int = decoding.MAX_PIXELS  # of the largest image that is read
   batch_size: int = 256  # images or rows of text in one call of the compiled program
   context: int = 77  # tokens of a text, start and end included; longer ones are cut

@@ -93,6 +93,7 @@ def batches(
   resize: str,
   batch_size: int,
   unreadable: Unreadable,
+  interpolation: str = "bicubic",
   shard: ProcessShard = SINGLE_PROCESS,
   threads: int = 0,
   max_pixels: int = decoding.MAX_PIXELS,
@@ -105,6 +106,7 @@ def batches(
     resize: one of `transforms.RESIZES`.
     batch_size: images a batch.
     unreadable: filled in on the way.
+    interpolation: one of `transforms.INTERPOLATIONS`.
     shard: of the images, that this process reads; all processes get all batches.
     threads: that decode; 0 for one a core.
     max_pixels: of the largest image that is read.
@@ -118,7 +120,8 @@ def batches(
       image = open_image(source, max_pixels=max_pixels)
     except ValueError as error:
       return str(error)
-    return transforms.resize(image, size, resize), (image.height, image.width)
+    pixels = transforms.resize(image, size, resize, interpolation=interpolation)
+    return pixels, (image.height, image.width)
 
   waiting: list[tuple[int, np.ndarray, tuple[int, int]]] = []
   threads = threads or os.cpu_count() or 1
@@ -166,6 +169,7 @@ def encode(
     images,
     size=encoders.size,
     resize=resize or encoders.resize,
+    interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,

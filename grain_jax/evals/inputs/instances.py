@@ -201,6 +201,7 @@ def batches(
     files,
     size=encoders.size,
     resize=resize,
+    interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,

@@ -129,6 +129,7 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     sources(),
     size=encoders.size,
     resize=encoders.resize,
+    interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,

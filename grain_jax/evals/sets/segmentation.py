@@ -126,6 +126,7 @@ def patches_of(
     (item.image for item in items),
     size=encoders.size,
     resize="squash",
+    interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
     shard=encoders.shard,
