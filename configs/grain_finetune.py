@@ -15,7 +15,8 @@ def get_config(arg: str = ""):
   c.data.dir = "data/cc3m_grain"
   c.batch_size = 512
   c.epochs = 5.0
-  # The towers of OpenAI's CLIP (Radford et al., 2021).
+  # The towers of OpenAI's CLIP (Radford et al., 2021). They know crops; images are squashed here
+  # for boxes to hold, and the start of a run says so.
   c.model.image.update(
     pre_norm=True, patch_bias=False, qk_norm=False, activation="quick_gelu", norm_eps=1e-5
   )

@@ -97,14 +97,16 @@ def test_descriptions_find_the_query_that_is_nearest(model, finished_run, images
 
 
 def test_classes_are_softmax_of_mean_prompts(model, images):
-  classes = ["apple", "dog"]
-  descriptors = {"apple": ["a stem", "red skin"], "dog": ["four legs"]}
+  classes = ["apple", "dog", "sea lion"]
+  descriptors = {"Apple": ["a stem", "red skin"], "dog": ["four legs"], "cat": ["claws"]}
+  descriptors["Sea_Lion"] = []  # the name alone
   probabilities = model.classify(images, classes, descriptors)
   template = model.config.zero_shot.templates[0].rstrip(".")
   prompts = {
     "apple": [f"{template.format('apple')}, which is a stem",
               f"{template.format('apple')}, which has red skin"],
     "dog": [f"{template.format('dog')}, which has four legs"],
+    "sea lion": [model.config.zero_shot.templates[0].format("sea lion")],
   }  # fmt: skip
   means = np.stack([model.encode_text(prompts[c]).mean(0) for c in classes])
   scale = np.exp(np.asarray(jax.device_get(model._params["logit_scale"])))
@@ -115,7 +117,7 @@ def test_classes_are_softmax_of_mean_prompts(model, images):
   )
   assert_allclose(probabilities, torch.softmax(torch.tensor(logits), 1).numpy(), atol=1e-4)
   assert_allclose(model.classify(images, classes).sum(1), 1, rtol=1e-5)
-  assert model.classify([], classes).shape == (0, 2)
+  assert model.classify([], classes).shape == (0, 3)
 
 
 @pytest.mark.parametrize(

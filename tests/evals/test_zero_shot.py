@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from grain_jax.evals import zero_shot
+from grain_jax.data import dataset
+from grain_jax.evals import built, zero_shot
 
 CLASSES = [f"thing {i}" for i in range(12)]
 
@@ -301,6 +302,21 @@ def test_descriptor_file(tmp_path):
   path.write_text('{"hen": "two legs"}')
   with pytest.raises(ValueError, match="list of non-empty strings"):
     zero_shot.load_descriptors(path, ["hen"])
+
+
+def test_descriptors_of_built_data_are_held_against_its_classes_before_a_run(
+  scenes_dir, tiny, tmp_path, caplog
+):
+  data = dataset.open_dataset(scenes_dir)
+  tiny.zero_shot.descriptors = str(tmp_path / "d.json")
+  held = {name.replace(" ", "_"): ["a part"] for name in data.class_names} | {"x": ["y"]}
+  (tmp_path / "d.json").write_text(json.dumps(held))
+  built.check("zero_shot", tiny, data)
+  (line,) = caplog.messages
+  assert line.endswith(f"d.json': 1 of {len(held)} keys are no class: 'x'")
+  (tmp_path / "d.json").write_text('{"x": ["y"]}')
+  with pytest.raises(ValueError, match="config.zero_shot: descriptors lack .*no class for 1 keys"):
+    built.check("zero_shot", tiny, data)
 
 
 UNLABELLED = [
