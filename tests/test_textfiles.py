@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 
+import json_objects
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -238,20 +239,11 @@ def test_a_field_in_no_column_is_counted_or_refused(tmp_path):
     waterbirds_csv(write_csv(tmp_path, "waterbirds", (("0.jpg,0", "1"),)))
 
 
-def json_object(path):
-  """The object as members that are found again by their place."""
-  data = path.read_bytes()
-  members = textfiles.iterate_json_object(path)
-  pairs = [(m.key, textfiles.parse_member(data[m.offset : m.offset + m.length])) for m in members]
-  assert all(key == name for key, (name, _) in pairs)
-  return dict(pair for _, pair in pairs)
-
-
 DOCUMENTS = {
   "annotations": annotations.read_json,
   "descriptors": zero_shot.read_descriptors,
   "convert": state_dicts.read_json,
-  "published": json_object,
+  "published": json_objects.read,
 }
 
 
@@ -346,64 +338,3 @@ def test_what_json_writes_is_read(tmp_path, values):
   path = tmp_path / "a.jsonl"
   path.write_bytes(b"\r\n".join(map(dump, values)))
   assert [value for _, value in textfiles.read_json_lines(path)] == values
-
-
-JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-  max_leaves=6,
-)
-SHOWN = settings(
-  max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@SHOWN
-@given(
-  content=st.lists(st.tuples(st.text(max_size=5), JSON), max_size=5),
-  separators=st.sampled_from([(",", ":"), (" ,\n\t", " : "), (",\r\n", ":\n")]),
-  escaped=st.booleans(),
-  size=st.integers(1, 40),
-)
-def test_an_object_read_in_pieces_is_jsons(
-  tmp_path, monkeypatch, content, separators, escaped, size
-):
-  """Keys that come twice and NaN included, whatever byte a piece ends at."""
-  monkeypatch.setattr(textfiles, "_BUFFER", size)
-  comma, colon = separators
-  dumped = [
-    json.dumps(key) + colon + json.dumps(value, ensure_ascii=escaped, separators=separators)
-    for key, value in content
-  ]
-  path = tmp_path / "a.json"
-  path.write_bytes(f" {{\n{comma.join(dumped)} }}\n".encode("utf-8", "surrogatepass"))
-  try:
-    want = json.loads(path.read_text("utf-8"))
-  except UnicodeDecodeError:
-    return
-  assert repr(json_object(path)) == repr(want)
-
-
-@SHOWN
-@given(data=st.data(), size=st.integers(1, 40))
-@example(data=None, size=3)
-def test_an_object_that_is_broken_is_told_as_json_tells_it(tmp_path, monkeypatch, data, size):
-  """A good object with a piece cut out, put in or changed: the error of `read_json`, or none."""
-  monkeypatch.setattr(textfiles, "_BUFFER", size)
-  text = '{"ä": [1, 2.5e3, "x\\u00e9"],\n "b": {"c": null}, "b": true,\n"d": "y"}\n'
-  if data is not None:
-    start = data.draw(st.integers(0, len(text)))
-    end = data.draw(st.integers(start, min(start + 4, len(text))))
-    text = (
-      text[:start] + data.draw(st.sampled_from(["", ",", "}", '"', "x", "[", " 1"])) + text[end:]
-    )
-  path = tmp_path / "a.json"
-  path.write_text(text, "utf-8")
-  errors = []
-  for read in (textfiles.read_json, json_object):
-    try:
-      errors.append(("", repr(read(path))))
-    except ValueError as error:
-      errors.append((str(error), ""))
-  if "not an object" not in errors[1][0]:
-    assert errors[0] == errors[1]
