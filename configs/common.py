@@ -23,9 +23,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
   c.compile_cache = ""  # folder of compiled programs to keep; JAX keeps none with the host matcher
 
-  c.init = ml_collections.ConfigDict()  # towers to start from; folders of `grain_jax.convert`, runs
+  c.init = ml_collections.ConfigDict()  # what to start from; folders of `grain_jax.convert`, runs
   c.init.image = ""  # image tower; empty: fresh
   c.init.text = ""  # text tower and its projection
+  c.init.model = ""  # a whole model instead: towers, decoder, heads, scale
+  c.init.adopt = False  # take the shape (depth, widths, heads, ...) of what is started from
 
   c.data = ml_collections.ConfigDict()
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
@@ -62,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.model.image = ml_collections.ConfigDict()
   c.model.image.variant = "B/16"  # one of VARIANTS; the keys below override it where positive
-  c.model.image.size = 224  # side of the image in pixels
+  c.model.image.size = 224  # pixels; 0: those of what is started from (init.adopt), else 224
   c.model.image.width = 0  # of a token; 0: the variant's
   c.model.image.depth = 0  # blocks; 0: the variant's
   c.model.image.heads = 0  # of attention; 0: the variant's
@@ -110,9 +112,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
-  c.loss.precision = (
-    "auto"  # of the contrastive products: bfloat16, float32 | auto: float32 on CPUs
-  )
+  c.loss.precision = "auto"  # of contrastive products: bfloat16 | float32 | auto: f32 on CPUs
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
   c.loss.multi_positive = 0.0  # weight of descriptions as more positives of the image (a control)
   c.loss.permute_regions = False  # boxes and descriptions of another image (a control)
@@ -126,6 +126,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.lr_end = 1e-5  # at the end of the cosine
   c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up
   c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
+  c.optimizer.start_step = 0  # of the schedule; set by --continue_as
+  c.optimizer.start_lr = 0.0  # the rate at start_step; set by --continue_as
   c.optimizer.b1 = 0.9  # decay of AdamW's first moment
   c.optimizer.b2 = 0.98  # decay of its second moment
   c.optimizer.eps = 1e-8  # added to the root of the second moment

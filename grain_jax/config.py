@@ -8,13 +8,14 @@ import json
 import pathlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ml_collections
 
 from grain_jax import places, recipes, schema
 
+DEFAULT_SIZE = 224  # pixels of model.image.size = 0 where no other model gives them
 # Image towers by name: (width, depth, heads, patch size in pixels).
 VARIANTS = {
   "Ti/16": (192, 12, 3, 16),
@@ -110,6 +111,8 @@ ADDED = {
   "data.min_bad": 20,
   "data.reduced_decode": False,
   "grounding.split": "val",
+  "init.adopt": False,
+  "init.model": "",
   "loss.chunk": 8192,
   "loss.precision": "float32",
   "model.attention": "auto",
@@ -121,6 +124,8 @@ ADDED = {
   "optimizer.ema_decay": 0.0,
   "optimizer.muon_rms": 0.2,
   "optimizer.name": "adamw",
+  "optimizer.start_lr": 0.0,
+  "optimizer.start_step": 0,
   "retrieval.split": "val",
   "segmentation.split": "val",
 }
@@ -233,6 +238,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   check_choice("model.image.variant", tower.variant)
   for key, value in zip(("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True):
     tower[key] = tower[key] or value
+  tower.size = tower.size or DEFAULT_SIZE
   return config
 
 
@@ -309,6 +315,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.model.{name}.width = {tower.width} does not divide by its heads = {tower.heads}."
       )
+  best = config.checkpoint.best_metric
+  if best and (best.split("/")[0] not in config.evals or not config.eval_every):
+    raise ValueError(
+      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
+      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
+    )
   if config.data.row_length < m.text.context:
     raise ValueError(
       f"config.data.row_length = {config.data.row_length} is shorter than "
@@ -353,12 +365,18 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def first_difference(
-  old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+  old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, *, free: Collection[str] = ()
 ) -> tuple[str, Any, Any] | None:
-  """(key, old value, new value) of the first key that matters to the parameters and differs."""
+  """(key, old value, new value) of the first key that matters to the parameters and differs.
+
+  Args:
+    old: a configuration.
+    new: another.
+    free: keys that may differ beside FREE_KEYS.
+  """
   a, b = dict(flatten(old)), dict(flatten(new))
   for key in dict.fromkeys([*a, *b]):
-    free = key in FREE_KEYS or key.startswith(_FREE_PREFIXES)
-    if not free and a.get(key) != b.get(key):
+    may_differ = key in FREE_KEYS or key.startswith(_FREE_PREFIXES) or key in free
+    if not may_differ and a.get(key) != b.get(key):
       return key, a.get(key), b.get(key)
   return None

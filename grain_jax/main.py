@@ -10,6 +10,9 @@ from grain_jax.runtime import addresses
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, FILE or FILE:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
+_CONTINUE_AS = flags.DEFINE_list(
+  "continue_as", [], "Keys in which a run goes on otherwise than it began: steps,optimizer.lr,..."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -21,7 +24,8 @@ def main() -> None:
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
     from grain_jax.training import loop
 
-    loop.train(_CONFIG.value, _WORKDIR.value)
+    keys = [key.removeprefix("config.") for key in _CONTINUE_AS.value]
+    loop.train(_CONFIG.value, _WORKDIR.value, continue_as=keys)
 
 
 if __name__ == "__main__":

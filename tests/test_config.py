@@ -84,6 +84,7 @@ def test_an_old_config_json_reads_as_complete(tmp_path):
   assert flat.keys() == dict(configs.flatten(new)).keys()
   assert {key: flat[key] for key in configs.ADDED} == configs.ADDED
   new.data.reduced_decode = False
+  new.model.decoder.init = "per_matrix"  # `continuation` keeps that of a run that has begun
   assert configs.first_difference(old, new) is None
   new.model.image.pre_norm = True
   assert configs.first_difference(old, new) == ("model.image.pre_norm", False, True)

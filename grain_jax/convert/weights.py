@@ -1,8 +1,7 @@
-"""Weights from a folder: to use them as they are, or to start a run from somebody's towers."""
+"""Weights from a folder: a run, what `convert` wrote, or an export."""
 
 from __future__ import annotations
 
-import logging
 import os
 import pathlib
 from typing import Any
@@ -11,17 +10,10 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import places, schema, trees
+from grain_jax import places, schema
 from grain_jax.models import grain, initial
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime import mesh as meshes
-
-# Parameters that `config.init.PART` carries over, by the start of their names.
-PARTS = {
-  "image": ("image_tower/",),
-  "text": ("text_tower/", "text_projection/"),
-}
-_INITIAL = ("model.image.init_std", "model.image.position_init")  # past, once there are weights
 
 
 def load(
@@ -64,6 +56,26 @@ def open_checkpoint(
   return _without_machine_settings(config), params, None
 
 
+def read_config(path: str | os.PathLike) -> ml_collections.ConfigDict:
+  """The configuration of a folder that `open_checkpoint` opens.
+
+  Raises:
+    ValueError: there is no model in the folder; one line.
+  """
+  places.check(path, "path")
+  folder = pathlib.Path(path)
+  _check_holds_a_model(folder)
+  return configs.read(folder / "config.json")
+
+
+def _check_holds_a_model(folder: pathlib.Path) -> None:
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
+      "checkpoint first (python -m grain_jax.convert --help)."
+    )
+
+
 def _without_machine_settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The configuration without what its run asked of its own machine, which may differ from this."""
   config.model.attention = "auto"
@@ -102,74 +114,3 @@ def load_run(
   state, meta = checkpoints.restore({kept: abstract}, step=step)
   checkpoints.close()
   return config, state[kept], meta["step"]
-
-
-def start_from(config: ml_collections.ConfigDict, params: Any) -> Any:
-  """Fresh parameters with the towers of `config.init` in their place, sharded as they were.
-
-  Args:
-    config: whole, resolved configuration; `init.image` and `init.text` name folders or are empty.
-    params: fresh parameters of its model.
-
-  Raises:
-    ValueError: a folder without a model, a tower of another architecture, or weights that do not
-      fit; one line with the first difference.
-  """
-  for part, prefixes in PARTS.items():
-    path = config.init[part]
-    if not path:
-      continue
-    where = f"config.init.{part} = {path}"
-    try:
-      theirs, weights = load(path)
-    except ValueError as error:
-      raise ValueError(f"config.init.{part}: {error}") from error
-    _check_architecture(config, theirs, part, where=where)
-    if part == "image":
-      _warn_of_another_view(config, theirs, where=where)
-    found = dict(trees.named_leaves(weights))
-
-    def take(name: str, fresh: Any, prefixes=prefixes, found=found, where=where) -> Any:
-      if not name.startswith(prefixes):
-        return fresh
-      if name not in found or found[name].shape != fresh.shape:
-        there = list(found[name].shape) if name in found else "missing"
-        raise ValueError(f"{where}: {name} is {there} there and {list(fresh.shape)} here.")
-      value = meshes.to_host(found[name]).astype(fresh.dtype)
-      return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
-
-    params = trees.map_with_name(take, params)
-  return params
-
-
-def _warn_of_another_view(ours: Any, theirs: Any, *, where: str) -> None:
-  """One line where a run shows images in another way than the tower that it starts from knows.
-
-  A recipe may want that: boxes hold in a squashed image, not in a cropped one.
-  """
-  seen = theirs.data.eval_resize
-  squashes = ours.data.resize == "squash"  # random crops are no view of any tower
-  if seen != ours.data.eval_resize or (squashes and seen != "squash"):
-    logging.getLogger(__name__).warning(
-      "%s: data.eval_resize is %r there; here images are shown by data.resize = %r in training and "
-      "data.eval_resize = %r in evaluation.",
-      where, seen, ours.data.resize, ours.data.eval_resize,
-    )  # fmt: skip
-
-
-def _check_architecture(ours: Any, theirs: Any, part: str, *, where: str) -> None:
-  """Raises for the first key of the tower that differs: shapes alone do not show them all."""
-  prefix = f"model.{part}."
-  a, b = dict(configs.flatten(configs.resolve(ours))), dict(configs.flatten(theirs))
-  for key, value in a.items():
-    if key.startswith(prefix) and key in b and key not in _INITIAL and key != f"{prefix}variant":
-      theirs_value = b[key]
-      if value != theirs_value:
-        hint = (
-          "Resize it: python -m grain_jax.convert --image_size."
-          if key == "model.image.size"
-          else "Set it to that."
-        )
-        raise ValueError(
-          f"{where}: config.{key} is {theirs_value!r} there and {value!r} here. {hint}"
-        )

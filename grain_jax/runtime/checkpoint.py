@@ -196,6 +196,11 @@ class Checkpoints:
     """
     return json.loads(distributed.broadcast("newest", json.dumps(self.latest())))
 
+  def read_meta(self, step: int) -> dict[str, Any]:
+    """The JSON description of checkpoint `step`; all must call it."""
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["meta"]
+
   def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """(state, meta) of checkpoint `step`, or of the newest one that all processes can read.
 

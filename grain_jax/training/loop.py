@@ -6,6 +6,7 @@ import collections
 import contextlib
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -17,14 +18,14 @@ from absl import logging
 from grain_jax import config as configs
 from grain_jax import evaluate, places, schema, trees
 from grain_jax import tokenizer as tokenizers
-from grain_jax.convert import weights
+from grain_jax.convert import start
 from grain_jax.data import pipeline, sampler
 from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import optim, provenance, steps, utilization
+from grain_jax.training import continuation, optim, provenance, steps, utilization
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 _IN_FLIGHT = 2
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+  config: ml_collections.ConfigDict, workdir: str, *, continue_as: Sequence[str] = ()
+) -> dict[str, float]:
   """Trains `config` in `workdir`, from its latest checkpoint if there is one.
+
+  With `continue_as` it goes on otherwise than it began, in these keys: see `continuation`.
 
   Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events, and at the end results.json
   and figures/.
@@ -49,7 +54,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     failures.TransientError: storage failed; the same command may succeed later.
   """
   places.check(workdir, "--workdir")
-  config = configs.resolve(config)
+  folder = pathlib.Path(workdir)
+  config = configs.resolve(start.adopt(config, folder, say=_say))
+  config = continuation.continue_as(config, folder, continue_as, say=_say)
   configs.check(config)
   distributed.prepare(config)
   dataset = pipeline.open_dataset(config.data.dir)
@@ -58,10 +65,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
   total_steps = config.steps or round(config.epochs * steps_per_epoch)
   evaluate.check(config, dataset)
-  _check_best(config)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
-  _check_processes_agree(config, workdir, **fingerprints)
+  _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
     logging.warning(
       "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
@@ -75,8 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   init, abstract, shardings, optimizer = steps.create_state(model, config, mesh, **length)
   learning_rate = optim.schedule(config, **length)
 
-  folder = pathlib.Path(workdir)
-  provenance.check_workdir(folder, config)
+  provenance.check_workdir(folder, config, changing=continue_as)
   folder.mkdir(parents=True, exist_ok=True)
   with (
     workdirs.hold(folder),
@@ -93,7 +98,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     meta = {"config": config.to_dict(), **fingerprints, "batch_shards": batch_shards}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
-      state = _start(config, init, abstract, checkpoints, folder=folder, meta=meta)
+      state = _start(
+        config, init, abstract, checkpoints, folder=folder, meta=meta, changing=continue_as
+      )
       provenance.write_config(folder, config)
       step = int(state.step)
       train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
@@ -159,17 +166,18 @@ def _start(
   *,
   folder: pathlib.Path,
   meta: dict[str, Any],
+  changing: Sequence[str],
 ) -> steps.TrainState:
   """The fresh state, or that of the newest checkpoint; the workdir has taken a checkpoint of it."""
   if checkpoints.agree_on_latest() is not None:
     state, found = checkpoints.restore(abstract)
     others = {name: value for name, value in meta.items() if name != "config"}
-    provenance.check_checkpoint(folder, found, config, others)
+    provenance.check_checkpoint(folder, found, config, others, changing=changing)
     workdirs.prove_saving(folder, lambda: workdirs.save_probe(folder, state))
     return state
   state = init()
-  if config.init.image or config.init.text:
-    state = state.replace(params=weights.start_from(config, state.params))
+  if start.chosen(config):
+    state = state.replace(params=start.start_from(config, state.params, say=_say))
     if state.ema is not None:
       state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
 
@@ -262,10 +270,13 @@ def _loop(
     writer.write_scalars(step, results)
     progress.pause(time.monotonic() - began)
 
+  def describe(step: int) -> dict[str, Any]:
+    return {**meta, "step": step, "learning_rate": float(learning_rate(step))}
+
   def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
     distributed.report_progress("saving", step)
     if not saved:
-      checkpoints.save_surely(step, state, {**meta, "step": step})
+      checkpoints.save_surely(step, state, describe(step))
     distributed.report_progress("closing", step)
     batches.close()
     checkpoints.close()
@@ -326,7 +337,7 @@ def _loop(
       distributed.report_progress("saving", step)
       last = step == total_steps
       keep = checkpoints.save_surely if last else checkpoints.save
-      keep(step, state, {**meta, "step": step})
+      keep(step, state, describe(step))
       progress.pause(time.monotonic() - began)
     if evals:
       try:
@@ -347,15 +358,6 @@ def _check_processes_agree(config: ml_collections.ConfigDict, workdir: str, **ot
   """Ends a run whose processes were started differently, before it can hang."""
   values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _MACHINE_KEYS}
   distributed.check_equal("configuration", {**values, "--workdir": workdir, **others})
-
-
-def _check_best(config: ml_collections.ConfigDict) -> None:
-  best = config.checkpoint.best_metric
-  if best and (best.split("/")[0] not in config.evals or not config.eval_every):
-    raise ValueError(
-      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
-      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
-    )
 
 
 def _check_batch(batch: dict[str, np.ndarray], config: ml_collections.ConfigDict) -> None:

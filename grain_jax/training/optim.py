@@ -24,21 +24,28 @@ _PUBLISHED_DECAY = re.compile(
 
 
 def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_epoch: int) -> Any:
-  """Learning rate by step: linear from `lr_init` to `lr`, then a cosine to `lr_end`."""
+  """Learning rate by step: linear from `lr_init` to `lr`, then a cosine to `lr_end`.
+
+  In a run that goes on otherwise than it began (`continuation`) the same over the steps from
+  `start_step` on, from the rate `start_lr` that it had there.
+  """
   o = config.optimizer
   warmup = o.warmup_steps or round(o.warmup_epochs * steps_per_epoch)
-  if warmup >= total_steps:
+  steps = total_steps - o.start_step
+  if warmup >= steps:
+    after = f" after step {o.start_step}" if o.start_step else ""
     raise ValueError(
-      f"config.optimizer: the warm-up takes {warmup} steps of a run of {total_steps}. "
+      f"config.optimizer: the warm-up takes {warmup} steps of a run of {max(steps, 0)}{after}. "
       "Lower optimizer.warmup_steps or warmup_epochs, or train longer."
     )
-  return optax.warmup_cosine_decay_schedule(
-    init_value=o.lr_init,
+  rate = optax.warmup_cosine_decay_schedule(
+    init_value=o.start_lr if o.start_step else o.lr_init,
     peak_value=o.lr,
     warmup_steps=warmup,
-    decay_steps=total_steps,
+    decay_steps=steps,
     end_value=o.lr_end,
   )
+  return (lambda step: rate(jnp.maximum(step - o.start_step, 0))) if o.start_step else rate
 
 
 def decay_mask(params: Any, kind: str) -> Any:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
 
 from grain_jax import config as configs
 from grain_jax.runtime import distributed, metrics
+from grain_jax.training import continuation
 
 
-def check_workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """That a config.json which is there is of the same run."""
+def check_workdir(
+  folder: pathlib.Path, config: ml_collections.ConfigDict, *, changing: Collection[str] = ()
+) -> None:
+  """That a config.json which is there is of the same run, but for the keys that it changes."""
   path = folder / "config.json"
   if path.exists():
-    _check_config(folder, configs.read(path), config)
+    _check_config(folder, configs.read(path), config, changing)
 
 
 def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -28,14 +32,21 @@ def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> Non
 
 
 def _check_config(
-  folder: pathlib.Path, old: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+  folder: pathlib.Path,
+  old: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
+  changing: Collection[str],
 ) -> None:
-  difference = configs.first_difference(old, config)
+  free = {*changing, "optimizer.start_step", "optimizer.start_lr"} if changing else ()
+  difference = configs.first_difference(old, config, free=free)
   if difference:
     key, was, now = difference
+    purpose = (
+      f" To change it on purpose add --continue_as={key}." if key in continuation.KEYS else ""
+    )
     raise ValueError(
       f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
-      "Use a new workdir, or the config of the old one."
+      f"Use a new workdir, or the config of the old one.{purpose}"
     )
 
 
@@ -44,13 +55,22 @@ def check_checkpoint(
   meta: dict[str, Any],
   config: ml_collections.ConfigDict,
   now: dict[str, Any],
+  *,
+  changing: Collection[str] = (),
 ) -> None:
   """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some.
 
+  One from before the run went on otherwise may differ in what a run may change, and in the data
+  where `changing` has 'data.dir'.
+
   With local region negatives the loss depends on how many devices share the batch, so that stays.
   """
-  _check_config(folder, configs.from_json(json.dumps(meta["config"])), config)
+  before_change = 0 < config.optimizer.start_step >= meta.get("step", 0)
+  free = continuation.KEYS if before_change else ()
+  _check_config(folder, configs.from_json(json.dumps(meta["config"])), config, free)
   fingerprints = dict(now)
+  if before_change and "data.dir" in changing:
+    del fingerprints["data"]
   shards = fingerprints.pop("batch_shards")
   before = meta.get("batch_shards", shards)
   if config.loss.region_negatives == "local" and before != shards:

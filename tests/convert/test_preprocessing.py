@@ -16,7 +16,7 @@ from PIL import Image
 import grain_jax
 from grain_jax import config as configs
 from grain_jax import embed, export
-from grain_jax.convert import convert, hf_processor, weights
+from grain_jax.convert import convert, hf_processor, start
 from grain_jax.data import build, dataset, examples, sources, transforms
 from grain_jax.evals import built
 from grain_jax.evals.inputs import images as images_lib
@@ -244,15 +244,15 @@ def test_a_run_from_a_tower_that_sees_otherwise(tiny, tiny_clip, tmp_path, rng, 
   tiny.init.image = str(tmp_path / "clip")
   tiny.model.image.interpolation = "bilinear"
   with pytest.raises(ValueError, match="interpolation is 'bicubic' there and 'bilinear' here"):
-    weights.start_from(tiny, {})
+    start.start_from(tiny, {})
   tiny.model.image.interpolation = "bicubic"
   with caplog.at_level(logging.WARNING):
-    weights.start_from(tiny, {})
+    start.start_from(tiny, {})
   (line,) = (r.getMessage() for r in caplog.records if "eval_resize" in r.getMessage())
   assert "is 'center_crop' there" in line and "data.resize = 'squash' in training" in line
   caplog.clear()
   tiny.data.update(eval_resize="center_crop", resize="crop")
-  weights.start_from(tiny, {})
+  start.start_from(tiny, {})
   assert not [r for r in caplog.records if "eval_resize" in r.getMessage()]
 
 

@@ -1,0 +1,128 @@
+"""A run that goes on otherwise than it began, on purpose: longer, at another rate, on other data.
+
+Parameters, optimiser and the number of the step go on. The learning rate starts a schedule of its
+own at that step (`optim.schedule`), and the order of the data is that of the new configuration from
+there: with another batch size or other data an epoch may see an image twice, or not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+
+from grain_jax import config as configs
+from grain_jax.runtime import checkpoint
+
+# Keys that may change in a run: neither the parameters nor the optimiser's state have another form.
+KEYS = frozenset(
+  {
+    "batch_size",
+    "data.caption",
+    "data.crop_min_area",
+    "data.dir",
+    "data.flip",
+    "data.reduced_decode",
+    "data.resize",
+    "data.row_length",
+    "data.split",
+    "epochs",
+    "loss.aux_box_loss",
+    "loss.box",
+    "loss.box_giou_cost",
+    "loss.box_l1_cost",
+    "loss.box_loss_scale",
+    "loss.caption",
+    "loss.mask_duplicates",
+    "loss.multi_positive",
+    "loss.region",
+    "loss.region_negatives",
+    "model.decoder.dropout",
+    "optimizer.clip_norm",
+    "optimizer.lr",
+    "optimizer.lr_end",
+    "optimizer.lr_init",
+    "optimizer.lr_scale",
+    "optimizer.warmup_epochs",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "steps",
+  }
+)
+# What a run keeps, whatever is asked for: set by a continuation, or past since its first step.
+_OWN = ("optimizer.start_step", "optimizer.start_lr", "model.decoder.init")
+
+
+def check_keys(keys: Sequence[str]) -> None:
+  """Raises a line for a key of --continue_as that may not change in a run."""
+  for key in keys:
+    if key not in KEYS:
+      near = difflib.get_close_matches(key, KEYS, n=1)
+      hint = f"Did you mean {near[0]}? " if near else ""
+      raise ValueError(
+        f"--continue_as={key}: a run cannot go on with another {key}. {hint}These may change: "
+        f"{', '.join(sorted(KEYS))}. For all else start a new run: --config.init.model=WORKDIR."
+      )
+
+
+def continue_as(
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  keys: Sequence[str],
+  *,
+  say: Callable[[str], None],
+) -> ml_collections.ConfigDict:
+  """The configuration with which the run in a workdir goes on; all processes must call it.
+
+  Args:
+    config: as it is asked for now.
+    folder: the workdir.
+    keys: of the configuration that may be another than the run's so far.
+    say: gets a line where something changes.
+
+  Returns:
+    The configuration with what the run keeps (`_OWN`), or, where one of the keys changes now, with
+    its newest step and the learning rate there as `optimizer.start_step` and `start_lr`.
+
+  Raises:
+    ValueError: a key that cannot change, or there is no run in the workdir; one line.
+  """
+  check_keys(keys)
+  path = folder / "config.json"
+  if not path.is_file():
+    if keys:
+      raise ValueError(
+        f"--continue_as={','.join(keys)}: there is no run in {folder}. Leave the flag away to "
+        "start one, or check --workdir."
+      )
+    return config
+  old = configs.read(path)
+  config = ml_collections.ConfigDict(config.to_dict())
+  for key in _OWN:
+    configs.set_key(config, key, _value(old, key))
+  changes = {key: (_value(old, key), _value(config, key)) for key in keys}
+  changes = {key: values for key, values in changes.items() if values[0] != values[1]}
+  if not changes:
+    return config
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
+  step = checkpoints.agree_on_latest()
+  if step is None:  # it has not begun: nothing is to be continued
+    raise ValueError(
+      f"--continue_as={','.join(keys)}: {folder} holds no checkpoint. Use a new workdir."
+    )
+  rate = checkpoints.read_meta(step).get("learning_rate", old.optimizer.lr_end)
+  checkpoints.close()
+  config.optimizer.update(start_step=step, start_lr=float(rate))
+  said = ", ".join(f"config.{key} {was!r} -> {now!r}" for key, (was, now) in changes.items())
+  say(
+    f"goes on at step {step} with {said}; the learning rate starts a schedule of its own there, "
+    f"from {rate:.3g}"
+  )
+  return config
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+  return dict(configs.flatten(config))[key]

@@ -1,0 +1,100 @@
+"""A run that goes on otherwise than it began: by asking for it, and never else."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import kills
+from grain_jax import config as configs
+from grain_jax.training import continuation, optim
+from grain_jax.training import loop as train
+
+
+def test_schedule_starts_anew_where_the_run_goes_on(tiny):
+  """By hand: 4 steps up from what it had to the new rate, then half a cosine to the new end."""
+  tiny.optimizer.update(
+    lr=2.0, lr_end=0.5, lr_init=9.0, warmup_steps=4, start_step=100, start_lr=0.25
+  )
+  rate = optim.schedule(tiny, total_steps=124, steps_per_epoch=10)
+  assert [float(rate(s)) for s in (90, 100, 102, 104)] == [0.25, 0.25, 1.125, 2.0]
+  assert float(rate(114)) == pytest.approx(0.5 + 1.5 / 2) and float(rate(124)) == 0.5
+  assert float(rate(jnp.int32(102))) == 1.125  # as the step sees it
+  with pytest.raises(ValueError, match="takes 4 steps of a run of 3 after step 100"):
+    optim.schedule(tiny, total_steps=103, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize(
+  ("key", "words"),
+  [
+    ("optimizer.rl", "Did you mean optimizer.lr?"),
+    ("model.image.depth", "start a new run: --config.init.model=WORKDIR"),
+  ],
+)
+def test_what_cannot_change_is_one_line(key, words):
+  with pytest.raises(ValueError, match="cannot go on with another") as error:
+    continuation.check_keys(["steps", key])
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_that_has_begun_keeps_how_it_started(tiny, tmp_path):
+  tiny.model.decoder.init = "per_matrix"
+  tiny.optimizer.update(start_step=7, start_lr=0.5)
+  (tmp_path / "config.json").write_text(configs.to_json(tiny))
+  asked = configs.from_json(configs.to_json(tiny))
+  asked.model.decoder.init = "torch"
+  asked.optimizer.update(start_step=0, start_lr=0.0)
+  got = continuation.continue_as(asked, tmp_path, [], say=print)
+  assert got.to_dict() == tiny.to_dict()
+
+
+def read(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines if "train/loss" in line]
+
+
+@pytest.mark.slow
+def test_a_run_is_made_longer_and_goes_on_after_a_crash(scenes_dir, tmp_path, monkeypatch):
+  def config(**changes):
+    c = configs.load(f"configs/quickstart.py:{kills.TINY}")
+    c.data.dir = str(scenes_dir)
+    c.evals = ()
+    c.log_every, c.save_every = 1, 4
+    for key, value in ({"steps": 8, "optimizer.warmup_steps": 2} | changes).items():
+      configs.set_key(c, key.replace("__", "."), value)
+    return c
+
+  run, straight = tmp_path / "run", tmp_path / "straight"
+  train.train(config(), str(run))
+  with pytest.raises(ValueError, match="config.steps was 8 and is 16.*add --continue_as=steps"):
+    train.train(config(steps=16), str(run))
+  with pytest.raises(ValueError, match="optimizer.lr was .* add --continue_as=optimizer.lr"):
+    train.train(config(steps=16, **{"optimizer.lr": 1e-4}), str(run), continue_as=["steps"])
+  longer = config(steps=16, **{"optimizer.lr": 1e-3})
+  with pytest.raises(ValueError, match="there is no run in"):
+    train.train(longer, str(straight), continue_as=["steps"])
+
+  class Crash(Exception):
+    pass
+
+  def crash(*_, **__):
+    raise Crash
+
+  keys = ["steps", "optimizer.lr"]
+  with monkeypatch.context() as patch:  # after config.json is written, before any new step
+    patch.setattr(train, "_loop", crash)
+    with pytest.raises(Crash):
+      train.train(longer, str(run), continue_as=keys)
+  train.train(longer, str(run), continue_as=keys)
+  lines = read(run)
+  assert [line["step"] for line in lines] == list(range(1, 17))
+  rates = [line["train/learning_rate"] for line in lines]
+  end = config().optimizer.lr_end
+  # The rate of the update to step s is that of s - 1: at step 8 it was the first schedule's end.
+  np.testing.assert_allclose(rates[8:11], [end, (end + 1e-3) / 2, 1e-3], rtol=1e-5)
+  assert rates[-1] < 2e-4
+  held = configs.read(run / "config.json")
+  assert (held.optimizer.start_step, held.steps) == (8, 16)
+  train.train(longer, str(run))  # finished: nothing to do, with or without the flag
+  assert len(read(run)) == 16
