@@ -15,9 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0  # of parameters, dropout and the order of the data
   c.method = "grain"  # grain | clip (class token, caption loss alone)
-  c.batch_size = 2048  # images a step, over all devices
+  c.batch_size = 2048  # images a step, over all devices; 0: by the number of images
   c.epochs = 35.0  # passes over the training split
-  c.steps = 0  # if positive: length of the run in steps, instead of epochs
+  c.steps = 0  # if positive: length in steps, not epochs; both 0: by the number of images
   c.accumulate = 1  # microbatches in which a step encodes its batch, to save memory; same gradient
   c.compile_effort = 0.0  # -1..1; below 0 the program compiles sooner and runs slower (TPU)
   c.deterministic = False  # GPU only: same numbers every time, at some cost in speed
@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.init.image = ""  # image tower; empty: fresh
   c.init.text = ""  # text tower and its projection
   c.init.model = ""  # a whole model instead: towers, decoder, heads, scale
+  c.init.lr_scale = 1.0  # of the learning rate of towers that init.image and init.text give
   c.init.adopt = False  # take the shape (depth, widths, heads, ...) of what is started from
 
   c.data = ml_collections.ConfigDict()
@@ -53,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model = ml_collections.ConfigDict()
   c.model.embed_dim = 512  # of the joint space (E)
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
-  c.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
+  c.model.dtype = "float32"  # of the computation: float32 | bfloat16 | auto (float32 on CPUs)
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
   c.model.remat = "none"  # what the backward pass rematerialises: none | elementwise (all but the
   # matrix products) | attention (their products in attention too) | block (each block)
@@ -151,7 +152,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
 
   c.log_every = 50  # steps between lines of metrics
-  c.save_every = 1000  # steps between checkpoints
+  c.save_every = 1000  # steps between checkpoints; -1: a tenth of the run
   c.keep_checkpoints = 3  # the newest so many
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.best_metric = ""  # keep the best by this result too: 'retrieval/text_to_image/r1'
@@ -161,10 +162,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.profile = ml_collections.ConfigDict()
   c.profile.start_step = 0  # first step of a trace in WORKDIR/profile; 0: none
   c.profile.num_steps = 5  # length of the trace
-  c.eval_every = 0  # steps between evaluations while training; 0: at the end alone
-  c.evals = ("zero_shot", "retrieval", "grounding")  # names in grain_jax.evals.built.EVALS
+  c.eval_every = 0  # steps between evaluations; 0: at the end alone; -1: a tenth of the run
+  c.evals = ("zero_shot", "retrieval", "grounding")  # of evals.built, FAMILY:SET, 'available'
+  c.datasets = ""  # folder of outside datasets, for evals FAMILY:SET
+  c.eval_limit = 0  # the first so many pictures of each outside set; 0: all
   c.eval_batch_size = 256  # images or rows of text at a time, over all devices
 
+  c.validation = ml_collections.ConfigDict()  # the loss on images that are not trained on
+  c.validation.split = "val"  # of the built data
+  c.validation.batches = 0  # first batches of it at each evaluation; 0: none
   c.zero_shot = ml_collections.ConfigDict()
   c.zero_shot.split = "objects"  # of the built data, one label an image
   c.zero_shot.templates = ("a photo of a {}.",)  # prompts, {} for the class
@@ -210,15 +216,19 @@ def small(c: ml_collections.ConfigDict) -> None:
 
 
 def runlocal(c: ml_collections.ConfigDict) -> None:
-  """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes."""
+  """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes or other data.
+
+  A recipe that starts from towers starts from those of the quickstart.
+  """
   small(c)
-  c.init.update(image="", text="")
+  if c.init.image or c.init.text:
+    c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   c.data.dir = "data/scenes"
   c.model.update(dtype="float32", remat="none")
-  c.evals = ("zero_shot", "retrieval", "grounding")
+  c.evals = ("available",)
   c.data.caption = "half"
   c.data.row_length = 56 if c.data.max_regions else 32
-  c.batch_size = 32
+  c.batch_size = min(c.batch_size, 32)  # 0, by the number of images, stays
   c.eval_batch_size = 64
   c.steps = 40
   c.optimizer.warmup_steps = 10

@@ -9,9 +9,9 @@ from configs import common
 
 
 def get_config(arg: str = ""):
-  """`:runlocal` is a minute on a CPU, from fresh towers."""
+  """`:runlocal` is a minute on a CPU, from the towers that `make quickstart` has trained."""
   c = common.get_config()
-  c.init.update(image="weights/clip-b16", text="weights/clip-b16")
+  c.init.update(image="weights/clip-b16", text="weights/clip-b16", adopt=True)
   c.data.dir = "data/cc3m_grain"
   c.batch_size = 512
   c.epochs = 5.0

@@ -43,8 +43,23 @@ def _joined(argv: Sequence[str]) -> list[str]:
       name, _, path = arg.partition("=")
       places.check(path, "--config")
       arg = f"{name}={recipes.find(path)}"
+    if arg.startswith(("--config.", "-config.")):
+      arg = _listed(arg)
     args.append(arg)
   return args
+
+
+def _listed(arg: str) -> str:
+  """'--config.evals=a,b' as "--config.evals=('a', 'b')", which ml_collections reads.
+
+  Of a key whose value is a list of words: `config.LISTS`.
+  """
+  name, equals, value = arg.partition("=")
+  if name.lstrip("-").removeprefix("config.") not in configs.LISTS or not equals:
+    return arg
+  if value.startswith(("(", "[", "'", '"')):
+    return arg
+  return f"{name}={tuple(part.strip() for part in value.split(',') if part.strip())!r}"
 
 
 def _check_overrides(argv: Sequence[str]) -> None:

@@ -13,133 +13,10 @@ from typing import Any
 
 import ml_collections
 
-from grain_jax import places, recipes, schema
+from grain_jax import keys, places, recipes, schema
 
-DEFAULT_SIZE = 224  # pixels of model.image.size = 0 where no other model gives them
-# Image towers by name: (width, depth, heads, patch size in pixels).
-VARIANTS = {
-  "Ti/16": (192, 12, 3, 16),
-  "S/16": (384, 12, 12, 16),  # 12 heads, as in the published code
-  "B/16": (768, 12, 12, 16),
-  "B/32": (768, 12, 12, 32),
-  "L/14": (1024, 24, 16, 14),
-}
-
-# What each of these keys may be; the one list of it, for the modules that read the key too.
-CHOICES = {
-  "method": ("grain", "clip"),
-  "data.resize": ("squash", "crop"),
-  "data.eval_resize": ("squash", "center_crop"),
-  "data.caption": ("half", "original", "generated", "joined"),
-  "data.on_bad_record": ("skip", "stop"),
-  "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "elementwise", "attention", "block"),
-  "model.attention": ("auto", "xla", "cudnn"),
-  "model.image.variant": tuple(VARIANTS),
-  "model.image.activation": ("gelu", "quick_gelu"),
-  "model.image.interpolation": ("bicubic", "bilinear"),
-  "model.image.stem": ("linear", "hmlp"),
-  "model.image.position_init": ("normal", "sincos"),
-  "model.text.activation": ("gelu", "quick_gelu"),
-  "model.decoder.init": ("torch", "per_matrix"),
-  "loss.region_negatives": ("global", "local"),
-  "loss.matcher": ("host", "device"),
-  "loss.precision": ("auto", "float32", "bfloat16"),
-  "optimizer.name": ("adamw", "muon"),
-  "optimizer.decay_mask": ("clean", "published"),
-}
-
-# Keys that a run may change when it goes on: they do not touch the parameters, or only by the order
-# of sums (and accumulate by dropout's draws). A run that moves to fewer devices needs some to fit.
-FREE_KEYS = frozenset(
-  {
-    "accumulate",
-    "compile_cache",
-    "compile_effort",
-    "deterministic",
-    "loss.chunk",
-    "loss.matcher",
-    "loss.precision",
-    "model.attention",
-    "model.remat",
-    "model.unroll",
-    "data.bad_window",
-    "data.dir",
-    "data.max_bad_fraction",
-    "data.max_bad_in_a_row",
-    "data.max_pixels",
-    "data.min_bad",
-    "data.threads",
-    "data.prefetch",
-    "data.eval_resize",
-    "eval_batch_size",
-    "eval_every",
-    "evals",
-    "keep_checkpoints",
-    "log_every",
-    "peak_flops",
-    "save_every",
-    "watchdog_seconds",
-  }
-)
-_LEAST = {
-  "seed": 0,
-  "data.bad_window": 1,
-  "data.max_bad_in_a_row": 0,
-  "data.min_bad": 1,
-  "eval_every": 0,
-  "model.num_queries": 0,
-  "model.decoder.dropout": 0,
-  "checkpoint.keep_best": 1,
-  "loss.chunk": 0,
-  "peak_flops": 0,
-  "profile.num_steps": 1,
-  "profile.start_step": 0,
-  "watchdog_seconds": 0,
-}
-
-# Keys that came later, and what a config.json without them means: `from_json` fills them in.
-ADDED = {
-  "accumulate": 1,
-  "compile_effort": 0.0,
-  "composition.split": "val",
-  "data.bad_window": 10_000,
-  "data.eval_resize": "squash",
-  "data.max_bad_fraction": 1.0,
-  "data.max_bad_in_a_row": 0,
-  "data.max_pixels": schema.MAX_PIXELS,
-  "data.min_bad": 20,
-  "data.reduced_decode": False,
-  "grounding.split": "val",
-  "init.adopt": False,
-  "init.model": "",
-  "loss.chunk": 8192,
-  "loss.precision": "float32",
-  "model.attention": "auto",
-  "model.decoder.init": "per_matrix",
-  "model.image.interpolation": "bicubic",
-  "model.image.patch_bias": True,
-  "model.image.pre_norm": False,
-  "model.image.stem": "linear",
-  "optimizer.ema_decay": 0.0,
-  "optimizer.muon_rms": 0.2,
-  "optimizer.name": "adamw",
-  "optimizer.start_lr": 0.0,
-  "optimizer.start_step": 0,
-  "retrieval.split": "val",
-  "segmentation.split": "val",
-}
-_FREE_PREFIXES = (
-  "init.",
-  "zero_shot.",
-  "retrieval.",
-  "grounding.",
-  "composition.",
-  "segmentation.",
-  "mesh.",
-  "checkpoint.",
-  "profile.",
-)
+CHOICES, FREE_KEYS, ADDED, LISTS = keys.CHOICES, keys.FREE_KEYS, keys.ADDED, keys.LISTS
+VARIANTS = keys.VARIANTS
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,7 +115,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   check_choice("model.image.variant", tower.variant)
   for key, value in zip(("width", "depth", "heads", "patch"), VARIANTS[tower.variant], strict=True):
     tower[key] = tower[key] or value
-  tower.size = tower.size or DEFAULT_SIZE
+  tower.size = tower.size or keys.DEFAULT_SIZE
   return config
 
 
@@ -257,7 +134,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in CHOICES:
     check_choice(key, flat[key])
   positive = [
-    "accumulate", "batch_size", "eval_batch_size", "log_every", "save_every", "keep_checkpoints",
+    "accumulate", "eval_batch_size", "log_every", "keep_checkpoints",
     "data.row_length", "model.embed_dim", "model.image.size", "model.image.patch",
     "model.image.width", "model.image.depth", "model.image.heads", "model.image.mlp_ratio",
     "model.text.context", "model.text.width", "model.text.depth", "model.text.heads",
@@ -268,7 +145,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in positive:
     if flat[key] <= 0:
       raise ValueError(f"config.{key} = {flat[key]} must be positive.")
-  for key, least in _LEAST.items():
+  for key, least in keys.LEAST.items():
     if flat[key] < least:
       raise ValueError(f"config.{key} = {flat[key]} must be at least {least}.")
   if not -1 <= config.compile_effort <= 1:
@@ -286,8 +163,10 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "
       "mean over about 10,000 steps."
     )
-  if config.steps <= 0 and config.epochs <= 0:
-    raise ValueError("config.steps and config.epochs are both 0: set one of them.")
+  if config.save_every <= 0 and config.save_every != -1:
+    raise ValueError(
+      f"config.save_every = {config.save_every} must be positive, or -1: a tenth of the run."
+    )
   if config.data.max_regions < 0:
     raise ValueError(f"config.data.max_regions = {config.data.max_regions} must not be negative.")
   m = config.model
@@ -376,7 +255,7 @@ def first_difference(
   """
   a, b = dict(flatten(old)), dict(flatten(new))
   for key in dict.fromkeys([*a, *b]):
-    may_differ = key in FREE_KEYS or key.startswith(_FREE_PREFIXES) or key in free
+    may_differ = key in FREE_KEYS or key.startswith(keys.FREE_PREFIXES) or key in free
     if not may_differ and a.get(key) != b.get(key):
       return key, a.get(key), b.get(key)
   return None

@@ -53,8 +53,8 @@ def test_a_switch_is_turned_off_by_no(parse):
     (("--config", CONFIG, "--workdir=w", "--config.sede=1"), ["config.sede", "config.seed"]),
     ((*FULL, "--noconfig.data.flop"), ["config.data.flop", "config.data.flip"]),
     ((*FULL, "--config.batch_size=many"), ["config.batch_size", "many"]),
-    (("--config=configs/quikstart.py", "--workdir=w"), ["configs/quikstart.py", CONFIG]),
-    (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", CONFIG]),
+    (("--config=configs/quikstart.py", "--workdir=w"), ["configs/quikstart.py", "=quickstart?"]),
+    (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", "=quickstart?"]),
     ((f"--config={CONFIG}:optimizer.rate=1", "--workdir=w"), ["config.optimizer.rate"]),
     ((f"--config={CONFIG}:runlocale", "--workdir=w"), ["'runlocale'", "runlocal"]),
     ((*FULL, "--wrokdir=x"), ["wrokdir", "workdir"]),
@@ -107,3 +107,17 @@ cli.run(main)
   loader = event_file_loader.EventFileLoader(str(events))
   values = [v for event in loader.Load() for v in event.summary.value]
   assert [(v.tag, tensor_util.make_ndarray(v.tensor)) for v in values] == [("x", 0.5)]
+
+
+@pytest.mark.parametrize(
+  ("value", "want"),
+  [
+    ("retrieval", ("retrieval",)),
+    ("retrieval, zero_shot:imagenet", ("retrieval", "zero_shot:imagenet")),
+    ("", ()),
+    ("()", ()),
+    ("('grounding',)", ("grounding",)),
+  ],
+)
+def test_evaluations_are_a_comma_list(parse, value, want):
+  assert parse(*FULL, f"--config.evals={value}").config.evals == want

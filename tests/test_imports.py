@@ -22,6 +22,7 @@ LEVELS = (
   ("models",),
   (
     "config",
+    "keys",
     "cli",
     "recipes",
     "places",

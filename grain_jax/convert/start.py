@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -76,9 +76,9 @@ def adopt(
     ValueError: a folder holds no model, or two of them go by different shapes; one line.
   """
   parts = chosen(config)
-  if not parts or not config.init.adopt:
+  config = _scaled(ml_collections.ConfigDict(config.to_dict()), parts)
+  if not config.init.adopt:
     return config
-  config = ml_collections.ConfigDict(config.to_dict())
   begun = workdir / "config.json"
   for part, folder in parts.items():
     theirs = configs.read(begun) if begun.is_file() else weights.read_config(folder)
@@ -94,6 +94,16 @@ def adopt(
       adopted.append(f"data.row_length {config.data.row_length}: a full caption")
     if adopted and not begun.is_file():
       say(f"config.init.{part} = {folder} is adopted: {', '.join(adopted)}")
+  return config
+
+
+def _scaled(config: ml_collections.ConfigDict, parts: Iterable[str]) -> ml_collections.ConfigDict:
+  """The configuration with `init.lr_scale` in `optimizer.lr_scale`, for the towers of `init`."""
+  factor = config.init.lr_scale
+  prefixes = [p for part in ("image", "text") if part in parts for p in PARTS[part]]
+  if factor != 1.0 and prefixes:
+    rules = [(f"^{'|^'.join(prefixes)}", factor)]
+    config.optimizer.lr_scale = (*config.optimizer.lr_scale, *rules)
   return config
 
 

@@ -175,9 +175,9 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dat
   It may lack the split, prompts, descriptors, or a single record with what is needed: records are
   read up to the first that will do.
   """
-  evaluation = EVALS[name]
-  if not _wanted(evaluation, config):
+  if not wanted(name, config):
     return
+  evaluation = EVALS[name]
   section = evaluation.section
   split = split_of(config, section)
   leave_out = f"leave {name!r} out of config.evals"
@@ -210,8 +210,9 @@ def _readable(dataset: dataset_lib.Dataset, split: str) -> Iterator[records.Pars
       yield dataset.parse(split, index)
 
 
-def _wanted(evaluation: Eval, config: ml_collections.ConfigDict) -> bool:
-  """A model without region queries is not asked for regions."""
+def wanted(name: str, config: ml_collections.ConfigDict) -> bool:
+  """Whether the model is asked for it: one without region queries is not, for regions."""
+  evaluation = EVALS[name]
   return not evaluation.regions or (config.method != "clip" and config.data.max_regions > 0)
 
 
@@ -227,7 +228,7 @@ def run(
   outcome = Outcome({})
   for name in names:
     evaluation = EVALS[name]
-    if _wanted(evaluation, config):
+    if wanted(name, config):
       found = attempt(name, functools.partial(evaluation.run, config, encoders, dataset))
       outcome = outcome if found is None else outcome.merge(found)
   return outcome

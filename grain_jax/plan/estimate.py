@@ -18,6 +18,7 @@ from grain_jax.plan import program as plan_program
 from grain_jax.plan import traffic as plan_traffic
 from grain_jax.plan import useful as plan_useful
 from grain_jax.plan.chips import Machine, roofline
+from grain_jax.training import sizing
 
 STEP = 8  # images per chip between two batches that `largest_batch` tells apart
 COUNTS = ("scanned", "unrolled")
@@ -34,12 +35,20 @@ class Options:
 
 
 def for_machine(
-  config: ml_collections.ConfigDict, machine: Machine, *, batch_per_chip: int = 0
+  config: ml_collections.ConfigDict,
+  machine: Machine,
+  *,
+  batch_per_chip: int = 0,
+  examples: int = 10_000_000,
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """(the configuration as it can be planned there, a note for each thing that had to change)."""
   config, notes = configs.resolve(config), []
   if batch_per_chip:
     config.batch_size = batch_per_chip * machine.num_chips
+  if sizing.is_open(config):
+    devices = machine.num_chips // max(config.mesh.tensor, 1)
+    platform = machine.chip.platform
+    config = sizing.choose(config, records=examples, devices=devices, platform=platform)
   if machine.chip.platform == "gpu":
     if config.method == "grain" and config.loss.matcher == "host":
       config.loss.matcher = "device"
@@ -75,7 +84,9 @@ class Planner:
     return plan_program.devices(self.machine)
 
   def config(self, batch_per_chip: int) -> tuple[ml_collections.ConfigDict, list[str]]:
-    return for_machine(self._config, self.machine, batch_per_chip=batch_per_chip)
+    return for_machine(
+      self._config, self.machine, batch_per_chip=batch_per_chip, examples=self.options.examples
+    )
 
   def _trace(self, batch_per_chip: int, **changes: Any) -> plan_program.Traced:
     config, _ = self.config(batch_per_chip)

@@ -15,17 +15,14 @@ import numpy as np
 import optax
 from absl import logging
 
-from grain_jax import config as configs
-from grain_jax import evaluate, places, schema, trees
-from grain_jax import tokenizer as tokenizers
+from grain_jax import evaluate, schema, trees
 from grain_jax.convert import start
-from grain_jax.data import pipeline, sampler
+from grain_jax.data import pipeline
 from grain_jax.evals.inputs import attempts
-from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import continuation, optim, provenance, steps, utilization
+from grain_jax.training import optim, provenance, setup, steps, utilization, validation
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -53,34 +50,14 @@ def train(
     preemption.Preempted: SIGTERM or Ctrl-C came; everything is saved.
     failures.TransientError: storage failed; the same command may succeed later.
   """
-  places.check(workdir, "--workdir")
-  folder = pathlib.Path(workdir)
-  config = configs.resolve(start.adopt(config, folder, say=_say))
-  config = continuation.continue_as(config, folder, continue_as, say=_say)
-  configs.check(config)
-  distributed.prepare(config)
-  dataset = pipeline.open_dataset(config.data.dir)
-  steps_per_epoch = sampler.steps_per_epoch(
-    dataset.num_records(config.data.split), config.batch_size
-  )
-  total_steps = config.steps or round(config.epochs * steps_per_epoch)
-  evaluate.check(config, dataset)
-  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-  fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
-  _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
-  if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
-    logging.warning(
-      "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
-      "config.loss.matcher='host'. With 'device' it is kept too."
-    )
+  run = setup.settle(config, workdir, continue_as=continue_as, say=_say, warn=_warn)
+  config, dataset, folder = run.config, run.dataset, run.folder
   if jax.default_backend() == "cpu":
     memory.keep_freed_memory()
   mesh = meshes.create(config)
   model = grain.build(config)
-  length = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-  init, abstract, shardings, optimizer = steps.create_state(model, config, mesh, **length)
-  learning_rate = optim.schedule(config, **length)
-
+  init, abstract, shardings, optimizer = steps.create_state(model, config, mesh, **run.length)
+  learning_rate = optim.schedule(config, **run.length)
   provenance.check_workdir(folder, config, changing=continue_as)
   folder.mkdir(parents=True, exist_ok=True)
   with (
@@ -95,14 +72,14 @@ def train(
       keep_best=config.checkpoint.keep_best,
     )
     batch_shards = meshes.num_shards(mesh)
-    meta = {"config": config.to_dict(), **fingerprints, "batch_shards": batch_shards}
+    meta = {"config": config.to_dict(), **run.fingerprints, "batch_shards": batch_shards}
     failed: dict[str, Exception] = {}  # evaluations, by name and step
     with jax.set_mesh(mesh):
       state = _start(
         config, init, abstract, checkpoints, folder=folder, meta=meta, changing=continue_as
       )
       provenance.write_config(folder, config)
-      step = int(state.step)
+      step, total_steps = int(state.step), run.total_steps
       train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
       # Loads TensorFlow, which takes seconds: after what may be wrong.
       from grain_jax.runtime import writers
@@ -117,6 +94,10 @@ def train(
         f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
       )
 
+      validate = None
+      if config.validation.batches:
+        validate = validation.Validation(config, model, mesh, dataset)
+
       def run_evals(state: steps.TrainState) -> evaluate.Outcome:
         at = int(state.step)
 
@@ -127,8 +108,9 @@ def train(
         distributed.report_progress("evaluating", at)
         outcome = evaluate.run(
           config, model, state.eval_params, dataset,
-          mesh=mesh, tokenizer=tokenizer, on_batch=on_batch, options=Options(warn=_warn),
+          mesh=mesh, tokenizer=run.tokenizer, on_batch=on_batch, options=run.options,
         )  # fmt: skip
+        outcome.results.update(validation.attempt(validate, state.eval_params, on_batch))
         failed.update({f"{name} at step {at}": e for name, e in outcome.errors.items()})
         best = config.checkpoint.best_metric
         if best in outcome.results or not outcome.errors:
@@ -199,7 +181,7 @@ def _evaluate_last(
   stopping: preemption.Preemption,
 ) -> dict[str, float]:
   """Results of the evaluations at the end of a run, written down."""
-  if not config.evals:
+  if not config.evals and not config.validation.batches:
     return {}
   step, began = int(state.step), time.monotonic()
   try:
@@ -330,7 +312,7 @@ def _loop(
       report(*late)
       late = None
     checkpoints.check()
-    if told and (step < total_steps or config.evals):
+    if told and (step < total_steps or config.evals or config.validation.batches):
       stop(step, state, saved=False)
     if save:
       began = time.monotonic()
@@ -348,16 +330,6 @@ def _loop(
   batches.close()
   writer.flush()
   return state
-
-
-# What may differ from machine to machine.
-_MACHINE_KEYS = frozenset({"data.dir", "data.threads", "data.prefetch", "compile_cache"})
-
-
-def _check_processes_agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
-  """Ends a run whose processes were started differently, before it can hang."""
-  values = {f"config.{k}": v for k, v in configs.flatten(config) if k not in _MACHINE_KEYS}
-  distributed.check_equal("configuration", {**values, "--workdir": workdir, **others})
 
 
 def _check_batch(batch: dict[str, np.ndarray], config: ml_collections.ConfigDict) -> None:

@@ -24,16 +24,17 @@ class Options:
   alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))  # protocol 'regions': weights tried
   cache: pathlib.Path | None = None  # folder where embeddings of prompts are kept
   warn: Callable[[str], None] = print  # gets one line where something was left out
+  flag: str = "--datasets"  # what gives the root, for messages
 
   def __post_init__(self):
     places.check_all(
-      {"--datasets": self.root, "--tfds_dir": self.tfds_dir, "--descriptors": self.descriptors}
+      {self.flag: self.root, "--tfds_dir": self.tfds_dir, "--descriptors": self.descriptors}
     )
     for protocol in self.protocols:
       if protocol not in PROTOCOLS:
         raise ValueError(f"protocols: {protocol!r} is unknown. Choose from {', '.join(PROTOCOLS)}.")
     if self.root is not None and not self.root.is_dir():
-      raise ValueError(f"--datasets={self.root}: there is no such folder.")
+      raise ValueError(f"{self.flag}={self.root}: there is no such folder.")
     if self.limit < 0:
       raise ValueError(f"limit = {self.limit} must be 0 (all) or a number of images.")
 
@@ -52,7 +53,7 @@ def find(options: Options, *names: str, what: str, how: str) -> pathlib.Path:
   """
   below = pathlib.PurePath(*names)
   if options.root is None:
-    raise ValueError(f"{what} needs DIR/{below}: give --datasets=DIR. {how}")
+    raise ValueError(f"{what} needs DIR/{below}: give {options.flag}=DIR. {how}")
   path = places.find_file(options.root / below)
   if not path.exists():
     raise ValueError(f"{what}: there is no {path}. {how}")

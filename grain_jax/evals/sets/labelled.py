@@ -115,9 +115,11 @@ def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
       f" as tfds; tfds.builder('{vocabulary.tfds}', data_dir='{root}').download_and_prepare()\""
     )
     if not options.download:
+      others = f"{options.flag}=DIR with a folder of pictures"
+      if options.flag == "--datasets":  # the flags of `evaluate`
+        others = f"--download, --tfds_dir=DIR where it is, or {others}"
       raise ValueError(
-        f"{what}: TFDS has no {builder.info.full_name} in {root}. {prepare} (or give --download, "
-        "--tfds_dir=DIR where it is, or --datasets=DIR with a folder of pictures)."
+        f"{what}: TFDS has no {builder.info.full_name} in {root}. {prepare} (or give {others})."
       )
     try:
       builder.download_and_prepare()

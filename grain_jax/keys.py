@@ -1,0 +1,151 @@
+"""What is known of the keys of a configuration: choices, limits, ages, which a run may change."""
+
+from __future__ import annotations
+
+from grain_jax import schema
+
+DEFAULT_SIZE = 224  # pixels of model.image.size = 0 where no other model gives them
+# Image towers by name: (width, depth, heads, patch size in pixels).
+VARIANTS = {
+  "Ti/16": (192, 12, 3, 16),
+  "S/16": (384, 12, 12, 16),  # 12 heads, as in the published code
+  "B/16": (768, 12, 12, 16),
+  "B/32": (768, 12, 12, 32),
+  "L/14": (1024, 24, 16, 14),
+}
+
+# What each of these keys may be; the one list of it, for the modules that read the key too.
+CHOICES = {
+  "method": ("grain", "clip"),
+  "data.resize": ("squash", "crop"),
+  "data.eval_resize": ("squash", "center_crop"),
+  "data.caption": ("half", "original", "generated", "joined"),
+  "data.on_bad_record": ("skip", "stop"),
+  "model.dtype": ("float32", "bfloat16", "auto"),
+  "model.remat": ("none", "elementwise", "attention", "block"),
+  "model.attention": ("auto", "xla", "cudnn"),
+  "model.image.variant": tuple(VARIANTS),
+  "model.image.activation": ("gelu", "quick_gelu"),
+  "model.image.interpolation": ("bicubic", "bilinear"),
+  "model.image.stem": ("linear", "hmlp"),
+  "model.image.position_init": ("normal", "sincos"),
+  "model.text.activation": ("gelu", "quick_gelu"),
+  "model.decoder.init": ("torch", "per_matrix"),
+  "loss.region_negatives": ("global", "local"),
+  "loss.matcher": ("host", "device"),
+  "loss.precision": ("auto", "float32", "bfloat16"),
+  "optimizer.name": ("adamw", "muon"),
+  "optimizer.decay_mask": ("clean", "published"),
+}
+
+# Keys whose values are words, which a command line may give as a,b.
+LISTS = frozenset({"evals", "optimizer.freeze"})
+
+# Keys that a run may change when it goes on: they do not touch the parameters, or only by the order
+# of sums (and accumulate by dropout's draws). A run that moves to fewer devices needs some to fit.
+FREE_KEYS = frozenset(
+  {
+    "accumulate",
+    "compile_cache",
+    "compile_effort",
+    "deterministic",
+    "loss.chunk",
+    "loss.matcher",
+    "loss.precision",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+    "data.bad_window",
+    "data.dir",
+    "data.max_bad_fraction",
+    "data.max_bad_in_a_row",
+    "data.max_pixels",
+    "data.min_bad",
+    "data.threads",
+    "data.prefetch",
+    "data.eval_resize",
+    "datasets",
+    "eval_limit",
+    "eval_batch_size",
+    "eval_every",
+    "evals",
+    "init.adopt",
+    "init.image",
+    "init.lr_scale",  # optimizer.lr_scale has it
+    "init.model",
+    "init.text",
+    "keep_checkpoints",
+    "log_every",
+    "peak_flops",
+    "save_every",
+    "watchdog_seconds",
+  }
+)
+LEAST = {
+  "seed": 0,
+  "data.bad_window": 1,
+  "data.max_bad_in_a_row": 0,
+  "data.min_bad": 1,
+  "batch_size": 0,
+  "epochs": 0,
+  "eval_every": -1,
+  "steps": 0,
+  "model.num_queries": 0,
+  "model.decoder.dropout": 0,
+  "checkpoint.keep_best": 1,
+  "loss.chunk": 0,
+  "peak_flops": 0,
+  "profile.num_steps": 1,
+  "profile.start_step": 0,
+  "eval_limit": 0,
+  "validation.batches": 0,
+  "watchdog_seconds": 0,
+}
+
+# Keys that came later, and what a config.json without them means: `from_json` fills them in.
+ADDED = {
+  "accumulate": 1,
+  "compile_effort": 0.0,
+  "composition.split": "val",
+  "datasets": "",
+  "eval_limit": 0,
+  "data.bad_window": 10_000,
+  "data.eval_resize": "squash",
+  "data.max_bad_fraction": 1.0,
+  "data.max_bad_in_a_row": 0,
+  "data.max_pixels": schema.MAX_PIXELS,
+  "data.min_bad": 20,
+  "data.reduced_decode": False,
+  "grounding.split": "val",
+  "init.adopt": False,
+  "init.lr_scale": 1.0,
+  "init.model": "",
+  "loss.chunk": 8192,
+  "loss.precision": "float32",
+  "model.attention": "auto",
+  "model.decoder.init": "per_matrix",
+  "model.image.interpolation": "bicubic",
+  "model.image.patch_bias": True,
+  "model.image.pre_norm": False,
+  "model.image.stem": "linear",
+  "optimizer.ema_decay": 0.0,
+  "optimizer.muon_rms": 0.2,
+  "optimizer.name": "adamw",
+  "optimizer.start_lr": 0.0,
+  "optimizer.start_step": 0,
+  "retrieval.split": "val",
+  "segmentation.split": "val",
+  "validation.batches": 0,
+  "validation.split": "val",
+}
+FREE_PREFIXES = (
+  "zero_shot.",
+  "retrieval.",
+  "grounding.",
+  "composition.",
+  "segmentation.",
+  "validation.",
+  "mesh.",
+  "checkpoint.",
+  "profile.",
+)

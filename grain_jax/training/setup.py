@@ -1,0 +1,115 @@
+"""What a run is, settled and checked before anything expensive: configuration, data, length."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from grain_jax import config as configs
+from grain_jax import evaluate, places
+from grain_jax import tokenizer as tokenizers
+from grain_jax.convert import start
+from grain_jax.data import dataset as dataset_lib
+from grain_jax.data import pipeline, sampler
+from grain_jax.evals.inputs.options import Options
+from grain_jax.runtime import distributed
+from grain_jax.training import continuation, sizing, validation
+
+# What may differ from machine to machine.
+_MACHINE_KEYS = frozenset({"config.data.dir", "config.data.threads", "config.data.prefetch",
+                           "config.compile_cache", "config.datasets"})  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run as it will be trained."""
+
+  config: ml_collections.ConfigDict  # whole, resolved, checked; nothing is left open
+  folder: pathlib.Path  # workdir
+  dataset: dataset_lib.Dataset
+  tokenizer: tokenizers.Tokenizer
+  options: Options  # of evaluations on outside datasets
+  total_steps: int
+  steps_per_epoch: int
+  fingerprints: dict[str, str]  # of tokenizer and data
+
+  @property
+  def length(self) -> dict[str, int]:
+    return {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
+
+
+def settle(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  continue_as: Sequence[str],
+  say: Callable[[str], None],
+  warn: Callable[[str], None],
+) -> Run:
+  """The run of a configuration: shapes adopted, sizes chosen, all of it checked.
+
+  Args:
+    config: as a recipe gives it.
+    workdir: of the run; what has begun there keeps its shapes and sizes.
+    continue_as: keys in which it goes on otherwise (`continuation`).
+    say: gets a line for what was chosen.
+    warn: gets a line where an evaluation leaves something out.
+
+  Raises:
+    ValueError: configuration, data or devices cannot work; one line.
+  """
+  places.check(workdir, "--workdir")
+  folder = pathlib.Path(workdir)
+  config = configs.resolve(start.adopt(config, folder, say=say))
+  config = continuation.continue_as(sizing.keep(config, folder), folder, continue_as, say=say)
+  configs.check(config)
+  distributed.prepare(config)
+  dataset = pipeline.open_dataset(config.data.dir)
+  records = dataset.num_records(config.data.split)
+  asked, shards = config, max(jax.device_count() // max(config.mesh.tensor, 1), 1)
+  config = sizing.choose(config, records=records, devices=shards, platform=jax.default_backend())
+  config = sizing.available(config, dataset, say=say)
+  if line := sizing.describe(asked, config, records=records):
+    say(line)
+  configs.check(config)
+  steps_per_epoch = sampler.steps_per_epoch(records, config.batch_size)
+  options = Options(
+    root=pathlib.Path(config.datasets) if config.datasets else None,
+    limit=config.eval_limit,
+    cache=folder / "prompts",
+    warn=warn,
+    flag="--config.datasets",
+  )
+  evaluate.check(config, dataset, options)
+  validation.check(config, dataset)
+  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
+  if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
+    logging.warning(
+      "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "
+      "config.loss.matcher='host'. With 'device' it is kept too."
+    )
+  return Run(
+    config=config,
+    folder=folder,
+    dataset=dataset,
+    tokenizer=tokenizer,
+    options=options,
+    total_steps=config.steps or round(config.epochs * steps_per_epoch),
+    steps_per_epoch=steps_per_epoch,
+    fingerprints=fingerprints,
+  )
+
+
+def _check_processes_agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:
+  """Ends a run whose processes were started differently, before it can hang."""
+  values = {f"config.{key}": value for key, value in configs.flatten(config)}
+  values = {key: value for key, value in values.items() if key not in _MACHINE_KEYS}
+  distributed.check_equal("configuration", {**values, "--workdir": workdir, **others})

@@ -1,0 +1,159 @@
+"""Sizes of a run that its data and its machine choose: what a recipe leaves at 0, -1 or 'auto'."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import ml_collections
+
+from grain_jax import config as configs
+from grain_jax.data import dataset as dataset_lib
+from grain_jax.data import sampler
+from grain_jax.evals import built
+
+_SMALLEST = 8  # images a batch; contrast needs company
+_LARGEST = {"cpu": 64}  # a chip's images a batch at most; elsewhere:
+_LARGEST_ELSEWHERE = 256
+_LARGEST_OF_ALL = 4096
+_STEPS_A_PASS = 20  # that many batches at least, or their order means nothing
+_PASSES = 30  # over the data; GRAIN's published run has 35
+_FEWEST_STEPS = 600
+# Evaluations that `config.evals = ('available',)` takes where the data can serve them.
+AVAILABLE = ("zero_shot", "retrieval", "grounding", "composition", "segmentation")
+
+
+# Keys that a recipe may leave open, and as what.
+_OPEN = {
+  "batch_size": 0,
+  "eval_every": -1,
+  "model.dtype": "auto",
+  "save_every": -1,
+}
+
+
+def is_open(config: ml_collections.ConfigDict) -> bool:
+  """Whether something is left for `choose`."""
+  flat = dict(configs.flatten(config))
+  length = not (config.steps or config.epochs)
+  return length or any(flat[key] == value for key, value in _OPEN.items())
+
+
+def keep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collections.ConfigDict:
+  """The configuration with what was chosen when the run in a workdir began, if there is one."""
+  path = folder / "config.json"
+  if not path.is_file():
+    return config
+  config, begun = ml_collections.ConfigDict(config.to_dict()), configs.read(path)
+  flat, old = dict(configs.flatten(config)), dict(configs.flatten(begun))
+  for key, value in _OPEN.items():
+    if flat[key] == value:
+      configs.set_key(config, key, old[key])
+  if not config.steps and not config.epochs:
+    config.update(steps=begun.steps, epochs=begun.epochs)
+  if not config.optimizer.warmup_steps and not config.optimizer.warmup_epochs:
+    config.optimizer.warmup_steps = begun.optimizer.warmup_steps
+  return config
+
+
+def choose(
+  config: ml_collections.ConfigDict, *, records: int, devices: int, platform: str
+) -> ml_collections.ConfigDict:
+  """A copy with numbers for `batch_size`, `steps`, warm-up, `eval_every`, `save_every`, `dtype`.
+
+  A batch is a power of two: at least 20 of them a pass where the data allow it, 8 to 256 images a
+  chip (64 on a CPU) and 4,096 in all. A run passes 30 times over the data, in 600 steps at least,
+  the first tenth of them (2,000 at most) to warm up. What is given stays.
+
+  Args:
+    config: whole and resolved.
+    records: of the training split.
+    devices: that share a batch.
+    platform: 'cpu', 'gpu' or 'tpu'.
+
+  Raises:
+    ValueError: there are fewer records than the smallest batch that the devices can share.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.model.dtype == "auto":
+    config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+  if not config.batch_size:
+    least = -(-_SMALLEST // devices) * devices
+    if records < least:
+      raise ValueError(
+        f"config.data.dir = {config.data.dir}: {records} records in split {config.data.split!r} "
+        f"fill no batch of {least}, the least on {devices} device(s). Build more data."
+      )
+    most = min(_LARGEST.get(platform, _LARGEST_ELSEWHERE) * devices, _LARGEST_OF_ALL)
+    size = least
+    while 2 * size <= min(most, records // _STEPS_A_PASS):
+      size *= 2
+    config.batch_size = size
+  per_epoch = sampler.steps_per_epoch(records, config.batch_size)
+  if not config.steps and not config.epochs:
+    config.steps = max(_PASSES * per_epoch, _FEWEST_STEPS)
+  steps = config.steps or round(config.epochs * per_epoch)
+  if not config.optimizer.warmup_steps and not config.optimizer.warmup_epochs:
+    config.optimizer.warmup_steps = min(max((steps - config.optimizer.start_step) // 10, 1), 2000)
+  for key in ("eval_every", "save_every"):
+    if config[key] == -1:
+      config[key] = max(steps // 10, 1)
+  return config
+
+
+def available(
+  config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset, *, say: Callable[[str], None]
+) -> ml_collections.ConfigDict:
+  """A copy whose `evals` have what the data's splits can serve in the place of 'available'.
+
+  With 'available' a validation loss is left out too where the split is missing.
+
+  Args:
+    config: whole and resolved.
+    dataset: the run's own.
+    say: gets a line for each that they cannot.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  split = config.validation.split
+  if "available" in config.evals and config.validation.batches and split not in dataset.splits:
+    config.validation.batches = 0
+    say(
+      f"no validation loss: {config.data.dir} has no split {split!r}; build with --val_fraction=0.1"
+    )
+  found: list[str] = []
+  for name in config.evals:
+    if name != "available":
+      found.append(name)
+      continue
+    for candidate in AVAILABLE:
+      if not built.wanted(candidate, config):
+        continue
+      try:
+        built.check(candidate, config, dataset)
+        found.append(candidate)
+      except ValueError as error:
+        say(f"not evaluated: {candidate}: {error}")
+  config.evals = tuple(dict.fromkeys(found))
+  return config
+
+
+def describe(
+  asked: ml_collections.ConfigDict, config: ml_collections.ConfigDict, *, records: int
+) -> str:
+  """A line of what was chosen; '' where the configuration left nothing open."""
+  chosen = []
+  if asked.batch_size != config.batch_size:
+    chosen.append(f"batch_size {config.batch_size}")
+  if asked.steps != config.steps:
+    passes = config.steps * config.batch_size / records
+    chosen.append(f"steps {config.steps} ({passes:.0f} passes)")
+  if asked.optimizer.warmup_steps != config.optimizer.warmup_steps:
+    chosen.append(f"optimizer.warmup_steps {config.optimizer.warmup_steps}")
+  for key in ("eval_every", "save_every"):
+    if asked[key] != config[key]:
+      chosen.append(f"{key} {config[key]}")
+  if asked.model.dtype != config.model.dtype:
+    chosen.append(f"model.dtype {config.model.dtype}")
+  if asked.evals != config.evals:
+    chosen.append(f"evals {', '.join(config.evals) or 'none'}")
+  return f"chosen for {records} images: {'; '.join(chosen)}" if chosen else ""

@@ -1,0 +1,102 @@
+"""The loss on images that are not trained on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from grain_jax.data import dataset as dataset_lib
+from grain_jax.data import pipeline
+from grain_jax.models import grain
+from grain_jax.runtime import mesh as meshes
+from grain_jax.runtime import metrics
+from grain_jax.training import steps
+
+_SAME = ("loss", "loss_caption", "loss_box", "loss_region", "iou", "region_accuracy")
+
+
+def batch_size(config: ml_collections.ConfigDict, records: int, shards: int) -> int:
+  """Images a batch: those of training, or as many as the split and the devices allow.
+
+  Raises:
+    ValueError: the split has fewer records than devices share a batch.
+  """
+  size = min(config.batch_size, records // shards * shards)
+  if not size:
+    raise ValueError(
+      f"config.validation.split = {config.validation.split!r} has {records} records, fewer than "
+      f"the {shards} devices that share a batch. Set config.validation.batches = 0."
+    )
+  return size
+
+
+def check(config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> None:
+  """Raises a one-line ValueError where the data lacks the split."""
+  split = config.validation.split
+  if config.validation.batches and split not in dataset.splits:
+    raise ValueError(
+      f"config.validation.split = {split!r} is not in {config.data.dir}, which has "
+      f"{', '.join(dataset.splits)}. Build with --val_fraction, or set "
+      "config.validation.batches = 0."
+    )
+
+
+class Validation:
+  """Means of the training losses over the first batches of a split, without dropout.
+
+  The same images and captions each time. A contrastive loss depends on how many it contrasts:
+  'validation/batch_size' says it.
+  """
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    model: grain.Grain,
+    mesh: jax.sharding.Mesh,
+    dataset: dataset_lib.Dataset,
+  ):
+    """`config` is whole and resolved; see `check`."""
+    v = config.validation
+    records = dataset.num_records(v.split)
+    self._config = ml_collections.ConfigDict(config.to_dict())
+    self._config.batch_size = batch_size(config, records, meshes.num_shards(mesh))
+    self._config.data.update(split=v.split, flip=False, resize="squash")
+    self._number = min(v.batches, records // self._config.batch_size)
+    self._dataset, self._mesh = dataset, mesh
+    platform = mesh.devices.flat[0].platform
+    options = {"config": self._config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
+
+    def losses(params: Any, batch: steps.Batch) -> steps.Metrics:
+      output = model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
+      return steps.objective(output, batch, **options)[1]
+
+    self._losses = jax.jit(losses, out_shardings=meshes.replicated(mesh))
+
+  def __call__(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
+    """{'validation/loss': ...}, also of the parts that the objective has."""
+    shards, num_shards = meshes.process_batch_shards(self._mesh.devices, jax.process_index())
+    values = []
+    with contextlib.closing(
+      pipeline.train_batches(self._dataset, self._config, host=shards, num_hosts=num_shards)
+    ) as batches:
+      for _ in range(self._number):
+        values.append(self._losses(params, meshes.to_global(next(batches), self._mesh)))
+        on_batch()
+    summary = metrics.summarize(values)
+    found = {f"validation/{k}": summary[f"train/{k}"] for k in _SAME if f"train/{k}" in summary}
+    size = self._config.batch_size
+    return found | {
+      "validation/batch_size": size,
+      "validation/examples": self._number * size,
+    }
+
+
+def attempt(
+  validation: Validation | None, params: Any, on_batch: Callable[[], None]
+) -> dict[str, float]:
+  """Results of a validation, none where there is none."""
+  return validation(params, on_batch) if validation else {}
