@@ -122,6 +122,7 @@ def cross_entropy(
   candidates: Candidates,
   *,
   logit_scale: Array,
+  target: Array | None = None,
   axes: tuple[str, ...] = (),
   chunk: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
@@ -133,6 +134,7 @@ def cross_entropy(
     candidates: M of this device, at least N; the positive of row i is candidate i. One of any
       device with the text hash of a row's positive is no negative of that row.
     logit_scale: [], ln s.
+    target: f32 [N], logits of the rows' positives, where these are none of the candidates.
     axes: within `shard_map`, the mesh axes whose devices' candidates are contrasted.
     chunk: candidates at a time; 0 or as many as there are: all at once.
     dtype: of the products: `product_dtype`.
@@ -140,10 +142,56 @@ def cross_entropy(
   Returns:
     LossSums over this device's rows; those that are not valid add nothing.
   """
+  apart = target is not None
+  if target is None:
+    positives = candidates.embeddings[: rows.valid.shape[0]]
+    target = jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
+  start = (target, jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT))
+  normalizer, best = _over_negatives(
+    rows, candidates, start, logit_scale=logit_scale, positives_among=not apart,
+    axes=axes, chunk=chunk, dtype=dtype,
+  )  # fmt: skip
+  return LossSums(
+    loss=jnp.sum(jnp.where(rows.valid, normalizer - target, 0.0)),
+    correct=jnp.sum((target >= best) & rows.valid, dtype=jnp.float32),
+    rows=jnp.sum(rows.valid, dtype=jnp.float32),
+  )
+
+
+def log_sum_exp(
+  rows: Candidates,
+  candidates: Candidates,
+  *,
+  logit_scale: Array,
+  axes: tuple[str, ...] = (),
+  chunk: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Array:
+  """log sum of exp(s a.b) of each row over all valid candidates, f32 [N]; arguments as above.
+
+  `MASKED_LOGIT` or less where no candidate is valid.
+  """
+  nothing = jnp.full_like(rows.embeddings[:, 0], MASKED_LOGIT, jnp.float32)
+  return _over_negatives(
+    rows, candidates, (nothing, nothing), logit_scale=logit_scale, positives_among=False,
+    axes=axes, chunk=chunk, dtype=dtype,
+  )[0]  # fmt: skip
+
+
+def _over_negatives(
+  rows: Candidates,
+  candidates: Candidates,
+  start: tuple[Array, Array],
+  *,
+  logit_scale: Array,
+  positives_among: bool,
+  axes: tuple[str, ...],
+  chunk: int,
+  dtype: jax.typing.DTypeLike,
+) -> tuple[Array, Array]:
+  """(log-sum-exp, largest) of each row's logits over its negatives, from `start` on, [N] each."""
   num_rows, num_local = rows.valid.shape[0], candidates.valid.shape[0]
   offset = jax.lax.axis_index(axes) * num_local if axes else 0
-  positives = candidates.embeddings[:num_rows]
-  target = jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
   embeddings = gather_embeddings(candidates.embeddings, jnp.dtype(dtype), axes)
   valid, text_hashes = gather((candidates.valid, candidates.text_hashes), axes)
   candidates = Candidates(embeddings, valid, text_hashes)
@@ -153,10 +201,12 @@ def cross_entropy(
   ) -> tuple[tuple[Array, Array], None]:
     """Adds one chunk of candidates to the log-sum-exp and to the largest negative."""
     normalizer, best = carry
-    candidates, start = chunk_and_start
+    candidates, first = chunk_and_start
     logits = jnp.exp(logit_scale) * inner_products(rows.embeddings, candidates.embeddings)
-    position = start + jnp.arange(candidates.valid.shape[0])
-    negative = candidates.valid & (position != offset + jnp.arange(num_rows)[:, None])
+    negative = jnp.broadcast_to(candidates.valid, logits.shape)
+    if positives_among:
+      position = first + jnp.arange(candidates.valid.shape[0])
+      negative &= position != offset + jnp.arange(num_rows)[:, None]
     if rows.text_hashes is not None:
       negative &= ~duplicates.pairwise_equal(rows.text_hashes, candidates.text_hashes)
     logits = jnp.where(negative, logits, MASKED_LOGIT)
@@ -164,24 +214,15 @@ def cross_entropy(
     best = jnp.maximum(best, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     return (normalizer, best), None
 
-  carry = (target, jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT))
   total = candidates.valid.shape[0]
   if not 0 < chunk < total:
-    (normalizer, best), _ = accumulate_chunk(carry, (candidates, jnp.zeros((), jnp.int32)))
-  else:
-    num_chunks = -(-total // chunk)
+    return accumulate_chunk(start, (candidates, jnp.zeros((), jnp.int32)))[0]
+  num_chunks = -(-total // chunk)
 
-    def split_chunks(x: Array) -> Array:
-      padded = jnp.pad(x, [(0, num_chunks * chunk - total), *[(0, 0)] * (x.ndim - 1)])
-      return padded.reshape(num_chunks, chunk, *x.shape[1:])
+  def split_chunks(x: Array) -> Array:
+    padded = jnp.pad(x, [(0, num_chunks * chunk - total), *[(0, 0)] * (x.ndim - 1)])
+    return padded.reshape(num_chunks, chunk, *x.shape[1:])
 
-    starts = jnp.arange(num_chunks) * chunk
-    body: Any = jax.checkpoint(accumulate_chunk, prevent_cse=False)
-    (normalizer, best), _ = jax.lax.scan(
-      body, carry, (jax.tree.map(split_chunks, candidates), starts)
-    )
-  return LossSums(
-    loss=jnp.sum(jnp.where(rows.valid, normalizer - target, 0.0)),
-    correct=jnp.sum((target >= best) & rows.valid, dtype=jnp.float32),
-    rows=jnp.sum(rows.valid, dtype=jnp.float32),
-  )
+  firsts = jnp.arange(num_chunks) * chunk
+  body: Any = jax.checkpoint(accumulate_chunk, prevent_cse=False)
+  return jax.lax.scan(body, start, (jax.tree.map(split_chunks, candidates), firsts))[0]
