@@ -34,6 +34,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
   c.data.split = "train"  # split to train on
   c.data.max_regions = 5  # regions an image, those of highest score (R)
+  c.data.negatives = 0  # false captions an image (K)
+  c.data.negatives_by = "kind"  # kind: slot k holds one of kind k | drawn: any of them
+  c.data.negatives_per_region = 0  # false descriptions a region (N), drawn
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
   c.data.resize = "squash"  # squash (published) | crop (random resized crop)
   c.data.eval_resize = "squash"  # where no place in it matters: squash (published) | center_crop

@@ -40,8 +40,9 @@ MAX_PIXELS = 89_478_485
 # PIL itself refuses more than twice its own limit.
 MOST_PIXELS = 2 * MAX_PIXELS
 
-# A host batch: b images, L tokens a row, R regions, K negatives, T = 1 + R + K texts an image in
-# the order caption, R descriptions, K negatives.
+# A host batch: b images, L tokens a row, R regions, K negatives of the caption, N of each region;
+# T = 1 + R + K + R N texts an image in the order caption, R descriptions, K negatives, and region
+# by region its N false descriptions.
 BATCH: Mapping[str, Field] = {
   "image": Field(("b", "H", "W", 3), "uint8", "RGB, not normalised"),
   "tokens": Field(("b", "L"), "int32", "token ids of all texts of an image in one row; 0 pads"),
@@ -50,6 +51,9 @@ BATCH: Mapping[str, Field] = {
   "ends": Field(("b", "T"), "int32", "index in the row of each text's last token; 0 if absent"),
   "text_mask": Field(("b", "T"), "bool", "the text exists and fits"),
   "negative_kind": Field(("b", "K"), "int32", "index into NEGATIVE_KINDS"),
+  "region_negative_mask": Field(
+    ("b", "R", "N"), "bool", "a false description of it exists and fits"
+  ),
   "boxes": Field(("b", "R", 4), "float32", "(cx, cy, w, h) as fractions of the image"),
   "region_mask": Field(("b", "R"), "bool", "the region exists"),
   "example_mask": Field(("b",), "bool", "the example counts: false for padding and bad records"),
@@ -57,7 +61,13 @@ BATCH: Mapping[str, Field] = {
 
 
 def batch_shapes(
-  *, batch: int, image_size: int, row_length: int, regions: int, negatives: int = 0
+  *,
+  batch: int,
+  image_size: int,
+  row_length: int,
+  regions: int,
+  negatives: int = 0,
+  region_negatives: int = 0,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of each array of a host batch.
 
@@ -67,6 +77,7 @@ def batch_shapes(
     row_length: tokens in a packed row (L).
     regions: regions an image (R).
     negatives: hard-negative captions an image (K).
+    region_negatives: false descriptions a region (N).
 
   Returns:
     {name: (shape, dtype)} in the order of `BATCH`.
@@ -76,9 +87,10 @@ def batch_shapes(
     "H": image_size,
     "W": image_size,
     "L": row_length,
-    "T": 1 + regions + negatives,
+    "T": 1 + regions + negatives + regions * region_negatives,
     "R": regions,
     "K": negatives,
+    "N": region_negatives,
   }
   return {
     name: (tuple(sizes.get(d, d) for d in field.shape), np.dtype(field.dtype))  # type: ignore

@@ -234,14 +234,24 @@ class Tokenizer:
     return Packed(*(value[0] for value in packed[:-1]), dropped=int(packed.dropped[0]))
 
   def pack_batch(
-    self, texts: Sequence[Sequence[str | bytes | None]], *, row_length: int, scores: np.ndarray
+    self,
+    texts: Sequence[Sequence[str | bytes | None]],
+    *,
+    row_length: int,
+    scores: np.ndarray,
+    region_negatives: int = 0,
   ) -> Packed:
     """`pack` of many images at once, without a loop over them.
 
+    Negatives of regions go first where texts do not fit, the last one first: without them a
+    description still means something.
+
     Args:
-      texts: [N][T] texts in the order caption, R descriptions, K negatives; None or blank: absent.
+      texts: [N][T] texts in the order caption, R descriptions, K negatives, and of each region its
+        negatives; None or blank: absent.
       row_length: tokens in a row (L).
       scores: of the descriptions, [N, R].
+      region_negatives: slots a region for negatives.
 
     Returns:
       Arrays [N, ...]; `dropped` i32 [N].
@@ -256,7 +266,7 @@ class Tokenizer:
     lengths = np.array([len(i) if t else 0 for t, i in zip(flat, ids, strict=True)], np.int64)
     lengths = lengths.reshape(len(texts), slots)
     lengths[:, 0] = np.minimum(lengths[:, 0], row_length)
-    kept = _select_fitting(lengths, np.asarray(scores, np.float64), row_length)
+    kept = _select_fitting(lengths, np.asarray(scores, np.float64), row_length, region_negatives)
     dropped = ((lengths > 0) & ~kept).sum(axis=1, dtype=np.int32)
     lengths = np.where(kept, lengths, 0)
     token_ids = [_truncate(i, n) for i, n in zip(ids, lengths.ravel(), strict=True) if n]
@@ -303,16 +313,21 @@ def _truncate(ids: np.ndarray, length: int) -> np.ndarray:
   return ids if len(ids) == length else np.append(ids[: length - 1], ids[-1])
 
 
-def _select_fitting(lengths: np.ndarray, scores: np.ndarray, row_length: int) -> np.ndarray:
+def _select_fitting(
+  lengths: np.ndarray, scores: np.ndarray, row_length: int, region_negatives: int
+) -> np.ndarray:
   """Which texts stay: bool [N, T]. `lengths` [N, T] with 0 for absent, `scores` [N, R]."""
   count, slots = lengths.shape
   regions = scores.shape[1]
-  # The order of dropping: descriptions by score from the lowest (the later first where equal),
-  # then negatives from the last. Each goes only while what is left is longer than the row.
+  # The order of dropping: negatives of regions from the last, descriptions by score from the lowest
+  # (the later first where equal), then negatives of the caption from the last. Each goes only while
+  # what is left is longer than the row.
   scores = np.where(np.isnan(scores), -np.inf, scores)[:, ::-1]
   order = regions - np.argsort(scores, axis=1, kind="stable")  # slots 1..R
-  tail = np.broadcast_to(np.arange(slots - 1, regions, -1), (count, slots - 1 - regions))
-  order = np.concatenate([order, tail], axis=1)
+  last = slots - regions * region_negatives  # of the negatives of captions, and one more
+  of_captions = np.broadcast_to(np.arange(last - 1, regions, -1), (count, last - 1 - regions))
+  of_regions = np.broadcast_to(np.arange(slots - 1, last - 1, -1), (count, slots - last))
+  order = np.concatenate([of_regions, order, of_captions], axis=1)
   going = np.take_along_axis(lengths, order, axis=1)
   left = lengths.sum(axis=1, keepdims=True) - (np.cumsum(going, axis=1) - going)
   kept = lengths > 0

@@ -61,6 +61,8 @@ class Examples:
     self.row_length = config.data.row_length
     self.regions = config.data.max_regions
     self.negatives = negatives
+    self.region_negatives = config.data.negatives_per_region if training else 0
+    self.by_kind = config.data.negatives_by == "kind"
     self.seed = config.seed
     for key in ("resize", "caption", "on_bad_record"):
       configs.check_choice(f"data.{key}", config.data[key])
@@ -105,8 +107,9 @@ class Examples:
   def _chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
     count, size = len(indices), self.size
     parsed = self._parse(indices)
-    # Draws: caption (2), crop (4), flip (1).
-    draws = transforms.uniforms(seed=self.seed, epoch=epoch, indices=indices, count=7)
+    # Draws: caption (2), crop (4), flip (1), negatives (a number each).
+    slots = self.negatives + self.regions * self.region_negatives
+    draws = transforms.uniforms(seed=self.seed, epoch=epoch, indices=indices, count=7 + slots)
     image = np.zeros((count, size, size, 3), np.uint8)
     windows = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (count, 1))
     flipped = np.zeros(count, bool)
@@ -119,10 +122,17 @@ class Examples:
           parsed[i] = None
     boxes, region_mask, scores, chosen = self._boxes(parsed, windows, flipped)
     texts, kinds = self._texts(parsed, chosen, draws)
-    packed = self.tokenizer.pack_batch(texts, row_length=self.row_length, scores=scores)
+    per_region = self.region_negatives
+    packed = self.tokenizer.pack_batch(
+      texts, row_length=self.row_length, scores=scores, region_negatives=per_region
+    )
+    fits = packed.text_mask
+    against = fits[:, 1 + self.regions + self.negatives :].reshape(count, self.regions, per_region)
+    against = against & fits[:, 1 : 1 + self.regions, None]
     good = np.array([record is not None for record in parsed], bool)
-    arrays = (image, *packed[:5], kinds, schema.corners_to_center(boxes), region_mask, good)
-    arrays[7][~region_mask] = 0
+    centers = schema.corners_to_center(boxes)
+    centers[~region_mask] = 0
+    arrays = (image, *packed[:5], kinds, against, centers, region_mask, good)
     return Chunk(arrays, parsed, chosen)
 
   def _parse(self, indices: np.ndarray) -> list[records.Parsed | None]:
@@ -171,7 +181,8 @@ class Examples:
     flipped = bool(self.flip and draws[4] < 0.5)
     if flipped:
       negatives = [caption for caption, _ in record.negatives]
-      texts = [*record.captions, *record.descriptions, *negatives]
+      of_regions = [text for texts in record.region_negatives for text in texts]
+      texts = [*record.captions, *record.descriptions, *negatives, *of_regions]
       flipped = not transforms.names_a_side(texts)
     image[:] = transforms.flip(pixels) if flipped else pixels
     return flipped
@@ -210,19 +221,49 @@ class Examples:
     return boxes, mask, scores, chosen
 
   def _texts(self, parsed, chosen, draws: np.ndarray):
-    """Texts [n][1 + R + K] in the order of the slots, and i32 [n, K] kinds of the negatives."""
+    """Texts [n][1 + R + K + R N] in the order of the slots, and i32 [n, K], their kinds."""
     kinds = np.zeros((len(parsed), self.negatives), np.int32)
     texts: list[list[bytes | None]] = []
+    first = 1 + self.regions
     for i, record in enumerate(parsed):
-      row: list[bytes | None] = [None] * (1 + self.regions + self.negatives)
+      slots = self.negatives + self.regions * self.region_negatives
+      row: list[bytes | None] = [None] * (first + slots)
       if record is not None:
         row[0] = self._caption(record, draws[i, 0], draws[i, 1])
         for slot, place in enumerate(chosen[i], start=1):
           row[slot] = record.descriptions[place]
-        for k, (caption, kind) in enumerate(record.negatives[: self.negatives]):
-          row[1 + self.regions + k], kinds[i, k] = caption, _KINDS.get(kind, 0)
+        if slots:
+          drawn = self._negatives(record, draws[i, 7:])
+          row[first : first + self.negatives] = [caption for caption, _ in drawn]
+          kinds[i] = [kind for _, kind in drawn]
+          row[first + self.negatives :] = self._of_regions(record, chosen[i], draws[i, 7:])
       texts.append(row)
     return texts, kinds
+
+  def _negatives(self, record: records.Parsed, draws: np.ndarray) -> list[tuple[bytes | None, int]]:
+    """(text, kind) of each slot for a false caption: one of its own kind, or any without repeat."""
+    if self.by_kind:
+      found: list[tuple[bytes | None, int]] = []
+      for slot, draw in zip(range(self.negatives), draws, strict=False):
+        of_kind = [text for text, kind in record.negatives if _KINDS.get(kind) == slot]
+        found.append((of_kind[int(draw * len(of_kind))] if of_kind else None, slot))
+      return found
+    picked = transforms.draw_without_repeat(len(record.negatives), draws[: self.negatives])
+    found = [(record.negatives[p][0], _KINDS.get(record.negatives[p][1], 0)) for p in picked]
+    return found + [(None, 0)] * (self.negatives - len(found))
+
+  def _of_regions(
+    self, record: records.Parsed, chosen: list[int], draws: np.ndarray
+  ) -> list[bytes | None]:
+    """False descriptions of the chosen regions, N slots each, drawn without repeat."""
+    each = self.region_negatives
+    found: list[bytes | None] = []
+    for slot in range(self.regions):
+      start = self.negatives + slot * each
+      texts = record.region_negatives[chosen[slot]] if slot < len(chosen) else []
+      picked = transforms.draw_without_repeat(len(texts), draws[start : start + each])
+      found += [texts[p] for p in picked] + [None] * (each - len(picked))
+    return found
 
   def _caption(self, record: records.Parsed, coin: float, pick: float) -> bytes:
     """The caption of this visit, by `config.data.caption` and two numbers in [0, 1)."""

@@ -135,7 +135,7 @@ def train_batches(
   start_step: int = 0,
   host: int | Sequence[int] = 0,
   num_hosts: int = 1,
-  negatives: int = 0,
+  negatives: int | None = None,
 ) -> TrainBatches:
   """Batches of this host from `start_step` on.
 
@@ -145,7 +145,7 @@ def train_batches(
     start_step: steps done before; the batches are those of a run that never stopped.
     host: this host, or several of them for which one process reads (`mesh.process_batch_shards`).
     num_hosts: hosts; config.batch_size counts images over all of them.
-    negatives: slots for hard negatives (K).
+    negatives: slots for hard negatives (K); None: config.data.negatives.
   """
   from grain_jax.data.host_tensorflow import tf
 
@@ -166,6 +166,7 @@ def train_batches(
 
   batch = len(choose(epoch=0, step=0))  # says what is wrong with hosts and sizes
   chunk = max(d for d in range(1, min(batch, _CHUNK) + 1) if batch % d == 0)
+  negatives = config.data.negatives if negatives is None else negatives
   examples = examples_lib.Examples(
     dataset, config.data.split, config, training=True, negatives=negatives
   )
@@ -185,6 +186,7 @@ def train_batches(
 
   sizes = dict(image_size=examples.size, row_length=examples.row_length)
   sizes |= dict(regions=examples.regions, negatives=negatives)
+  sizes |= dict(region_negatives=examples.region_negatives)
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())
   types = [*(tf.as_dtype(dtype) for _, dtype in shapes), tf.bool]
 

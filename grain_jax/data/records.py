@@ -7,6 +7,7 @@ A record is a dict with the keys of `schema.RECORD_*`. In a shard it is a serial
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ class Parsed(NamedTuple):
   boxes: np.ndarray  # f32 [n, 4] (ymin, xmin, ymax, xmax)
   scores: np.ndarray  # f32 [n]
   negatives: list[tuple[bytes, bytes]]  # (caption, kind)
+  region_negatives: list[list[bytes]]  # false descriptions of each region
   mask: bytes  # PNG, or empty
   label: int  # -1 where there is none
 
@@ -150,6 +152,9 @@ def parse(data: bytes) -> Parsed:
   boxes = np.array(feature["regions/box"].float_list.value, np.float32)
   scores = np.array(feature["regions/score"].float_list.value, np.float32)
   descriptions = texts("regions/description")
+  false = iter(texts("regions/negatives/ragged_flat_values"))
+  name = "regions/negatives/ragged_row_lengths_0"
+  numbers = feature[name].int64_list.value if name in feature else [0] * len(descriptions)
   label = feature[schema.RECORD_LABEL].int64_list.value
   if len(boxes) != 4 * len(descriptions) or len(scores) != len(descriptions):
     raise ValueError(
@@ -163,6 +168,7 @@ def parse(data: bytes) -> Parsed:
     boxes=boxes.reshape(-1, 4),
     scores=scores,
     negatives=list(zip(texts("negatives/caption"), texts("negatives/kind"), strict=False)),
+    region_negatives=[list(itertools.islice(false, number)) for number in numbers],
     mask=bytes_feature(schema.RECORD_MASK),
     label=label[0] if label else -1,
   )

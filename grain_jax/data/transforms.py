@@ -40,6 +40,12 @@ def uniforms(*, seed: int, epoch: int, indices: np.ndarray, count: int) -> np.nd
   return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def draw_without_repeat(number: int, draws: np.ndarray) -> list[int]:
+  """As many of range(number) as there are draws in [0, 1), or all of them, none twice."""
+  left = list(range(number))
+  return [left.pop(int(draw * len(left))) for draw in draws[:number].tolist()]
+
+
 # PIL's filters, with antialiasing, by config.model.image.interpolation.
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 

@@ -31,6 +31,7 @@ class Output:
   captions: Array  # [B, E]
   descriptions: Array  # [B, R, E]: meaningless where text_mask is false
   negatives: Array  # [B, K, E]: hard-negative captions, likewise
+  region_negatives: Array  # [B, R, N, E]: false descriptions of the regions, likewise
   logit_scale: Array  # []: the logarithm of the scale s of the logits
 
 
@@ -83,13 +84,18 @@ class Grain(nn.Module):
     caption and descriptions."""
     image, regions, boxes = self.encode_regions(batch["image"], train=train)
     texts = self.encode_text(batch["tokens"], batch["segments"], batch["positions"], batch["ends"])
+    first = 1 + num_regions + batch["negative_kind"].shape[1]
+    per_region = batch["region_negative_mask"].shape[2]
     return Output(
       image=image,
       regions=regions,
       boxes=boxes,
       captions=texts[:, 0],
       descriptions=texts[:, 1 : 1 + num_regions],
-      negatives=texts[:, 1 + num_regions :],
+      negatives=texts[:, 1 + num_regions : first],
+      region_negatives=texts[:, first:].reshape(
+        len(texts), num_regions, per_region, self.embed_dim
+      ),
       logit_scale=self.logit_scale,
     )
 

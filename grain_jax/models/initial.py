@@ -23,6 +23,8 @@ def dummy_batch(config: ml_collections.ConfigDict, batch: int) -> dict[str, jax.
     image_size=config.model.image.size,
     row_length=config.data.row_length,
     regions=config.data.max_regions,
+    negatives=config.data.negatives,
+    region_negatives=config.data.negatives_per_region,
   )
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 

@@ -22,7 +22,14 @@ Array = jax.Array
 
 # The batch axis of each field of the output; -1: one value for all microbatches.
 _AXES = grain.Output(
-  image=0, regions=0, boxes=1, captions=0, descriptions=0, negatives=0, logit_scale=-1
+  image=0,
+  regions=0,
+  boxes=1,
+  captions=0,
+  descriptions=0,
+  negatives=0,
+  region_negatives=0,
+  logit_scale=-1,
 )
 
 

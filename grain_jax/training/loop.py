@@ -340,6 +340,8 @@ def _check_batch(batch: dict[str, np.ndarray], config: ml_collections.ConfigDict
     image_size=config.model.image.size,
     row_length=config.data.row_length,
     regions=config.data.max_regions,
+    negatives=config.data.negatives,
+    region_negatives=config.data.negatives_per_region,
   )
 
 
