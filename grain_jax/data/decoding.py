@@ -86,6 +86,12 @@ def as_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
   return encoded.getvalue()
 
 
+def size_as_shown(data: bytes) -> tuple[int, int]:
+  """(width, height) of the image that `decode` gives, from the header of its file."""
+  with _open(data) as image:
+    return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
 def _open(data: bytes) -> Image.Image:
   try:
     return Image.open(io.BytesIO(data))

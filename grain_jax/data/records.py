@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from grain_jax import failures, places, schema
-from grain_jax.data import decoding
+from grain_jax.data import box_formats, decoding
 
 # Why `check` drops something; the manifest counts each by this name.
 MISSING_IMAGE = "missing_image"
@@ -29,6 +29,7 @@ EMPTY_DESCRIPTION = "empty_description"
 BOX_NOT_FINITE = "box_not_finite"
 BOX_OUTSIDE = "box_outside_image"
 BOX_NO_AREA = "box_without_area"
+BOX_UNDER_A_PIXEL = "box_under_a_pixel"  # all four within 1, given as pixels
 MALFORMED = "malformed"
 
 
@@ -61,6 +62,15 @@ class Checked(NamedTuple):
 
   record: dict[str, Any] | None  # None: refused as a whole
   dropped: list[tuple[str, str]]  # (what: records | captions | regions | negatives, why: see above)
+  fates: tuple[str, ...] = ()  # of the regions given, in their order: '' if kept, else why not
+
+
+class Refused(NamedTuple):
+  """In the place of a record: something that could not be made into one, and why."""
+
+  key: str
+  what: str  # records | captions | regions | negatives
+  why: str
 
 
 def features(*, with_mask: bool, with_label: bool):
@@ -174,21 +184,36 @@ def parse(data: bytes) -> Parsed:
   )
 
 
-def check_box(box: Any, *, tolerance: float = 1e-3) -> tuple[float, ...] | str:
-  """A box clipped to the image, or the reason why it cannot be used.
+def check_box(
+  box: Any,
+  *,
+  tolerance: float = 1e-3,
+  box_format: str = "yxyx",
+  size: tuple[int, int] | None = None,
+) -> tuple[float, ...] | str:
+  """A box (ymin, xmin, ymax, xmax) clipped to the image, or the reason why it cannot be used.
 
   Args:
-    box: (ymin, xmin, ymax, xmax) as fractions of the image.
+    box: four numbers, as fractions of the image or in pixels.
     tolerance: how far a box may lie outside, as a fraction of the image.
+    box_format: one of `box_formats.FORMATS`.
+    size: (width, height) of the image as it is shown, where the box is in pixels.
   """
+  if isinstance(box, (str, bytes, Mapping)):  # else "1234" would be four numbers
+    return MALFORMED
   try:
-    corners = [float(x) for x in box]
-  except (TypeError, ValueError):
+    numbers = [float(x) for x in box]
+  except (TypeError, ValueError, OverflowError):
     return MALFORMED
-  if len(corners) != 4:
+  if len(numbers) != 4:
     return MALFORMED
-  if not all(map(math.isfinite, corners)):
+  if not all(map(math.isfinite, numbers)):
     return BOX_NOT_FINITE
+  corners = box_formats.to_corners(numbers, box_format)
+  if size is not None:
+    if box_formats.is_under_a_pixel(numbers):
+      return BOX_UNDER_A_PIXEL
+    corners = box_formats.to_fractions(corners, size)
   if min(corners) < -tolerance or max(corners) > 1 + tolerance:
     return BOX_OUTSIDE
   # In float32, as it will stand in the shard: what is left must have an area there.
@@ -202,6 +227,8 @@ def check(
   tolerance: float = 1e-3,
   check_image: bool = True,
   max_pixels: int = schema.MAX_PIXELS,
+  box_format: str = "yxyx",
+  box_units: str = "fractions",
 ) -> Checked:
   """Takes out of a record what cannot be used.
 
@@ -213,6 +240,8 @@ def check(
     tolerance: see `check_box`.
     check_image: decode the image; off for a source that has just encoded it.
     max_pixels: of the largest image that is kept.
+    box_format: of the regions' boxes, one of `box_formats.FORMATS`.
+    box_units: of the regions' boxes, one of `box_formats.UNITS`.
   """
   dropped: list[tuple[str, str]] = []
   given = list(record[schema.RECORD_CAPTIONS])
@@ -237,9 +266,11 @@ def check(
       return Checked(None, [*dropped, ("records", IMAGE_TOO_LARGE)])
     except ValueError:
       return Checked(None, [*dropped, ("records", CORRUPT_IMAGE)])
-  regions = []
+  regions, fates = [], []
+  size = decoding.size_as_shown(image) if box_units == "pixels" else None
   for region in record.get(schema.RECORD_REGIONS) or ():
-    checked = _check_region(region, tolerance)
+    checked = _check_region(region, tolerance=tolerance, box_format=box_format, size=size)
+    fates.append(checked if isinstance(checked, str) else "")
     if isinstance(checked, str):
       dropped.append(("regions", checked))
     else:
@@ -255,7 +286,7 @@ def check(
     schema.RECORD_REGIONS: regions,
     schema.RECORD_NEGATIVES: negatives,
   }
-  return Checked(clean, dropped)
+  return Checked(clean, dropped, tuple(fates))
 
 
 def _is_text(value: Any) -> bool:
@@ -285,7 +316,8 @@ def _usable(values: Any, is_good: Callable[[Any], bool]) -> tuple[list[Any], int
   return good, len(values) - len(good)
 
 
-def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
+def _check_region(region: Any, **boxes: Any) -> dict[str, Any] | str:
+  """The region with its box as it will stand in the shard; `boxes` as `check_box` takes them."""
   if not isinstance(region, Mapping):
     return MALFORMED
   description = region.get("description")
@@ -293,7 +325,7 @@ def _check_region(region: Any, tolerance: float) -> dict[str, Any] | str:
     return EMPTY_DESCRIPTION
   if not _is_text(description):
     return MALFORMED
-  box = check_box(region.get("box"), tolerance=tolerance)
+  box = check_box(region.get("box"), **boxes)
   if isinstance(box, str):
     return box
   try:

@@ -16,12 +16,19 @@ FOLDER/annotations.csv, or the file given as --annotations. JSONL, a line an ima
   captions  the original first, then generated ones; or "caption" with a single one.
   regions   optional, and may be empty: description, box (ymin, xmin, ymax, xmax) as fractions of
             the image as it is shown, upright where EXIF says that it was taken sideways; score
-            (optional, 1): training takes the regions of highest score.
+            (optional, 1): training takes the regions of highest score. Boxes written otherwise:
+            --box_format=xyxy (xmin, ymin, xmax, ymax), xywh (xmin, ymin, width, height) or cxcywh
+            (the centre's x and y, width, height), and --box_units=pixels, of the image as it is
+            shown. One format holds for the whole file.
   split     optional, "train": or any other name. --val_fraction moves a part of train to val.
   negatives optional: [{"caption": str, "kind": relation | attribute | object | action}].
 
 CSV: a header with the columns image, caption and, optionally, split; further lines with the same
 image next to each other add captions.
+
+What cannot be used is dropped and counted, and where a pattern shows why, a line says it. Where
+more than --allow_dropped of the images, captions, regions or negatives are dropped, the build ends
+with an error. OUT/preview.html shows two dozen of the images with their boxes and texts.
 """
 
 from __future__ import annotations
@@ -33,21 +40,16 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grain_jax import places, schema, textfiles
-from grain_jax.data import inputs, on_disk, records
+from grain_jax.data import box_formats, folder_lines, inputs, on_disk, records
 
 OUTSIDE = "outside_the_folder"  # why a record is refused, unless --allow_outside is given
 PUBLISHED_SIDE = 960  # pixels of the squashed image in which the published boxes are given
 
 
-class Refused(NamedTuple):
-  """In the place of a record: something that could not be made into one, and why."""
-
-  key: str
-  what: str  # records | captions | regions | negatives
-  why: str
+Refused = records.Refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Source:
   max_pixels: int = schema.MAX_PIXELS  # of the largest image that is kept
   indexed: bool = False  # `read` takes a folder for the index that it makes
   images: Callable[[], Iterator[pathlib.Path]] | None = None  # files of all records, if they have
+  box_format: str = "yxyx"  # of the regions' boxes, of `box_formats.FORMATS`
+  box_units: str = "fractions"  # of `box_formats.UNITS`
+  flags_for_boxes: bool = False  # the two are the user's to choose
+  oddities: folder_lines.Oddities | None = None  # of the annotations; counted while they are read
 
 
 def scenes(settings: Any, *, workers: int | None = None) -> Source:
@@ -113,6 +119,8 @@ def folder(
   licence: str = "",
   allow_outside: bool = False,
   max_pixels: int = schema.MAX_PIXELS,
+  box_format: str = "yxyx",
+  box_units: str = "fractions",
 ) -> Source:
   """A folder of one's own images; the format stands at the head of this file.
 
@@ -124,35 +132,52 @@ def folder(
     licence: of the images, for the manifest.
     allow_outside: read images outside the folder too, where a path leads there ("../x", "/x").
     max_pixels: of the largest image that is kept; larger ones are counted.
+    box_format: of all boxes, one of `box_formats.FORMATS`.
+    box_units: of all boxes, one of `box_formats.UNITS`; pixels are those of the image as it is
+      shown, upright.
   """
   root = _existing(input_dir, "--input")
   if not 0 <= val_fraction < 1:
     raise ValueError(f"--val_fraction = {val_fraction}: not a part of the data. Use [0, 1).")
   schema.check_max_pixels(max_pixels, "--max_pixels")
-  file = _annotations(root, annotations)
-  lines = _csv_lines if file.suffix.lower() == ".csv" else _json_lines
+  for name, value, choices in (
+    ("box_format", box_format, box_formats.FORMATS),
+    ("box_units", box_units, box_formats.UNITS),
+  ):
+    if value not in choices:
+      raise ValueError(f"--{name} = {value!r} is none of {', '.join(choices)}. Use one.")
+  file = _existing(annotations, "--annotations") if annotations else folder_lines.find(root)
+  folder_lines.check_file(file)
+  oddities = folder_lines.Oddities()
 
   def read() -> Iterator[tuple[str, dict[str, Any] | Refused]]:
-    for line in lines(file):
-      if isinstance(line, Refused):
-        yield "train", line
-      else:
-        split = str(line.get("split") or "train")
-        record = _folder_record(root, line, allow_outside=allow_outside)
-        key = record.key if isinstance(record, Refused) else record[schema.RECORD_KEY]
-        yield ("val" if split == "train" and _chance(key) < val_fraction else split), record
+    for line in folder_lines.read(file, oddities):
+      found = line if isinstance(line, Refused) else folder_lines.parts(line, oddities)
+      if isinstance(found, Refused) and found is line:
+        yield "train", found
+        continue
+      key = found.key if isinstance(found, Refused) else found[0]["image"]
+      split = str(line.get("split") or "train")
+      split = "val" if split == "train" and _chance(key) < val_fraction else split
+      record = _folder_record(root, found, allow_outside=allow_outside)
+      if not isinstance(record, Refused):
+        for lost in found[1]:
+          yield split, lost
+      yield split, record
 
   def images() -> Iterator[pathlib.Path]:
-    for line in lines(file):
-      record = line
+    for line in folder_lines.read(file):
+      record: Any = line
       if not isinstance(line, Refused):
-        record = _folder_record(root, line, allow_outside=allow_outside)
+        record = _folder_record(root, folder_lines.parts(line), allow_outside=allow_outside)
       if not isinstance(record, Refused):
         yield record[schema.RECORD_IMAGE]
 
   settings = {"input": str(root), "annotations": inputs.stamp(file), "val_fraction": val_fraction}
   settings["tolerance"] = tolerance
-  settings |= _unusual(allow_outside=allow_outside, max_pixels=max_pixels)
+  settings |= _unusual(
+    allow_outside=allow_outside, max_pixels=max_pixels, box_format=box_format, box_units=box_units
+  )
   return Source(
     "folder",
     settings,
@@ -161,6 +186,10 @@ def folder(
     tolerance=tolerance,
     images=images,
     max_pixels=max_pixels,
+    box_format=box_format,
+    box_units=box_units,
+    flags_for_boxes=True,
+    oddities=oddities,
   )
 
 
@@ -276,11 +305,17 @@ def published(
   )
 
 
-def _unusual(*, allow_outside: bool, max_pixels: int) -> dict[str, Any]:
+_USUAL = {
+  "allow_outside": False,
+  "max_pixels": schema.MAX_PIXELS,
+  "box_format": "yxyx",
+  "box_units": "fractions",
+}
+
+
+def _unusual(**settings: Any) -> dict[str, Any]:
   """Settings that came later, where they are not what a dataset without them was built with."""
-  settings = {"allow_outside": allow_outside, "max_pixels": max_pixels}
-  usual = {"allow_outside": False, "max_pixels": schema.MAX_PIXELS}
-  return {name: value for name, value in settings.items() if value != usual[name]}
+  return {name: value for name, value in settings.items() if value != _USUAL[name]}
 
 
 def _is_outside(root: pathlib.Path, image: str) -> bool:
@@ -299,67 +334,32 @@ def _is_outside(root: pathlib.Path, image: str) -> bool:
 
 
 def _folder_record(
-  root: pathlib.Path, line: Mapping[str, Any], *, allow_outside: bool
+  root: pathlib.Path, found: tuple[Mapping[str, Any], list] | Refused, *, allow_outside: bool
 ) -> dict[str, Any] | Refused:
-  image = line.get("image")
-  captions = line.get("captions")
-  captions = line.get("caption") if captions is None else captions
-  captions = [captions] if isinstance(captions, str) else captions or []
-  regions, negatives = line.get("regions") or [], line.get("negatives") or []
-  if not isinstance(image, str) or not image:
-    return Refused(str(line)[:80], "records", records.MALFORMED)
-  if not all(isinstance(value, list) for value in (captions, regions, negatives)):
-    return Refused(image, "records", records.MALFORMED)
+  """The record of a line whose parts `folder_lines.parts` found."""
+  if isinstance(found, Refused):
+    return found
+  image = found[0]["image"]
   if not allow_outside and _is_outside(root, image):
     return Refused(image, "records", OUTSIDE)
   return {
     schema.RECORD_KEY: image,
     schema.RECORD_IMAGE: root / image,
-    schema.RECORD_CAPTIONS: captions,
-    schema.RECORD_REGIONS: regions,
-    schema.RECORD_NEGATIVES: negatives,
+    schema.RECORD_CAPTIONS: found[0]["captions"],
+    schema.RECORD_REGIONS: found[0]["regions"],
+    schema.RECORD_NEGATIVES: found[0]["negatives"],
   }
 
 
 def _published_region(region: Any) -> Any:
   try:
+    if not isinstance(region["bbox"], list):  # "1234" is no four numbers
+      return region
     x1, y1, x2, y2 = (float(x) / PUBLISHED_SIDE for x in region["bbox"])
   except (KeyError, TypeError, ValueError):
     return region  # `records.check` counts it as malformed
   box = (y1, x1, y2, x2)
   return {"description": region.get("description"), "box": box, "score": region.get("score", 1.0)}
-
-
-def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
-  for line in textfiles.iterate_lines(file):  # what is no JSON or UTF-8 costs its line alone
-    try:
-      entry = textfiles.parse_json(line.text())
-    except ValueError:
-      entry = None
-    refused = Refused(f"line {line.number}", "records", "not_json")
-    yield entry if isinstance(entry, dict) else refused
-
-
-def _csv_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | Refused]:
-  columns, rows = textfiles.read_table(file)
-  if not {"image", "caption"} <= set(columns):
-    raise ValueError(
-      f"{file} has the columns {columns}: image and caption are needed. Write them into its first "
-      "line."
-    )
-  current: dict[str, Any] = {}
-  for number, row, surplus in rows:
-    if surplus:  # a comma outside quotes: the caption would be cut there
-      yield Refused(f"row {number}", "records", records.MALFORMED)
-      continue
-    if current and current["image"] == row["image"]:
-      current["captions"].append(row["caption"])
-      continue
-    if current:
-      yield current
-    current = {"image": row["image"], "captions": [row["caption"]], "split": row.get("split")}
-  if current:
-    yield current
 
 
 def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str] | Refused]:
@@ -372,18 +372,6 @@ def _caption_rows(file: pathlib.Path) -> Iterator[tuple[str, str] | Refused]:
       yield row[0], row[1]
     elif row and not header:
       yield Refused(f"row {number}", "records", records.MALFORMED)
-
-
-def _annotations(root: pathlib.Path, given: str | pathlib.Path | None) -> pathlib.Path:
-  if given:
-    return _existing(given, "--annotations")
-  for name in ("annotations.jsonl", "annotations.csv"):
-    if (root / name).is_file():
-      return root / name
-  raise ValueError(
-    f"{root} holds neither annotations.jsonl nor annotations.csv: no captions to read. Write one "
-    "(the format: python -m grain_jax.data.build --source=folder --help) or give --annotations."
-  )
 
 
 def _existing(path: str | pathlib.Path, flag: str) -> pathlib.Path:

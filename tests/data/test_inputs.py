@@ -26,11 +26,11 @@ def flags(request, tmp_path):
     (root / f"{i}.jpg").write_bytes(toy_data.record(i)["image"])
   (root / "annotations.csv").write_text("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n")
   if request.param == "folder":
-    return ["--source=folder", f"--input={root}"]
+    return ["--source=folder", f"--input={root}", "--allow_dropped=1"]
   (root / "boxes.json").write_text('{"0.jpg": []}')
   return [
     "--source=published", f"--images={root}", f"--captions={root / 'annotations.csv'}",
-    f"--boxes={root / 'boxes.json'}",
+    f"--boxes={root / 'boxes.json'}", "--allow_dropped=1",
   ]  # fmt: skip
 
 

@@ -60,9 +60,12 @@ def quiet(line):
   """Takes the lines of progress."""
 
 
-def built(directory, records, *, shard_size=4, overwrite=False, **options):
-  made = source(records, **options)
-  build.build(made, directory, shard_size=shard_size, workers=2, say=quiet, overwrite=overwrite)
+def built(directory, records, *, shard_size=4, overwrite=False, allow_dropped=1.0, **options):
+  """Builds records of which, in a toy, most may be bad."""
+  build.build(
+    source(records, **options), directory, shard_size=shard_size, workers=2, say=quiet,
+    overwrite=overwrite, allow_dropped=allow_dropped,
+  )  # fmt: skip
   return directory
 
 

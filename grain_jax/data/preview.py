@@ -1,0 +1,284 @@
+"""preview.html of a built dataset: some images with their boxes and texts, and what was dropped.
+
+The page is one file: its pictures are in it, and it needs no network. It takes no part in what a
+dataset is: neither shards nor fingerprint depend on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import html
+import io
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from grain_jax import schema
+from grain_jax.data import decoding, records, tally
+
+NAME = "preview.html"
+_COUNT = 24  # images
+_SEED = 0  # of which ones
+_SIDE = 360  # pixels of the longer side of a picture
+_LONGEST = 300  # characters of a text
+_MOST = 12  # boxes, captions or losses of an image that are shown
+_EXAMPLES = 5  # of a kind of loss, with what was given
+# Told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
+_COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 1.5rem auto;
+  padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p { margin: .3rem 0 .8rem; } .quiet { color: #595959; font-size: .9em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
+  border-bottom: 1px solid #e3e3e3; }
+th { color: #595959; font-weight: 600; } .number { text-align: right; white-space: nowrap; }
+.hints li { margin-bottom: .3rem; } .hints { background: #fff6dd; padding: .6rem 1rem .6rem 2rem; }
+.images { display: grid; gap: 1.2rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+figure { margin: 0; border: 1px solid #e3e3e3; } figcaption { padding: .4rem .6rem .6rem; }
+.picture { position: relative; background: #f3f3f3; }
+.picture img, .picture svg { display: block; width: 100%; height: auto; }
+.picture svg { position: absolute; inset: 0; height: 100%; }
+ul, ol { margin: .2rem 0; padding-left: 1.3rem; } .regions { list-style: none; padding: 0; }
+.regions b { display: inline-block; min-width: 1.2em; padding: 0 .2em; margin-right: .4em;
+  text-align: center; border: 2px solid; border-radius: 3px; font-size: .8em; }
+.lost { color: #a32100; }
+"""
+
+
+class Losses(NamedTuple):
+  """What of a record was dropped."""
+
+  key: str
+  texts: list[str]  # 'region box_outside_image: "a dog" [1, 2, 300, 400]'
+
+
+class _Shown(NamedTuple):
+  """An image of the page."""
+
+  split: str
+  key: str
+  jpeg: bytes  # small; empty where the image cannot be decoded
+  size: tuple[int, int]  # (width, height) of that
+  captions: list[str]
+  regions: list[Mapping[str, Any]]
+  lost: list[str]
+
+
+class Preview:
+  """Chooses images while a build runs, whatever their number, and writes the page at its end."""
+
+  def __init__(self) -> None:
+    self._heap: list[tuple[int, int, _Shown]] = []  # by falling hash
+    self._count = 0
+    self._examples: dict[tuple[str, str], list[Losses]] = {}  # (kind, reason) -> the first ones
+
+  def add(self, split: str, given: Any, checked: records.Checked, losses) -> None:
+    """Takes in a record as the source gave it and as it is kept.
+
+    Args:
+      split: where it goes.
+      given: of the source, a record or `records.Refused`.
+      checked: what `records.check` left of it.
+      losses: [(kind, reason)], all of them.
+    """
+    lost = _losses(given, checked, losses) if losses else []
+    key = given.key if isinstance(given, records.Refused) else given[schema.RECORD_KEY]
+    for kind, why in dict.fromkeys(losses):
+      examples = self._examples.setdefault((kind, why), [])
+      if len(examples) < _EXAMPLES:
+        of_these = [text for what, reason, text in lost if (what, reason) == (kind, why)]
+        examples.append(Losses(tally.printable(str(key)), of_these[:1]))
+    if checked.record is not None and not any(kind == "records" for kind, _ in losses):
+      self._offer(split, checked.record, [f"{k} {why}: {text}" for k, why, text in lost])
+
+  def _offer(self, split: str, record: Mapping[str, Any], lost: list[str]) -> None:
+    name = f"{_SEED}\0{split}\0{record[schema.RECORD_KEY]}".encode()
+    order = -int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+    if len(self._heap) == _COUNT and order <= self._heap[0][0]:
+      return
+    self._count += 1
+    try:
+      jpeg, size = _thumbnail(record[schema.RECORD_IMAGE])
+    except ValueError as error:  # of a source whose images are not decoded by `records.check`
+      jpeg, size, lost = b"", (_SIDE, _SIDE), [*lost, str(error)]
+    shown = _Shown(
+      split,
+      record[schema.RECORD_KEY],
+      jpeg,
+      size,
+      record[schema.RECORD_CAPTIONS],
+      record[schema.RECORD_REGIONS],
+      lost,
+    )
+    push = heapq.heappush if len(self._heap) < _COUNT else heapq.heapreplace
+    push(self._heap, (order, self._count, shown))
+
+  def write(
+    self,
+    path: pathlib.Path,
+    *,
+    name: str,
+    counts: Mapping[str, int],
+    summary: Mapping[str, Any],
+    hints: Sequence[str],
+  ) -> None:
+    """Writes the page.
+
+    Args:
+      path: of the page.
+      name: of the dataset.
+      counts: images by split.
+      summary: `tally.Tally.summary`.
+      hints: lines on what may be wrong.
+    """
+    splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    shown = [entry for _, _, entry in sorted(self._heap, reverse=True, key=lambda e: e[:2])]
+    parts = [
+      f"<h1>{_text(name)}</h1>",
+      f'<p class="quiet">Images: {_text(splits)}. Are the boxes around what their descriptions '
+      "say?</p>",
+      _table(summary),
+    ]
+    if hints:
+      items = "".join(f"<li>{_text(line)}</li>" for line in hints)
+      parts.append(f'<h2>What may be wrong</h2><ul class="hints">{items}</ul>')
+    parts.append(f"<h2>{len(shown)} images, chosen by chance</h2>")
+    parts.append(f'<div class="images">{"".join(map(_figure, shown))}</div>')
+    parts.append(self._dropped(summary))
+    page = (
+      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+      '<meta name="viewport" content="width=device-width, initial-scale=1">'
+      f"<title>{_text(name)}: preview</title><style>{_STYLE}</style></head>"
+      f"<body>{''.join(parts)}</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+  def _dropped(self, summary: Mapping[str, Any]) -> str:
+    if not self._examples:
+      return "<h2>Dropped</h2><p>Nothing was dropped.</p>"
+    rows = ["<tr><th>what</th><th>why</th><th class=number>how many</th><th>the first</th></tr>"]
+    for (kind, why), examples in self._examples.items():
+      title = tally.title(kind)
+      items = "".join(
+        f"<li>{_text(loss.key)}{''.join(f': {_text(t)}' for t in loss.texts if t)}</li>"
+        for loss in examples
+      )
+      count = summary[title]["reasons"][why]
+      rows.append(
+        f"<tr><td>{title}</td><td>{why.replace('_', ' ')}</td><td class=number>{count:,}</td>"
+        f"<td><ul>{items}</ul></td></tr>"
+      )
+    return f'<h2>Dropped</h2><div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _losses(given: Any, checked: records.Checked, losses) -> list[tuple[str, str, str]]:
+  """(kind, reason, what was given there) of each loss of a record; '' where only the key tells."""
+  if isinstance(given, records.Refused):
+    return [(kind, why, "") for kind, why in losses]
+  regions = given.get(schema.RECORD_REGIONS) or ()
+  lost = [(why, region) for region, why in zip(regions, checked.fates, strict=False) if why]
+  found = [("regions", why, _region(region)) for why, region in lost]
+  found += [(kind, why, "") for kind, why in losses if kind != "regions"]
+  return found
+
+
+def _region(region: Any) -> str:
+  if not isinstance(region, Mapping):
+    return repr(region)
+  box = region.get("box")
+  if isinstance(box, (list, tuple)):
+    numbers = (f"{x:.6g}" if isinstance(x, (int, float)) else repr(x) for x in box)
+    box = f"[{', '.join(numbers)}]"
+  return f"{region.get('description')!r} {box}"
+
+
+def _thumbnail(image: bytes) -> tuple[bytes, tuple[int, int]]:
+  def enough(width: int, height: int) -> tuple[int, int]:
+    factor = min(1.0, _SIDE / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+  picture = decoding.decode(image, max_pixels=schema.MOST_PIXELS, enough=enough)
+  picture = picture.resize(enough(*picture.size), Image.Resampling.BICUBIC)
+  encoded = io.BytesIO()
+  picture.save(encoded, "JPEG", quality=80)
+  return encoded.getvalue(), picture.size
+
+
+def _figure(shown: _Shown) -> str:
+  width, height = shown.size
+  source = f"data:image/jpeg;base64,{base64.b64encode(shown.jpeg).decode()}"
+  drawn = enumerate(shown.regions[:_MOST])
+  # In reverse, so that the first ones, of highest score more often than not, lie on top.
+  boxes = "".join(reversed([_box(i, region["box"], shown.size) for i, region in drawn]))
+  parts = [
+    f'<div class="picture"><img src="{source}" width="{width}" height="{height}" '
+    f'alt="{_text(shown.captions[0])}"><svg viewBox="0 0 {width} {height}" '
+    f'preserveAspectRatio="none" aria-hidden="true">{boxes}</svg></div><figcaption>'
+    f'<div class="quiet">{_text(shown.key)} ({_text(shown.split)})</div>',
+    _list("ol", (_text(caption) for caption in shown.captions)),
+  ]
+  regions = (
+    f'<b style="border-color:{_color(i)}">{i + 1}</b>{_text(region["description"])}'
+    + (f' <span class="quiet">{region["score"]:.2f}</span>' if region["score"] != 1 else "")
+    for i, region in enumerate(shown.regions)
+  )
+  parts.append(_list('ul class="regions"', regions))
+  if shown.lost:
+    lines = _list("ul", map(_text, shown.lost))
+    parts.append(f'<div class="lost">dropped: {lines}</div>')
+  return f"<figure>{''.join(parts)}</figcaption></figure>"
+
+
+def _box(number: int, box: Sequence[float], size: tuple[int, int]) -> str:
+  """A box over a picture of a size, in its colour and with its number, on white."""
+  width, height = size
+  ymin, xmin, ymax, xmax = (x * side for x, side in zip(box, (height, width) * 2, strict=True))
+  place = f'x="{xmin:.1f}" y="{ymin:.1f}" width="{xmax - xmin:.1f}" height="{ymax - ymin:.1f}"'
+  rects = "".join(
+    f'<rect {place} fill="none" stroke="{color}" stroke-width="{wide}" '
+    'vector-effect="non-scaling-stroke"/>'
+    for color, wide in (("#fff", 4), (_color(number), 2))
+  )
+  x, y = min(xmin + 4, width - 9), min(ymin + 15, height - 3)
+  return (
+    f'{rects}<text x="{x:.1f}" y="{y:.1f}" font-size="14" font-weight="700" paint-order="stroke" '
+    f'stroke="#fff" stroke-width="4" fill="{_color(number)}">{number + 1}</text>'
+  )
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+  rows = ["<tr><th></th><th class=number>kept</th><th class=number>dropped</th><th>why</th></tr>"]
+  for name, entry in summary.items():
+    if entry["kept"] + entry["dropped"]:
+      reasons = ", ".join(f"{w.replace('_', ' ')} {n:,}" for w, n in entry["reasons"].items())
+      rows.append(
+        f"<tr><td>{name}</td><td class=number>{entry['kept']:,}</td>"
+        f"<td class=number>{entry['dropped']:,}</td><td>{reasons}</td></tr>"
+      )
+  return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _list(tag: str, items: Iterable[str]) -> str:
+  lines = list(items)
+  if not lines:
+    return ""
+  more = f"<li class=quiet>and {len(lines) - _MOST} more</li>" if len(lines) > _MOST else ""
+  body = "".join(f"<li>{line}</li>" for line in lines[:_MOST])
+  return f"<{tag}>{body}{more}</{tag.split()[0]}>"
+
+
+def _color(number: int) -> str:
+  return _COLORS[number % len(_COLORS)]
+
+
+def _text(text: str) -> str:
+  text = tally.printable(text)
+  return html.escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...")
