@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.negatives = 0  # false captions an image (K)
   c.data.negatives_by = "kind"  # kind: slot k holds one of kind k | drawn: any of them
   c.data.negatives_per_region = 0  # false descriptions a region (N), drawn
+  c.data.allow_no_regions = False  # method grain also on data that has no region at all
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)
   c.data.resize = "squash"  # squash (published) | crop (random resized crop)
   c.data.eval_resize = "squash"  # where no place in it matters: squash (published) | center_crop

@@ -144,7 +144,7 @@ def _write(
   for line in [*tally.table(summary), *(f"hint: {hint}" for hint in found)]:
     say(line)
   if not writers:
-    reasons = json.dumps({s: d["records"] for s, d in counts.dropped.items()})
+    reasons = ", ".join(f"{why} {n:,}" for why, n in summary["images"]["reasons"].items())
     raise ValueError(
       f"the source gave no usable record (dropped: {reasons}).{tally.perhaps(found)} Check its "
       "paths."

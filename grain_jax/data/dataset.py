@@ -74,6 +74,11 @@ class Dataset:
   def num_records(self, split: str) -> int:
     return self._split(split).starts[-1]
 
+  def num_regions(self, split: str) -> int | None:
+    """Regions of all records of a split; None where the manifest does not say."""
+    self._split(split)
+    return self.manifest["splits"][split].get("regions")
+
   def fingerprint(self, split: str) -> str:
     """sha256 of a split's records in their order, wherever they lie, whenever they were built."""
     self._split(split)

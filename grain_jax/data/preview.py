@@ -43,9 +43,10 @@ th { color: #595959; font-weight: 600; } .number { text-align: right; white-spac
 .images { display: grid; gap: 1.2rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 figure { margin: 0; border: 1px solid #e3e3e3; } figcaption { padding: .4rem .6rem .6rem; }
-.picture { position: relative; background: #f3f3f3; }
-.picture img, .picture svg { display: block; width: 100%; height: auto; }
-.picture svg { position: absolute; inset: 0; height: 100%; }
+td:first-child { white-space: nowrap; }
+.picture { position: relative; aspect-ratio: 1; background: #f3f3f3; }
+.picture img, .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+.picture img { object-fit: contain; }
 ul, ol { margin: .2rem 0; padding-left: 1.3rem; } .regions { list-style: none; padding: 0; }
 .regions b { display: inline-block; min-width: 1.2em; padding: 0 .2em; margin-right: .4em;
   text-align: center; border: 2px solid; border-radius: 3px; font-size: .8em; }
@@ -66,7 +67,7 @@ class _Shown(NamedTuple):
   split: str
   key: str
   jpeg: bytes  # small; empty where the image cannot be decoded
-  size: tuple[int, int]  # (width, height) of that
+  size: tuple[int, int]  # (width, height) to which it is scaled: the longer one is `_SIDE`
   captions: list[str]
   regions: list[Mapping[str, Any]]
   lost: list[str]
@@ -97,7 +98,7 @@ class Preview:
         of_these = [text for what, reason, text in lost if (what, reason) == (kind, why)]
         examples.append(Losses(tally.printable(str(key)), of_these[:1]))
     if checked.record is not None and not any(kind == "records" for kind, _ in losses):
-      self._offer(split, checked.record, [f"{k} {why}: {text}" for k, why, text in lost])
+      self._offer(split, checked.record, [_loss(*loss) for loss in lost])
 
   def _offer(self, split: str, record: Mapping[str, Any], lost: list[str]) -> None:
     name = f"{_SEED}\0{split}\0{record[schema.RECORD_KEY]}".encode()
@@ -190,6 +191,10 @@ def _losses(given: Any, checked: records.Checked, losses) -> list[tuple[str, str
   return found
 
 
+def _loss(kind: str, why: str, text: str) -> str:
+  return f"{why.replace('_', ' ')}: {text}" if text else f"{kind}: {why.replace('_', ' ')}"
+
+
 def _region(region: Any) -> str:
   if not isinstance(region, Mapping):
     return repr(region)
@@ -201,15 +206,19 @@ def _region(region: Any) -> str:
 
 
 def _thumbnail(image: bytes) -> tuple[bytes, tuple[int, int]]:
-  def enough(width: int, height: int) -> tuple[int, int]:
-    factor = min(1.0, _SIDE / max(width, height))
+  """(a small JPEG of it, its width and height of which the longer is `_SIDE`)."""
+
+  def scaled(width: int, height: int) -> tuple[int, int]:
+    factor = _SIDE / max(width, height)
     return max(1, round(width * factor)), max(1, round(height * factor))
 
-  picture = decoding.decode(image, max_pixels=schema.MOST_PIXELS, enough=enough)
-  picture = picture.resize(enough(*picture.size), Image.Resampling.BICUBIC)
+  picture = decoding.decode(image, max_pixels=schema.MOST_PIXELS, enough=scaled)
+  size = scaled(*picture.size)
+  if max(picture.size) > _SIDE:
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
   encoded = io.BytesIO()
   picture.save(encoded, "JPEG", quality=80)
-  return encoded.getvalue(), picture.size
+  return encoded.getvalue(), size
 
 
 def _figure(shown: _Shown) -> str:
@@ -221,7 +230,7 @@ def _figure(shown: _Shown) -> str:
   parts = [
     f'<div class="picture"><img src="{source}" width="{width}" height="{height}" '
     f'alt="{_text(shown.captions[0])}"><svg viewBox="0 0 {width} {height}" '
-    f'preserveAspectRatio="none" aria-hidden="true">{boxes}</svg></div><figcaption>'
+    f'aria-hidden="true">{boxes}</svg></div><figcaption>'
     f'<div class="quiet">{_text(shown.key)} ({_text(shown.split)})</div>',
     _list("ol", (_text(caption) for caption in shown.captions)),
   ]

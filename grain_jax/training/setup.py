@@ -19,7 +19,7 @@ from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import pipeline, sampler
 from grain_jax.evals.inputs.options import Options
 from grain_jax.runtime import distributed
-from grain_jax.training import continuation, sizing, validation
+from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
 _MACHINE_KEYS = frozenset({"config.data.dir", "config.data.threads", "config.data.prefetch",
@@ -88,6 +88,7 @@ def settle(
   )
   evaluate.check(config, dataset, options)
   validation.check(config, dataset)
+  preconditions.check_regions(config, dataset)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
