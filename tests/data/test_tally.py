@@ -3,8 +3,10 @@
 import pathlib
 import signal
 
+import hypothesis
 import pytest
 import toy_data
+from hypothesis import strategies as st
 
 from grain_jax.data import build, build_flags, dataset, sources, tally
 
@@ -67,6 +69,16 @@ def test_the_limit_is_the_same_from_the_command_line(tmp_path, monkeypatch, caps
     assert build.main([*flags, f"--allow_dropped={wrong}"]) == 2
     assert f"--allow_dropped = {wrong}: not a part" in capsys.readouterr().err
   assert build_flags.parse(flags, description="").allow_dropped == tally.ALLOWED == 0.2
+
+
+@hypothesis.given(st.integers(1, 10_000), st.integers(1, 10_000))
+@hypothesis.example(29, 100)  # 0.29 * 100 is below 29
+def test_what_is_just_allowed_is_allowed_and_one_more_is_not(lost, total):
+  hypothesis.assume(lost <= total)
+  images = {"missing": lost, "files": total - lost}
+  tally.check_missing(images, lost / total, list)
+  with pytest.raises(ValueError, match="cannot be used"):
+    tally.check_missing(images, (lost - 1) / total, list)
 
 
 def test_a_split_that_vanishes_is_an_error_however_small(tmp_path):
