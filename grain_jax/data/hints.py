@@ -75,7 +75,7 @@ class Hints:
     found = [] if self._source.oddities is None else list(_oddities(self._source.oddities))
     found += [line for line in (self._box_line(), *self._record_lines()) if line]
     found += missing_images(self._missing, self._lost_images)
-    return found
+    return [tally.one_line(line) for line in found]
 
   def _record_lines(self) -> Iterator[str]:
     if self._duplicates >= _ENOUGH:
@@ -175,14 +175,11 @@ def _oddities(oddities: folder_lines.Oddities) -> Iterator[str]:
   unread = []
   for key, (count, first) in oddities.keys.items():
     if key.meant:
-      yield (
-        f"unknown key {tally.printable(key.name)} in {count:,} {key.where}: {key.meant}? "
-        f"(first: {tally.printable(first)})"
-      )
+      yield (f"unknown key {key.name} in {count:,} {key.where}: {key.meant}? (first: {first})")
     else:
-      unread.append(f"{tally.printable(key.name)} ({count:,} {key.where})")
+      unread.append(f"{key.name} ({count:,} {key.where})")
   for words, (count, first) in oddities.values.items():
-    yield f"{words}, {count:,} times (first: {tally.printable(first)})"
+    yield f"{words}, {count:,} times (first: {first})"
   if unread:
     more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
     yield f"keys that are not read: {', '.join(unread[:8])}{more}"
@@ -212,7 +209,7 @@ def missing_images(paths: Iterable[pathlib.Path], total: int | None = None) -> l
         break
   of = f" of the first {seen:,}" if total is not None and total > seen else ""
   return [
-    f"{words}? {count:,}{of} missing images are there otherwise: {tally.printable(first)}"
+    tally.one_line(f"{words}? {count:,}{of} missing images are there otherwise: {first}")
     for words, (count, first) in found.items()
   ]
 

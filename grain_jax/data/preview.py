@@ -200,7 +200,7 @@ def _region(region: Any) -> str:
     return repr(region)
   box = region.get("box")
   if isinstance(box, (list, tuple)):
-    numbers = (f"{x:.6g}" if isinstance(x, (int, float)) else repr(x) for x in box)
+    numbers = (f"{x:.6g}" if isinstance(x, float) else repr(x) for x in box)
     box = f"[{', '.join(numbers)}]"
   return f"{region.get('description')!r} {box}"
 

@@ -29,6 +29,7 @@ EMPTY_DESCRIPTION = "empty_description"
 BOX_NOT_FINITE = "box_not_finite"
 BOX_OUTSIDE = "box_outside_image"
 BOX_NO_AREA = "box_without_area"
+_MOST_SCORE = float(np.finfo(np.float32).max)  # shards hold float32
 BOX_UNDER_A_PIXEL = "box_under_a_pixel"  # all four within 1, given as pixels
 MALFORMED = "malformed"
 
@@ -330,10 +331,10 @@ def _check_region(region: Any, **boxes: Any) -> dict[str, Any] | str:
     return box
   try:
     score = 1.0 if region.get("score") is None else float(region["score"])
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):  # JSON holds whole numbers of any length
     return MALFORMED
   return {
     "description": description.strip(),
     "box": box,
-    "score": score if math.isfinite(score) else 0.0,
+    "score": score if abs(score) <= _MOST_SCORE else 0.0,  # NaN is not
   }

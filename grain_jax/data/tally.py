@@ -75,7 +75,7 @@ class Tally:
         parts.append(f"{lost:,} of {kept + lost:,} {title(kind)}{self._most(kind)}")
     for split in self.dropped.keys() - self._kept.keys():
       if self.allowed < 1 and any(self.dropped[split]["records"]):
-        parts.append(f"every image of the split {printable(split)}")
+        parts.append(f"every image of the split {one_line(split)}")
     if parts:
       raise ValueError(too_many(parts, self.allowed, hints))
 
@@ -148,3 +148,8 @@ def title(kind: str) -> str:
 def printable(key: str) -> str:
   """A key as UTF-8 can hold it: JSON can carry halves of a character."""
   return key.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+  """A text of a user's file as a part of a message."""
+  return " ".join(printable(text).split())

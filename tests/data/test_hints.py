@@ -3,11 +3,14 @@
 import json
 import signal
 
+import hypothesis
 import numpy as np
 import pytest
+import toy_data
+from hypothesis import strategies as st
 from PIL import Image
 
-from grain_jax.data import build, dataset
+from grain_jax.data import build, dataset, folder_lines, hints, preview, records, sources, tally
 
 COUNT = 20
 SIZES = ((64, 40), (40, 64), (80, 48))  # (width, height)
@@ -288,3 +291,72 @@ def test_a_source_that_knows_its_boxes_takes_no_format(capsys, tmp_path, source,
     build.main(flags[:2] + flags[-1:] if source == "scenes" else flags)
   (line,) = capsys.readouterr().err.splitlines()
   assert error.value.code == 2 and f"--source={source} has boxes of one format" in line
+
+
+SCALARS = st.one_of(
+  st.none(), st.booleans(), st.floats(), st.sampled_from([10**400, 1e300, 0, 7]),
+  st.text(max_size=5), st.sampled_from(["a dog", "\ud83d", "1,2,3,4"]),
+)  # fmt: skip
+NUMBERS = st.lists(st.one_of(st.floats(), st.floats(0, 100), st.just(10**400)), max_size=5)
+NAMES = st.sampled_from(
+  [
+    "image",
+    "a\nb",
+    "captions",
+    "caption",
+    "regions",
+    "Regions",
+    "split",
+    "negatives",
+    "box",
+    "bbox",
+  ]
+  + ["description", "desc", "score", "kind", "", "\ud83d"]
+)
+JSON = st.recursive(
+  st.one_of(SCALARS, NUMBERS),
+  lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=4)),
+  max_leaves=12,
+)
+REGIONS = st.lists(
+  st.fixed_dictionaries(
+    {"description": SCALARS, "box": st.one_of(NUMBERS, st.just([5, 6, 40, 30])), "score": SCALARS}
+  )
+)
+
+
+@hypothesis.given(
+  st.fixed_dictionaries({"image": st.just("0.jpg")}, optional={"x": JSON}),
+  st.one_of(REGIONS, JSON),
+  JSON,
+  st.sampled_from(["yxyx", "xyxy", "xywh", "cxcywh"]),
+  st.sampled_from(["fractions", "pixels"]),
+)
+def test_whatever_json_a_line_holds_is_kept_or_counted(line, regions, captions, way, units):
+  """No line ends a build: what of it is kept can be written, what is not is counted and shown."""
+  line |= {"regions": regions, "captions": captions or ["c"]}
+  oddities = folder_lines.Oddities()
+  source = sources.Source(
+    "toy", {}, iter, {}, box_format=way, box_units=units, flags_for_boxes=True,
+    oddities=oddities,
+  )  # fmt: skip
+  found = folder_lines.parts(line, oddities)
+  if isinstance(found, records.Refused):
+    given, checked = found, records.Checked(None, [(found.what, found.why)])
+  else:
+    given = {**found[0], "key": "k", "image": toy_data.record(0)["image"]}
+    checked = records.check(given, box_format=way, box_units=units)
+  guesses, page, counts = hints.Hints(source), preview.Preview(), tally.Tally(1.0)
+  for _ in range(3):
+    guesses.add("train", given, checked, duplicate=False)
+    page.add("train", given, checked, checked.dropped)
+  for what, why in checked.dropped:
+    counts.drop("train", what, why, "k")
+  if checked.record is not None:
+    counts.keep("train", checked.record)
+    assert np.isfinite(records.parse(records.encode(checked.record)).scores).all()
+    assert len(found[0]["regions"]) == len(checked.record["regions"]) + sum(
+      what == "regions" for what, _ in checked.dropped
+    )
+  lines = [*guesses.lines(), *tally.table(counts.summary())]
+  assert all("\n" not in text and text.encode() for text in lines)
