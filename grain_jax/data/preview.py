@@ -33,6 +33,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 1.5rem auto;
   padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: .8rem 0 .1rem; }
 p { margin: .3rem 0 .8rem; } .quiet { color: #595959; font-size: .9em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -165,19 +166,17 @@ class Preview:
   def _dropped(self, summary: Mapping[str, Any]) -> str:
     if not self._examples:
       return "<h2>Dropped</h2><p>Nothing was dropped.</p>"
-    rows = ["<tr><th>what</th><th>why</th><th class=number>how many</th><th>the first</th></tr>"]
+    parts = ["<h2>Dropped</h2>"]
     for (kind, why), examples in self._examples.items():
       title = tally.title(kind)
+      count = summary[title]["reasons"][why]
       items = "".join(
         f"<li>{_text(loss.key)}{''.join(f': {_text(t)}' for t in loss.texts if t)}</li>"
         for loss in examples
       )
-      count = summary[title]["reasons"][why]
-      rows.append(
-        f"<tr><td>{title}</td><td>{why.replace('_', ' ')}</td><td class=number>{count:,}</td>"
-        f"<td><ul>{items}</ul></td></tr>"
-      )
-    return f'<h2>Dropped</h2><div class="wide"><table>{"".join(rows)}</table></div>'
+      more = '<li class="quiet">...</li>' if count > len(examples) else ""
+      parts.append(f"<h3>{title}: {why.replace('_', ' ')}, {count:,}</h3><ul>{items}{more}</ul>")
+    return "".join(parts)
 
 
 def _losses(given: Any, checked: records.Checked, losses) -> list[tuple[str, str, str]]:
@@ -265,13 +264,12 @@ def _box(number: int, box: Sequence[float], size: tuple[int, int]) -> str:
 
 def _table(summary: Mapping[str, Any]) -> str:
   rows = ["<tr><th></th><th class=number>kept</th><th class=number>dropped</th><th>why</th></tr>"]
-  for name, entry in summary.items():
-    if entry["kept"] + entry["dropped"]:
-      reasons = ", ".join(f"{w.replace('_', ' ')} {n:,}" for w, n in entry["reasons"].items())
-      rows.append(
-        f"<tr><td>{name}</td><td class=number>{entry['kept']:,}</td>"
-        f"<td class=number>{entry['dropped']:,}</td><td>{reasons}</td></tr>"
-      )
+  for name, entry in tally.rows(summary).items():
+    reasons = ", ".join(f"{w.replace('_', ' ')} {n:,}" for w, n in entry["reasons"].items())
+    rows.append(
+      f"<tr><td>{name}</td><td class=number>{entry['kept']:,}</td>"
+      f"<td class=number>{entry['dropped']:,}</td><td>{reasons}</td></tr>"
+    )
   return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 

@@ -120,20 +120,28 @@ def check_missing(images: Mapping[str, Any] | None, allowed: float, hints) -> No
     raise ValueError(too_many([part], allowed, hints()))
 
 
+def rows(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """The kinds that a table shows: negatives only where the data has some."""
+  return {
+    name: entry
+    for name, entry in summary.items()
+    if name != "negatives" or entry["kept"] + entry["dropped"]
+  }
+
+
 def table(summary: Mapping[str, Any]) -> list[str]:
-  """`Tally.summary` as lines for the terminal; kinds that the data has none of are left out."""
-  rows = [("", "kept", "dropped", "", "")]
-  for name, entry in summary.items():
+  """`Tally.summary` as lines for the terminal."""
+  cells = [("", "kept", "dropped", "", "")]
+  for name, entry in rows(summary).items():
     kept, lost = entry["kept"], entry["dropped"]
-    if kept + lost:
-      part = f"{100 * lost / (kept + lost):.1f} %" if lost else ""
-      reasons = ", ".join(f"{why} {n:,}" for why, n in entry["reasons"].items())
-      rows.append((name, f"{kept:,}", f"{lost:,}", part, reasons))
-  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    part = f"{100 * lost / (kept + lost):.1f} %" if lost else ""
+    reasons = ", ".join(f"{why} {n:,}" for why, n in entry["reasons"].items())
+    cells.append((name, f"{kept:,}", f"{lost:,}", part, reasons))
+  widths = [max(len(row[i]) for row in cells) for i in range(4)]
   lines = [
     f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  "
     f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
-    for row in rows
+    for row in cells
   ]
   if summary["images"]["dropped"]:
     lines.append("  (good captions and regions of dropped images are not counted)")

@@ -103,8 +103,8 @@ def test_what_was_dropped_stands_below(tmp_path):
   above, below = page.text.split("Dropped")
   assert "box outside image: 'far <off>' [0, 0, 300, 7.5]" in above
   assert "captions: empty caption" in above
-  assert "box outside image 1 r1: 'far <off>' [0, 0, 300, 7.5]" in " ".join(below.split())
-  for words in ("missing image 1 r9", "corrupt image 1 r11", "malformed 1 \\ud83d half"):
+  assert "box outside image, 1 r1: 'far <off>' [0, 0, 300, 7.5]" in " ".join(below.split())
+  for words in ("missing image, 1 r9", "corrupt image, 1 r11", "malformed, 1 \\ud83d half"):
     assert words in " ".join(below.split())
 
 
