@@ -14,9 +14,11 @@ from grain_jax.data import box_formats, decoding, folder_lines, records, sources
 
 _SAMPLE = 5_000  # boxes that are looked at of those kept, and as many of those dropped
 _MISSING = 1_000  # missing images that are looked for elsewhere
+_MANY = 20  # boxes of which the largest number says where all end
 _ENOUGH = 3  # dropped boxes from which a pattern is one
 _MENDED, _SPARED = 0.5, 0.95  # of dropped and of kept boxes that another format must fit
 _EDGE = 0.05  # how far outside a box still looks like one that reaches over the edge
+_SCALES = {100: "percent", 1000: "thousandths"}  # of the image, as some tools and models write
 _BOX_REASONS = {
   records.BOX_OUTSIDE: "lie outside the image",
   records.BOX_NO_AREA: "have no area",
@@ -121,6 +123,9 @@ class Hints:
     )
     way, total = ways[0], len(lost + kept)
     others = [f"{f} in {u} ({good[f, u]:,})" for f, u in ways[1:]]
+    scale = _scale(self._boxes)
+    if scale and way[1] == "pixels" != now[1]:
+      others.append(f"{_SCALES[scale]}, for no number is above {scale}")
     return (
       f"{begin}: {_question(now, way)} As {way[0]} in {way[1]} {good[way]:,} of {total:,} fit: "
       f"{_flags(now, way)}" + f" (so they do as {', '.join(others)}: look at them)" * bool(others)
@@ -132,6 +137,9 @@ class Hints:
       other = units != self._source.box_units and box_format == self._source.box_format
       if other and units == "pixels" and sum(mended) >= 0.9 * len(mended):
         return f"{begin}: pixels among fractions? Write all boxes of the file in one unit"
+    scale = _scale(self._boxes)
+    if scale and self._source.box_units == "fractions":
+      return f"{begin}: {_SCALES[scale]}? No number is above {scale}: divide them by it"
     source, wide = self._source, self._source.tolerance + _EDGE
     near = sum(self._fits(b, source.box_format, source.box_units, tolerance=wide) for b in lost)
     if near >= _MENDED * len(lost):
@@ -151,6 +159,16 @@ class Hints:
       size=box.size if units == "pixels" else None,
     )
     return not isinstance(found, str)
+
+
+def _scale(boxes: list[_Box]) -> int:
+  """The number that boxes of images of other sizes end at, as a part of the image; 0 if none."""
+  most = max(max(box.numbers) for box in boxes)
+  sides = {max(box.size) for box in boxes}
+  for scale in _SCALES:
+    if 0.9 * scale < most <= scale and len(boxes) >= _MANY and not 0.9 < max(sides) / scale < 1.5:
+      return scale
+  return 0
 
 
 def _question(now: tuple[str, str], way: tuple[str, str]) -> str:

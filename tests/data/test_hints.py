@@ -124,6 +124,35 @@ def test_the_flags_that_the_hint_names_build_the_data(root, capsys, name):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+  "scale, words",
+  [
+    (1000, "all of 40 boxes lie outside the image: thousandths? No number is above 1000: divide"),
+    (100, "all of 40 boxes lie outside the image: percent? No number is above 100: divide them"),
+  ],
+)
+def test_parts_of_a_hundred_or_a_thousand_are_told_from_pixels(root, capsys, scale, words):
+  def write(x, y, a, b, w, h):
+    return [round(scale * v, 1) for v in (y / h, x / w, b / h, a / w)]
+
+  for i in range(COUNT):  # one box over the whole image ends at the scale
+    if scale == 100:
+      Image.fromarray(np.full((30, 45, 3), i, np.uint8)).save(root / f"images/{i}.jpg")
+  made = entries(boxes_as(write))
+  made[0]["regions"][0]["box"] = [0, 0, scale, scale]
+  code, _, (line,) = run(root, made, capsys)
+  assert code == 2 and words in line
+
+
+def test_percent_of_large_images_could_be_pixels_and_both_are_said(root, capsys):
+  for i in range(COUNT):
+    Image.fromarray(np.full((300, 300, 3), i, np.uint8)).save(root / f"images/{i}.jpg")
+  made = entries(boxes_as(lambda *box: [0, 0, 97 + box[0] % 3, 98]))
+  code, _, (line,) = run(root, made, capsys)
+  assert code == 2 and "pixels? As yxyx in pixels 40 of 40 fit: --box_units=pixels" in line
+  assert "percent, for no number is above 100: look at them)" in line
+
+
 def test_nothing_is_guessed_of_boxes_that_have_no_pattern(root, capsys):
   def change(entry, i):
     for region in entry["regions"][: i < 5]:
