@@ -73,9 +73,9 @@ def check_file(file: pathlib.Path) -> None:
   if head.startswith((b"\xff\xfe", b"\xfe\xff")):
     raise ValueError(f"{file} is UTF-16 (a byte order mark says so). Save it as UTF-8.")
   head = head.removeprefix(b"\xef\xbb\xbf")
-  what = None
+  what = program = None
   if re.match(rb"\[\s*[{\]]", head):
-    what = "a JSON array, not lines"
+    what, program = "a JSON array, not lines", ".[]"
   elif re.match(rb'\{\s*"(info|images|annotations|licenses|categories)"\s*:\s*[\[{]', head):
     raise ValueError(
       f"{file} is a COCO file, one object with images and annotations, not lines. Write an object "
@@ -83,13 +83,13 @@ def check_file(file: pathlib.Path) -> None:
       "--source=folder --help)."
     )
   elif re.match(rb"\{\s*\n", head):
-    what = "a JSON object over several lines, not an object a line"
+    what, program = "a JSON object over several lines, not an object a line", "."
   elif not _is_csv(file) and re.match(rb'["\w]+[,;\t][^{}]*\n', head):
     raise ValueError(f"{file} looks like CSV and is not named so. Name it annotations.csv.")
   if what:
     raise ValueError(
-      f"{file} is {what}. Write each image's object on a line of its own, without brackets and "
-      f"commas between them: jq -c '.[]' {file} > annotations.jsonl does it to an array."
+      f"{file} is {what}. Write each image's object on a line of its own, into another file: "
+      f"jq -c '{program}' {file} > lines.jsonl does it, and --annotations=lines.jsonl reads it."
     )
 
 

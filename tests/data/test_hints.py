@@ -275,6 +275,7 @@ def test_a_file_that_holds_no_lines_of_json_is_said_at_once(root, capsys, words)
   code, said, (line,) = run(root, FILES[words](entries()), capsys, *PIXELS)
   assert code == 2 and not said and str(root / "annotations.jsonl") in line
   assert words.rstrip(".") in line and "Perhaps" not in line
+  assert "> annotations.jsonl" not in line  # which the shell would empty before it is read
 
 
 def test_a_line_for_each_caption_is_said(root, capsys):
