@@ -41,6 +41,7 @@ from absl import logging
 
 from bench import kills as runs
 from bench import several, workdir_faults
+from grain_jax import helptext
 from grain_jax.failures import EXIT_RESTART
 from grain_jax.runtime import metrics
 
@@ -324,12 +325,13 @@ SCENARIOS: dict[str, Callable[[Faults], dict[str, Any]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
-  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.formatter_class = helptext.ArgparseFormatter
   parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
   parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, by comma")
-  parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments")
+  parser.add_argument("--seed", type=int, help="of the moments; by default the time")
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   flags = parser.parse_args(arguments)
+  flags.seed = int(time.time()) if flags.seed is None else flags.seed
   names = flags.only.split(",")
   unknown = [name for name in names if name not in SCENARIOS]
   if unknown:

@@ -289,6 +289,8 @@ if __name__ == "__main__":
   flags.DEFINE_integer("batch", 64, "Images a batch.")
   flags.DEFINE_integer("cores", 0, "Threads, and workers of the peer; 0: as many as cores.")
   flags.DEFINE_integer("rounds", 5, "Rounds, of which the median counts.")
-  flags.DEFINE_enum("serve", "", ("", *SIDES), "For the processes of the sides.")
-  flags.DEFINE_string("folder", "", "For the processes of the sides.")
+  flags.DEFINE_enum(
+    "serve", "", ("", *SIDES), "For the processes of the sides; not given by default."
+  )
+  flags.DEFINE_string("folder", "", "For the processes of the sides; not given by default.")
   cli.run(main)

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from grain_jax import helptext
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 24  # three passes over the scenes
 
@@ -167,10 +169,12 @@ def measure(folder: pathlib.Path, *, kills: int, seed: int, say: Any = print) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m bench.kills", description=__doc__)
+  parser.formatter_class = helptext.ArgparseFormatter
   parser.add_argument("--kills", type=int, default=3, help="runs that are killed")
-  parser.add_argument("--seed", type=int, default=int(time.time()), help="of the steps")
+  parser.add_argument("--seed", type=int, help="of the steps; by default the time")
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   flags = parser.parse_args(arguments)
+  flags.seed = int(time.time()) if flags.seed is None else flags.seed
   logging.set_verbosity(logging.ERROR)  # Orbax misses files that nothing here needs
   with tempfile.TemporaryDirectory() as folder:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731

@@ -26,7 +26,7 @@ import numpy as np
 
 from bench import input_pipeline
 from configs import common
-from grain_jax import schema, tokenizer
+from grain_jax import helptext, schema, tokenizer
 from grain_jax.data import examples, records
 
 SEEN = (0, 100_000, 500_000)  # distinct texts before each measurement
@@ -155,7 +155,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m bench.long_texts", description=__doc__)
-  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.formatter_class = helptext.ArgparseFormatter
   parser.add_argument("--rounds", type=int, default=9, help="of which the median counts")
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   flags = parser.parse_args(arguments)

@@ -233,7 +233,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("config", "configs/cc12m.py", "Recipe, FILE or FILE:argument.")
   flags.DEFINE_integer("batch_size", 8, "Images a step.")
   flags.DEFINE_integer(
-    "row_length", None, f"Tokens in our packed rows; {ROW_LENGTH}, on a GPU the recipe's."
+    "row_length",
+    None,
+    f"Tokens in our packed rows; by default {ROW_LENGTH}, on a GPU the recipe's.",
   )
   flags.DEFINE_integer("steps", 5, "Rounds to time; 0: FLOPs alone, nothing is run.")
   flags.DEFINE_integer("warmup", 2, "Steps of each side before the clock counts.")
@@ -245,6 +247,6 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "cache", ".cache/train_step_gpu", "GPU: folder of compiled programs and logs."
   )
-  flags.DEFINE_string("only", "", "GPU: the cases with this in their name alone.")
+  flags.DEFINE_string("only", "", "GPU: the cases with this in their name alone; by default all.")
   flags.DEFINE_bool("rehearse", False, "GPU: a small model on the CPU, to try everything out.")
   cli.run(main)

@@ -351,6 +351,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("seed", 0, "Of the choice of prompts.")
   flags.DEFINE_string("vocabulary", str(VOCABULARY), "Class names and templates.")
   flags.DEFINE_string("recipe", CONFIG, "The text tower, FILE or FILE:argument.")
-  flags.DEFINE_string("serve", "", "For the processes of the sides.")
-  flags.DEFINE_string("folder", "", "For the processes of the sides.")
+  flags.DEFINE_string("serve", "", "For the processes of the sides; not given by default.")
+  flags.DEFINE_string("folder", "", "For the processes of the sides; not given by default.")
   cli.run(main)

@@ -24,9 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.compile_cache = ""  # folder of compiled programs to keep; JAX keeps none with the host matcher
 
   c.init = ml_collections.ConfigDict()  # what to start from; folders of `grain_jax.convert`, runs
-  c.init.image = ""  # image tower; empty: fresh
-  c.init.text = ""  # text tower and its projection
-  c.init.model = ""  # a whole model instead: towers, decoder, heads, scale
+  c.init.image = ""  # image tower to start from; empty: fresh
+  c.init.text = ""  # text tower to start from, and its projection; empty: fresh
+  c.init.model = ""  # a whole model to start from instead: towers, decoder, heads, scale
   c.init.lr_scale = 1.0  # of the learning rate of towers that init.image and init.text give
   c.init.adopt = False  # take the shape (depth, widths, heads, ...) of what is started from
 
@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
 
   c.model.image = ml_collections.ConfigDict()
-  c.model.image.variant = "B/16"  # one of VARIANTS; the keys below override it where positive
+  c.model.image.variant = "B/16"  # Ti/16 | S/16 | B/16 | B/32 | L/14; sizes below override it
   c.model.image.size = 224  # pixels; 0: those of what is started from (init.adopt), else 224
   c.model.image.width = 0  # of a token; 0: the variant's
   c.model.image.depth = 0  # blocks; 0: the variant's
@@ -126,9 +126,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.name = "adamw"  # adamw (published) | muon (for the layers' matrices; AdamW else)
   c.optimizer.muon_rms = 0.2  # root mean square of Muon's update, in units of the learning rate
-  c.optimizer.lr = 1e-3  # peak
-  c.optimizer.lr_init = 1e-6  # at the first step of the warm-up
-  c.optimizer.lr_end = 1e-5  # at the end of the cosine
+  c.optimizer.lr = 1e-3  # peak of the learning rate
+  c.optimizer.lr_init = 1e-6  # learning rate at the first step of the warm-up
+  c.optimizer.lr_end = 1e-5  # learning rate at the end of the cosine
   c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up
   c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
   c.optimizer.start_step = 0  # of the schedule; set by --continue_as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -15,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from grain_jax import config as configs
-from grain_jax import failures, places, recipes
+from grain_jax import failures, helptext, places, recipes
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
@@ -85,7 +86,12 @@ def _check_places() -> None:
       places.check_all({f"--{name}": flag})
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], about: Callable[..., str] | None = None) -> list[str]:
+  if asked := helptext.asked(argv):
+    full = asked == "--helpfull"
+    text = about(full=full) if about else sys.modules["__main__"].__doc__ or ""
+    print(helptext.page(text, full=full), end="")
+    sys.exit(0)
   try:
     argv = _joined(argv)
     _check_overrides(argv)
@@ -139,8 +145,14 @@ def prepare() -> None:
   atexit.register(gc.freeze)  # or Python walks over them twice more at the end, for 1.3 s
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags, runs `main`, and turns what a user can cause into one line."""
+def run(main: Callable[[], None], about: Callable[..., str] | None = None) -> None:
+  """Parses flags, runs `main`, and turns what a user can cause into one line.
+
+  Args:
+    main: the command.
+    about: gives what `--help` says above the flags, `full` for `--helpfull`; by default the
+      docstring of the program's module.
+  """
   prepare()
 
   def guarded(argv: Sequence[str]) -> None:
@@ -157,4 +169,4 @@ def run(main: Callable[[], None]) -> None:
         raise
       fail(error, failures.EXIT_RESTART if transient else 1)
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=functools.partial(_parse, about=about))

@@ -274,11 +274,25 @@ if __name__ == "__main__":
     "checkpoint", None, "Workdir of a run, or a folder of weights.", required=True
   )
   flags.DEFINE_integer("step", None, "Checkpoint of a run; the newest by default.")
-  flags.DEFINE_string("images", None, "Folder of pictures, or a .txt or .csv file naming them.")
-  flags.DEFINE_string("texts", None, "A file with a text a line, instead of pictures.")
+  flags.DEFINE_string(
+    "images",
+    None,
+    "Folder of pictures, or a .txt or .csv file naming them; by default --texts is given.",
+  )
+  flags.DEFINE_string("texts", None, "A file with a text a line; by default --images is given.")
   flags.DEFINE_string("out", None, "The .npz file to be written.", required=True)
   flags.DEFINE_bool("overwrite", False, "Write over a file that is there.")
-  flags.DEFINE_enum("labels", "", ("", "folders"), "folders: classes are the sub-folders.")
+  flags.DEFINE_enum(
+    "labels",
+    "",
+    ("", "folders"),
+    "folders: classes are the sub-folders; by default the labels of a .csv, if any.",
+  )
   flags.DEFINE_bool("regions", False, "Region embeddings and boxes too.")
-  flags.DEFINE_integer("batch_size", None, "Pictures a call, over all devices.", lower_bound=1)
+  flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Pictures a call, over all devices; by default as many as the model's eval_batch_size.",
+    lower_bound=1,
+  )
   cli.run(main)

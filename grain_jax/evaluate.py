@@ -287,8 +287,10 @@ def _main(flag: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "Folder of a run.")
-  flags.DEFINE_string("checkpoint", None, "Folder of grain_jax.convert or of an export instead.")
+  flags.DEFINE_string("workdir", None, "Folder of a run; by default --checkpoint is given.")
+  flags.DEFINE_string(
+    "checkpoint", None, "Folder of grain_jax.convert or of an export; by default --workdir is."
+  )
   flags.DEFINE_string("out", None, "Folder of the results; by default that of the checkpoint.")
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
   flags.DEFINE_integer("batch_size", 0, "Images or rows of text at a time; 0: the run's own.")
@@ -299,11 +301,19 @@ if __name__ == "__main__":
     "zero_shot:food101, zero_shot:paper (the eleven sets), retrieval:coco, composition:sugarcrepe; "
     "the run's own by default.",
   )
-  flags.DEFINE_string("data_dir", "", "Another place of the built data.")
-  flags.DEFINE_string("datasets", None, "Folder of outside datasets, a sub-folder each.")
-  flags.DEFINE_string("tfds_dir", None, "Where TFDS keeps prepared datasets; its default if unset.")
+  flags.DEFINE_string(
+    "data_dir", "", "Another place of the built data; by default that of the run."
+  )
+  flags.DEFINE_string(
+    "datasets", None, "Folder of outside datasets, a sub-folder each; none by default."
+  )
+  flags.DEFINE_string(
+    "tfds_dir", None, "Where TFDS keeps prepared datasets; ~/tensorflow_datasets by default."
+  )
   flags.DEFINE_boolean("download", False, "Let TFDS download and prepare what it can.")
   flags.DEFINE_integer("limit", 0, "The first so many pictures of each outside set; 0: all.")
   flags.DEFINE_list("protocols", ["templates"], f"Zero-shot protocols: {', '.join(PROTOCOLS)}.")
-  flags.DEFINE_string("descriptors", None, "Folder of SET.json, {class: [descriptor, ...]}.")
+  flags.DEFINE_string(
+    "descriptors", None, "Folder of SET.json, {class: [descriptor, ...]}; by default none."
+  )
   cli.run(main)

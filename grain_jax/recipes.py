@@ -6,12 +6,14 @@ setup.py puts them there. A recipe says `from configs import common` in both.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.machinery
 import importlib.util
 import pathlib
 import sys
 import types
+from typing import NamedTuple
 
 _HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(
@@ -25,6 +27,46 @@ _NOT_RECIPES = ("__init__", "common")
 def names() -> list[str]:
   """Names of the recipes that come with the package."""
   return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in _NOT_RECIPES)
+
+
+def described() -> dict[str, str]:
+  """{name: first line of the docstring} of the recipes that come with the package."""
+  found = {}
+  for name in names():
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
+    found[name] = (text or "").partition("\n")[0]
+  return found
+
+
+class Key(NamedTuple):
+  """A key of a configuration as configs/common.py states it."""
+
+  default: str  # as it is written there
+  comment: str  # what it means, its unit
+
+
+def keys() -> dict[str, Key]:
+  """{'optimizer.lr': Key} of configs/common.py, from its source."""
+  lines = (FOLDER / "common.py").read_text(encoding="utf-8").splitlines()
+  (function,) = (
+    node
+    for node in ast.parse("\n".join(lines)).body
+    if isinstance(node, ast.FunctionDef) and node.name == "get_config"
+  )
+  found = {}
+  for node in function.body:
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+      continue
+    if isinstance(node.value, ast.Call):  # a section
+      continue
+    comments = [line.partition("  # ")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
+    for line in lines[node.end_lineno :]:  # a long one goes on in lines of its own
+      if not line.startswith("  # "):
+        break
+      comments.append(line.removeprefix("  # "))
+    key = ast.unparse(node.targets[0]).partition(".")[2]
+    found[key] = Key(ast.unparse(node.value), " ".join(filter(None, comments)))
+  return found
 
 
 def find(path: str) -> str:

@@ -54,7 +54,7 @@ def test_a_switch_is_turned_off_by_no(parse):
     ((*FULL, "--noconfig.data.flop"), ["config.data.flop", "config.data.flip"]),
     ((*FULL, "--config.batch_size=many"), ["config.batch_size", "many"]),
     (("--config=configs/quikstart.py", "--workdir=w"), ["configs/quikstart.py", "=quickstart?"]),
-    (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", "=quickstart?"]),
+    (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", "--config=quickstart?"]),
     ((f"--config={CONFIG}:optimizer.rate=1", "--workdir=w"), ["config.optimizer.rate"]),
     ((f"--config={CONFIG}:runlocale", "--workdir=w"), ["'runlocale'", "runlocal"]),
     ((*FULL, "--wrokdir=x"), ["wrokdir", "workdir"]),

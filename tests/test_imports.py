@@ -24,6 +24,7 @@ LEVELS = (
     "config",
     "keys",
     "cli",
+    "helptext",
     "recipes",
     "places",
     "schema",

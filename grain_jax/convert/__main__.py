@@ -34,7 +34,14 @@ if __name__ == "__main__":
   flags.DEFINE_string("from", None, f"Format: {_FORMATS}.", required=True)
   flags.DEFINE_string("input", None, "File or folder of the checkpoint.", required=True)
   flags.DEFINE_string("out", None, "Run folder to be written; must not exist.", required=True)
-  flags.DEFINE_string("config", None, "Recipe FILE[:argument] that describes the checkpoint.")
-  flags.DEFINE_integer("image_size", None, "Pixels, if other than the checkpoint's.")
-  flags.DEFINE_bool("quick_gelu", None, "open_clip: trained with QuickGELU (OpenAI's weights are).")
+  flags.DEFINE_string(
+    "config", None, "Recipe that describes the checkpoint; by default its sizes come from the file."
+  )
+  flags.DEFINE_integer("image_size", None, "Side in pixels; by default the checkpoint's own.")
+  flags.DEFINE_bool(
+    "quick_gelu",
+    None,
+    "open_clip: trained with QuickGELU (OpenAI's weights are); by default as its "
+    "configuration or its name says.",
+  )
   cli.run(main)

@@ -92,7 +92,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "Recipe, FILE or FILE:argument.")
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "By name or the path of a file, either with :argument; --config.KEY=VALUE sets a key.",
+  )
   flags.DEFINE_string("topology", None, f"Machine to plan for: {plan_chips.known()}.")
   flags.DEFINE_integer("batch_per_chip", 0, "Images a step on each chip; 0: as configured.")
   flags.DEFINE_bool("search", False, "Find the largest batch per chip that fits, and plan it.")

@@ -17,10 +17,17 @@ from absl import flags
 PORT = 55527  # where nothing else says one
 
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "HOST:PORT of process 0, where several processes meet."
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0, where several processes meet; by default what SLURM, Kubernetes or the "
+  "TPU says, else there is one process.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Processes of the run; likewise by default."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0; likewise by default."
+)
 _START_SECONDS = flags.DEFINE_float(
   "start_seconds", 300.0, "Longest wait for all processes to come, in seconds.", lower_bound=1.0
 )
