@@ -17,6 +17,16 @@ COMMANDS = {  # name: (module, what it does)
   "embed": ("grain_jax.embed", "embeddings of many pictures or texts"),
   "plan": ("grain_jax.plan", "memory, time and cost of a run on a machine that need not be there"),
 }
+# What others call them.
+_MEANT = {
+  "train": "pretrain finetune fine-tune fit run main resume continue",
+  "evaluate": "eval test validate val benchmark score report",
+  "build": "data dataset prepare preprocess ingest",
+  "convert": "import load",
+  "export": "save",
+  "embed": "encode embeddings embedding features predict infer inference",
+  "plan": "estimate cost memory dry-run",
+}
 
 
 def usage() -> str:
@@ -37,7 +47,8 @@ def main() -> None:
     print(f"grain_jax {grain_jax.__version__}")
     return
   if name not in COMMANDS:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    meant = [command for command, words in _MEANT.items() if name in words.split()]
+    near = meant or difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
     print(f"error: grain-jax {name}: no such command. {hint}", file=sys.stderr)
     sys.exit(2)

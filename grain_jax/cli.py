@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from grain_jax import config as configs
-from grain_jax import failures, helptext, places, recipes
+from grain_jax import failures, helptext, places, recipes, synonyms
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
@@ -104,9 +104,24 @@ def _parse(argv: Sequence[str], about: Callable[..., str] | None = None) -> list
     missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
     fail(f"{' and '.join(missing)} must be given. See --help." if missing else error, code=2)
     raise
+  except flags.UnrecognizedFlagError as error:
+    fail(_unknown_flag(error.flagname), code=2)
   except (flags.Error, ValueError, TypeError) as error:
     fail(error, code=2)
     raise
+
+
+def _unknown_flag(name: str) -> str:
+  """The error line for a flag that does not exist, with the nearest flags and keys that do."""
+  known = [f"--{flag}" for flag in helptext.own_flags() or flags.FLAGS]
+  if "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() == "config object":
+    known += recipes.keys()
+  near = synonyms.nearest(f"--{name}", known)
+  hint = synonyms.did_you_mean(
+    [flag if flag.startswith("--") else f"--config.{flag}" for flag in near],
+    "--help lists all.",
+  )
+  return f"--{name} is not a flag of this command. {hint}"
 
 
 def _without_keras() -> None:

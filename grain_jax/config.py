@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import pathlib
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from grain_jax import keys, places, recipes, schema
+from grain_jax import keys, places, recipes, schema, synonyms
 
 CHOICES, FREE_KEYS, ADDED, LISTS = keys.CHOICES, keys.FREE_KEYS, keys.ADDED, keys.LISTS
 VARIANTS = keys.VARIANTS
@@ -30,14 +29,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
   """The error line for a key that does not exist, with the nearest ones that do."""
-  known = [name for name, _ in flatten(config)]
-  near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-  leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-  near = list(dict.fromkeys(leaf + near))[:3]
-  hint = (
-    "Did you mean " + " or ".join(f"config.{k}" for k in near) + "?"
-    if near
-    else ("configs/common.py lists every key.")
+  near = synonyms.nearest(key, [*(name for name, _ in flatten(config)), "--workdir"])
+  hint = synonyms.did_you_mean(
+    [name if name.startswith("--") else f"config.{name}" for name in near],
+    "configs/common.py lists every key.",
   )
   return f"config.{key} is not a key of this configuration. {hint}"
 
@@ -103,8 +98,10 @@ def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
   text = str(error).rpartition("instead of")[2]  # of "did you mean", or all of it
   found = re.search(r"[\"'](\w+)[\"']", text)
   key, fields = found.group(1) if found else text, list(inner.keys())
-  near = difflib.get_close_matches(key, fields, n=2)
-  hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(fields)}."
+  known = [*fields, *(name for name, _ in flatten(inner))]
+  elsewhere = [f"config.{name}" for name in synonyms.meant(key) if not name.startswith("--")]
+  near = synonyms.by_meaning(key, known) or elsewhere or synonyms.nearest(key, known)
+  hint = synonyms.did_you_mean(near, f"There are {', '.join(fields)}.")
   return f"{where}: {key!r} is not a key there. {hint}"
 
 

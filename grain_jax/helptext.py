@@ -59,6 +59,11 @@ def page(about: str, *, full: bool = False) -> str:
   return "\n\n".join([*parts, *(others if full else []), always]) + "\n"
 
 
+def own_flags() -> list[str]:
+  """Names of the flags that are this project's."""
+  return [flag.name for _, own, found in _groups() if own for flag in found]
+
+
 def _groups() -> Iterator[tuple[str, bool, list[flags.Flag]]]:
   """(title, whether it is this project's, flags): the command's own first."""
   by_module = dict(flags.FLAGS.flags_by_module_dict())

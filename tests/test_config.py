@@ -173,7 +173,12 @@ def test_value_of_another_type_is_refused():
 @pytest.mark.parametrize(
   ("line", "words"),
   [
-    ("c.optimizer.learning_rate = 5.0", "'learning_rate' is not a key there. There are b1, "),
+    ("c.optimizer.learning_rate = 5.0", "'learning_rate' is not a key there. Did you mean lr?"),
+    ("c.learning_rate = 5.0", "'learning_rate' is not a key there. Did you mean optimizer.lr?"),
+    ("c.optimizer.bs = 5", "'bs' is not a key there. Did you mean config.batch_size?"),
+    ("c.model.text.num_layers = 5", "'num_layers' is not a key there. Did you mean depth?"),
+    ("c.mesh.xyzzy = 5", "'xyzzy' is not a key there. There are data, fsdp, rules, tensor."),
+    ("c.model.update(bf16=True)", "'bf16' is not a key there. Did you mean dtype=bfloat16?"),
     ("c.batchsize = 3", "'batchsize' is not a key there. Did you mean batch_size"),
     ("c.model.image.update(widht=3)", "'widht' is not a key there. Did you mean width"),
     ("c.optimzer.lr = 1.0", "'optimzer' is not a key there. Did you mean optimizer"),

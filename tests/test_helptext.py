@@ -20,7 +20,9 @@ def commands():
   for folder in ("grain_jax", "bench"):
     for path in sorted((ROOT / folder).rglob("*.py")):
       text = path.read_text()
-      if re.search(r'^if __name__ == "__main__":\n(\n|  .*\n)*  (cli\.run\(main|main\(\))', text, re.M):
+      if re.search(
+        r'^if __name__ == "__main__":\n(\n|  .*\n)*  (cli\.run\(main|main\(\))', text, re.M
+      ):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         if name not in (
           "grain_jax",

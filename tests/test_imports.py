@@ -28,6 +28,7 @@ LEVELS = (
     "recipes",
     "places",
     "schema",
+    "synonyms",
     "textfiles",
     "trees",
     "flops",
