@@ -12,6 +12,9 @@ from typing import Any
 # Of two letters at least: C:/ is a path. A pathlib.Path has one slash where an address had two.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 
+_HUB = re.compile(r"(hf:/+|https?:/+(www\.)?(huggingface\.co|hf\.co)/)")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def check(path: str | os.PathLike, name: str) -> None:
   """Refuses an address such as gs://bucket/run.
@@ -33,6 +36,27 @@ def check(path: str | os.PathLike, name: str) -> None:
   if scheme == "file":
     raise ValueError(f"{what} Write the path alone: /{text[found.end() :].lstrip('/')}.")
   raise ValueError(f"{what} Copy it to a local disk or mount it, and give that path.")
+
+
+def hub_name(path: str | os.PathLike) -> str | None:
+  """'org/name' where a path that leads nowhere may be a model's name on the Hugging Face hub.
+
+  Args:
+    path: 'org/name', 'hf://org/name' or 'https://huggingface.co/org/name'.
+
+  Returns:
+    None where there is such a file, or a folder `org` in which it may have been meant.
+  """
+  text = os.fspath(path)
+  address = _HUB.match(text)
+  name = text[address.end() :] if address else text
+  if not (found := _HUB_NAME.match(name)) or (not address and found.group() != name):
+    return None
+  org, _, model = found.group().partition("/")
+  file = re.search(r"\.(pth?|ckpt|bin|tar|safetensors|json|index)$", model)
+  if not address and (file or org in (".", "..") or _exists(pathlib.Path(org))):
+    return None
+  return found.group()
 
 
 def check_all(values: Mapping[str, Any]) -> None:

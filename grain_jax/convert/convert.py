@@ -65,6 +65,7 @@ def read(
   """
   if source not in FORMATS:
     raise ValueError(f"--from={source} is unknown. Choose from {', '.join(FORMATS)}.")
+  _check_hub_name(path)
   places.check(path, "--input")
   if not pathlib.Path(path).exists():
     raise ValueError(f"--input={path} does not exist.")
@@ -88,6 +89,17 @@ def read(
   if size is not None:
     resize.images(params, config, size=size)
   return config, params
+
+
+def _check_hub_name(path: str | pathlib.Path) -> None:
+  """Raises the line that says how a model of the hub is fetched, where one is named."""
+  name = places.hub_name(path)
+  if name is not None:
+    folder = f"weights/{name.rpartition('/')[2]}"
+    raise ValueError(
+      f"--input={path}: there is no such folder here, and nothing is downloaded. If it is a model "
+      f"of the Hugging Face hub: hf download {name} --local-dir {folder}, then --input={folder}."
+    )
 
 
 def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collections.ConfigDict:

@@ -17,7 +17,11 @@ from grain_jax.plan.chips import Machine
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import steps
 
-_REQUIREMENTS = "python -m pip install -r requirements-plan.txt"
+# In an environment of its own: JAX would take these for attached devices.
+_REQUIREMENTS = (
+  "python -m pip install -r requirements-plan.txt, or where there is no such file: python -m pip "
+  f"install libtpu jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+)
 _GIB = 2**30
 
 # The part of XLA's description of an H100 SXM that its compiler asks for (Apache-2.0,
@@ -50,8 +54,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def _is_installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # nor is the package that it would be in
+    return False
+
+
 def _tpu_devices(machine: Machine) -> list[jax.Device]:
-  if importlib.util.find_spec("libtpu") is None:
+  if not _is_installed("libtpu"):
     raise ValueError(f"--topology={machine.name}: TPU plans need libtpu. Run: {_REQUIREMENTS}")
   from jax.experimental import topologies
 
@@ -64,7 +75,7 @@ def _gpu_devices(machine: Machine) -> list[jax.Device]:
   Raises:
     ValueError: the CUDA plugin is missing, or takes something else by now.
   """
-  if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+  if not (_is_installed("jax_cuda12_plugin") and _is_installed("jax_plugins.xla_cuda12")):
     raise ValueError(
       f"--topology={machine.name}: GPU plans need jax-cuda12-plugin and jax-cuda12-pjrt. "
       f"Run: {_REQUIREMENTS}"

@@ -54,6 +54,31 @@ def test_wrong_flags_end_in_one_line(tmp_path):
   assert done.returncode == 1 and done.stderr.count("\n") == 1 and "none" in done.stderr
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    "openai/clip-vit-base-patch16",
+    "hf://openai/clip-vit-base-patch16",
+    "https://huggingface.co/openai/clip-vit-base-patch16/tree/main",
+  ],
+)
+def test_a_name_of_the_hub_is_told_how_to_be_fetched(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  call = lambda: convert.convert("hf_clip", name, out="x")  # noqa: E731
+  words = "hf download openai/clip-vit-base-patch16 --local-dir weights/clip-vit-base-patch16"
+  stock.fails_in_one_line(call, tmp_path / "x", words)
+
+
+@pytest.mark.parametrize(
+  "name", ["weights/clip.pt", "weights/clip", "./clip", "../clip", "a/b/c", "/openai/clip", "clip"]
+)
+def test_a_path_is_no_name_of_the_hub(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "weights").mkdir()
+  call = lambda: convert.convert("hf_clip", name, out="x")  # noqa: E731
+  stock.fails_in_one_line(call, tmp_path / "x", f"--input={name} does not exist.")
+
+
 def test_nothing_is_left_where_writing_fails(run, tiny, tmp_path, monkeypatch):
   folder, params = run
   call = lambda: export.export(str(tmp_path), format="safetensors", out=str(tmp_path / "x"))  # noqa: E731

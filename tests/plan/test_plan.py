@@ -243,6 +243,23 @@ def test_missing_wheels_are_named(topology, small, monkeypatch):
     plan_program.devices(plan_chips.parse(topology))
 
 
+def test_missing_wheels_are_named_where_no_plugin_of_jax_is_installed(monkeypatch):
+  """importlib asks for the package before the module in it, and raises where there is none."""
+  real = importlib.util.find_spec
+
+  def find_spec(name, package=None):
+    if name.partition(".")[0] in ("jax_plugins", "jax_cuda12_plugin"):
+      if "." in name:
+        raise ModuleNotFoundError("No module named 'jax_plugins'", name="jax_plugins")
+      return None
+    return real(name, package)
+
+  monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+  with pytest.raises(ValueError, match="GPU plans need jax-cuda12-plugin") as error:
+    plan_program.devices(plan_chips.parse("h100:8"))
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_json_is_one_object():
   done = command(
