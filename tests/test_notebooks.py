@@ -33,7 +33,7 @@ def test_all_notebooks_are_here_and_stored_without_output():
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    assert "google" not in json.dumps(notebook.metadata) and "REPOSITORY" in code[0].source
+    assert "google" not in json.dumps(notebook.metadata) and "SOURCE" in code[0].source
     changed = [c for c in code if re.search(r"^CHECKPOINT =", c.source, re.M)]
     assert len(changed) == 1 and changed[0].source.startswith("# The one cell to change")
 
