@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -158,6 +159,15 @@ def prepare() -> None:
   # ones: train steps were seen to leave no cycles.
   gc.set_threshold(50_000, 10, 10)
   atexit.register(gc.freeze)  # or Python walks over them twice more at the end, for 1.3 s
+
+
+def command_line() -> str | None:
+  """The command that this process is, as it was typed; None where Python has other work."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  name = spec.name.removesuffix(".__main__") if spec else ""
+  if not name.startswith(("grain_jax.", "bench.")):
+    return None
+  return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
 def run(main: Callable[[], None], about: Callable[..., str] | None = None) -> None:

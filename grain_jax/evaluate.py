@@ -11,9 +11,11 @@ on an outside dataset. Results go to results.json, figures/ and report.html.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ import ml_collections
 from absl import flags
 from jax.sharding import Mesh
 
+import grain_jax
 from grain_jax import cli, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
@@ -39,6 +42,7 @@ from grain_jax.runtime import addresses, distributed, metrics
 from grain_jax.runtime import mesh as meshes
 
 DIGITS = 6  # of results, after the point
+_CONFIGURATION = "configuration"  # of the facts that `describe` gives, the one that is a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,30 +141,51 @@ def write(
     segmented=outcome.segmented,
     results=results,
   )
+  facts = facts or {"step": str(step)}
+  config = pathlib.Path(facts.get(_CONFIGURATION, ""))
   page.write(
     folder / "report.html",
     results,
     title=f"{folder.resolve().name}: evaluation",
-    facts=facts or {"step": str(step)},
+    facts=facts,
     figures=sorted((folder / "figures").glob("*.png")) if same else written,
     warnings=warnings,
+    links={_CONFIGURATION: _relative(config, folder)} if config.is_file() else None,
+    sets=outcome.sets,
   )
   print("wrote " + ", ".join(map(str, [path, *written, folder / "report.html"])), flush=True)
 
 
 def describe(evaluated: EvaluatedModel) -> dict[str, str]:
-  """What a reader of the report wants to know of the model."""
-  config = evaluated.config
+  """What a reader of the report wants to know of the model and of this evaluation."""
+  config, step = evaluated.config, evaluated.step
   image = config.model.image
-  return {
+  facts = {
     "model": f"{config.method}, image tower {image.width} wide and {image.depth} deep, patches of "
     f"{image.patch} at {image.size} pixels",
     "parameters": f"{trees.count(evaluated.params) / 1e6:.1f} M",
-    "checkpoint": evaluated.path
-    if evaluated.step is None
-    else f"{evaluated.path}, step {evaluated.step}",
+    "checkpoint": evaluated.path if step is None else f"{evaluated.path}, step {step}",
+    _CONFIGURATION: str(pathlib.Path(evaluated.path) / "config.json"),
     "data": config.data.dir or "outside datasets alone",
   }
+  if step:  # an imported model is step 0 of no run
+    length = f"{config.steps:,}" if config.steps else f"those of {config.epochs:g} epochs"
+    facts |= {
+      "steps": f"{step:,} of {length}",
+      "images seen": f"{step * config.batch_size:,}, in batches of {config.batch_size:,}",
+      "seed": str(config.seed),
+    }
+  now = datetime.datetime.now(datetime.UTC)
+  facts |= {
+    "evaluated": f"{now:%Y-%m-%d %H:%M} UTC",
+    "version": f"grain_jax {grain_jax.__version__}",
+  }
+  return facts | ({"command": command} if (command := cli.command_line()) else {})
+
+
+def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
+  """The address of a file as seen from a page in `folder`."""
+  return urllib.parse.quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
 
 
 def evaluate(
@@ -222,6 +247,10 @@ def evaluate(
       options=options,
       say=say,
     )
+  if data_dir:  # results of an earlier evaluation may be of the run's own data
+    families = {name.partition("/")[0] for name in outcome.results}
+    own = {family: name for family, name in outcome.sets.items() if family in families}
+    outcome = dataclasses.replace(outcome, sets=own)
   return outcome, evaluated
 
 

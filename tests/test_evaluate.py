@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+import grain_jax
 from bench import kills
 from grain_jax import encoders as encoders_lib
 from grain_jax import evaluate, trees
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import run_folder, weights
 from grain_jax.data import dataset
+from grain_jax.evals import built
 from grain_jax.evals.inputs.options import Options
 from grain_jax.models import grain, initial
 from grain_jax.runtime import mesh as meshes
@@ -122,6 +125,38 @@ def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_pa
   assert after["composition/examples"] == 24
   page = (workdir / "report.html").read_text()
   assert "Composition" in page and "Retrieval" in page and "loss curves" in page
+  assert f"python -m grain_jax.evaluate --workdir={workdir} --evals=composition" in page
+  set_name = f"{json.loads((workdir / 'config.json').read_text())['data']['dir']}".split("/")[-1]
+  assert f"<td>{set_name}/objects · seen</td>" in page and "the built data" not in page
+  assert ">config.json</a>" not in page and '<a href="config.json">' in page
+
+
+def test_the_page_of_a_run_says_what_made_it(finished_run):
+  page = (finished_run / "report.html").read_text()
+  facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(?:<a [^>]*>)?(.*?)(?:</a>)?</dd>", page))
+  assert facts["steps"] == f"{kills.STEPS} of {kills.STEPS}"
+  assert facts["images seen"] == f"{kills.STEPS * 8}, in batches of 8"  # kills.TINY
+  assert facts["seed"] == "0" and facts["version"] == f"grain_jax {grain_jax.__version__}"
+  assert facts["command"].startswith("python -m grain_jax.main --config=")
+  assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", facts["evaluated"])
+  assert '<a href="config.json">' in page
+
+
+def test_an_imported_model_is_no_step_of_a_run(clip_run):
+  facts = evaluate.describe(
+    evaluate.EvaluatedModel(str(clip_run), *weights.open_checkpoint(clip_run))
+  )
+  assert not {"steps", "images seen", "seed", "command"} & facts.keys()  # nor is pytest ours
+  assert facts["configuration"] == str(clip_run / "config.json")
+
+
+def test_the_set_of_a_folder_is_called_by_its_name(tiny, tmp_path, monkeypatch):
+  (tmp_path / "mine").mkdir()
+  monkeypatch.chdir(tmp_path / "mine")
+  for folder in ("data/mine/", ".", str(tmp_path / "mine")):
+    tiny.data.dir = folder
+    assert built.set_names(tiny)["zero_shot"] == "mine/objects"
+    assert built.set_names(tiny)["grouping"] == "mine/val"
 
 
 @pytest.mark.parametrize(

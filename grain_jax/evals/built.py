@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Outcome:
   examples: Sequence[grounding.Example] = ()
   segmented: Sequence[segmentation.Example] = ()
   errors: Mapping[str, Exception] = dataclasses.field(default_factory=dict)  # by evaluation
+  sets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # family -> "scenes/objects"
 
   def merge(self, other: Outcome) -> Outcome:
     """Both together; images of the later one where it has some."""
@@ -46,6 +48,7 @@ class Outcome:
       other.examples or self.examples,
       other.segmented or self.segmented,
       {**self.errors, **other.errors},
+      {**self.sets, **other.sets},
     )
 
 
@@ -225,13 +228,22 @@ def run(
   attempt: Attempt = attempts.once,
 ) -> Outcome:
   """All evaluations named; a model without region queries is not asked for regions."""
-  outcome = Outcome({})
+  outcome = Outcome({}, sets=set_names(config) if names else {})
   for name in names:
     evaluation = EVALS[name]
     if wanted(name, config):
       found = attempt(name, functools.partial(evaluation.run, config, encoders, dataset))
       outcome = outcome if found is None else outcome.merge(found)
   return outcome
+
+
+def set_names(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Which split of which folder the results of a family are of: {'zero_shot': 'scenes/objects'}."""
+  path = pathlib.Path(config.data.dir)
+  folder = path.resolve().name if path.name in ("", "..") else path.name
+  sections = {name: evaluation.section for name, evaluation in EVALS.items()}
+  sections["grouping"] = "segmentation"
+  return {name: f"{folder}/{split_of(config, section)}" for name, section in sections.items()}
 
 
 def _batches(

@@ -24,8 +24,9 @@ def mask_sheet(examples: Sequence[segmentation.Example]) -> figure.Figure:
   """
   rows = len(examples)
   picture = figure.Figure(
-    figsize=(11.5, 0.5 + 2.3 * rows), layout="constrained", facecolor="white", dpi=100
+    figsize=(11.5, 0.9 + 2.3 * rows), layout="constrained", facecolor="white", dpi=100
   )
+  picture.suptitle(explain_masks(examples), x=0.005, ha="left", fontsize=9, color=QUIET)
   backend_agg.FigureCanvasAgg(picture)
   grid = picture.add_gridspec(rows, 5, width_ratios=(1, 1, 1, 1, 0.9))
   titles = ("picture", "true mask", "by prompts (top-down)", "groups (bottom-up)")
@@ -52,6 +53,22 @@ def mask_sheet(examples: Sequence[segmentation.Example]) -> figure.Figure:
       handles=shown, loc="center left", fontsize=8, frameon=False, labelcolor=INK, borderpad=0
     )
   return picture
+
+
+def explain_masks(examples: Sequence[segmentation.Example]) -> str:
+  """What the grey of the masks by prompts is, counted on these images; two lines."""
+  other = background = 0
+  ignored = any((example.true == segmentation.IGNORED).any() for example in examples)
+  for example in examples:
+    known = example.true != segmentation.IGNORED
+    grey = known & ~np.isin(example.predicted, np.unique([0, *example.true[known]]))
+    other, background = other + grey.sum(), background + (grey & (example.true == 0)).sum()
+  where = f"; {background / other:.0%} of it is background in truth" if other else ""
+  return (
+    f"dark grey, by prompts: another class, one that is not in the picture{where}\n"
+    f"{'lighter grey: not annotated; ' if ignored else ''}groups: colours tell them apart and mean "
+    "no class"
+  )
 
 
 def alpha_curves(results: Mapping[str, float | int]) -> figure.Figure | None:

@@ -73,24 +73,47 @@ _TERMS = {
   "obj": "object",
   "rel": "relation",
 }
+_CAPTIONS = {  # of figures, by the name of their file
+  "loss_curves": "The run over its steps. A long curve is pale, under its running mean.",
+  "contact_sheet": "White, dashed: true boxes. In colour: the box of the region query that is "
+  "matched with each, and the description nearest to it among all; under a wrong one, in grey, the "
+  "true one.",
+  "masks": "By prompts: each patch takes the nearest of the prompts for all classes and for the "
+  "background. A class of the picture has one colour in both masks; a class that is not in the "
+  "picture is grey, as another class. That is mostly background, which few prompts describe: the "
+  "figure says how much. Groups are patches that are alike, found without any text; their colours "
+  "mean no class.",
+  "region_weights": "Classification by regions: accuracy over the weight of the global embedding.",
+}
+# On a phone a row of a table is a card: its name, then a line for each of its columns.
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .2rem; }
 p { margin: .3rem 0 .8rem; } .quiet { color: #6b6b6b; font-size: .92em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: .6rem; }
-th { text-align: right; font-weight: 600; color: #6b6b6b; padding: .25rem .7rem;
+th { text-align: right; font-weight: 600; color: #6b6b6b; padding: .25rem .5rem;
   border-bottom: 2px solid #e3e3e3; vertical-align: bottom; }
-td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e3e3e3;
+td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #e3e3e3;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td .quiet { display: block; font-size: .8em; }
-td.note, td.published { text-align: left; color: #6b6b6b; white-space: normal; min-width: 16rem; }
-th.note, th.published { text-align: left; }
-img { max-width: 100%; border: 1px solid #e3e3e3; margin: .4rem 0; }
-dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; margin: .6rem 0; }
-dt { color: #6b6b6b; } dd { margin: 0; }
+td.note, td.published { text-align: left; color: #6b6b6b; white-space: normal; min-width: 7rem; }
+td.published { min-width: 14rem; } th.note, th.published { text-align: left; }
+img { box-sizing: border-box; max-width: 100%; border: 1px solid #e3e3e3; margin: .4rem 0; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem;
+  margin: .6rem 0; }
+dt { color: #6b6b6b; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  table, tbody, tr { display: block; } tr.head { display: none; }
+  tr { border-bottom: 2px solid #e3e3e3; padding: .5rem 0; }
+  td, td.note, td.published { display: flex; justify-content: space-between; gap: 1rem; border: 0;
+    padding: .1rem 0; min-width: 0; white-space: normal; text-align: right; }
+  td:first-child { font-weight: 600; } td:empty { display: none; }
+  td[data-label]::before { content: attr(data-label); color: #6b6b6b; text-align: left; }
+  .wide img { max-width: none; width: 720px; }
+}
 """
 
 
@@ -116,6 +139,8 @@ def write(
   facts: Mapping[str, str],
   figures: Sequence[pathlib.Path] = (),
   warnings: Sequence[str] = (),
+  links: Mapping[str, str] | None = None,
+  sets: Mapping[str, str] | None = None,
 ) -> None:
   """Writes the page, whole or not at all.
 
@@ -126,8 +151,10 @@ def write(
     facts: what is to be known about the model and the run: name -> value.
     figures: PNG files that it shows; they are copied into it.
     warnings: lines about what was left out.
+    links: addresses, as seen from the page, of what some of the facts name.
+    sets: what the families' rows without a set of their own are of: family -> "scenes/objects".
   """
-  parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts)]
+  parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts, links or {})]
   if warnings:
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in warnings)
     parts.append(f"<h2>Left out</h2><ul>{lines}</ul>")
@@ -135,13 +162,14 @@ def write(
   families = dict.fromkeys(name.partition("/")[0] for name in results)
   order = [name for name in _FAMILIES if name in families]
   for family in order + [name for name in families if name not in _FAMILIES]:
-    parts.append(_section(family, results, known))
+    parts.append(_section(family, results, known, (sets or {}).get(family, "the built data")))
   if figures:
     parts.append("<h2>Figures</h2>")
     parts += [_picture(figure) for figure in figures]
   parts.append(
     '<p class="quiet">Shares are per cent; below a share of decisions stands its 95 % interval '
-    "(Wilson), as if they were independent of each other. A row over fewer than "
+    "(Wilson), as if they were independent of each other. Chance is what guessing would give, "
+    "where that is known. A row over fewer than "
     f'{evidence.FEW} images or decisions says so. "Examples" were counted, of "rows" given; built '
     "data fills its last batch up with empty rows. Published figures are of models trained on far "
     "more data or on other data than a small run: they say where the systems stand, not what this "
@@ -157,15 +185,19 @@ def write(
   os.replace(partial, path)
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-  rows = "".join(
-    f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
-    for name, value in facts.items()
-  )
+def _facts(facts: Mapping[str, str], links: Mapping[str, str]) -> str:
+  rows = ""
+  for name, value in facts.items():
+    shown = html.escape(str(value))
+    if name in links:
+      shown = f'<a href="{html.escape(links[name])}">{shown}</a>'
+    rows += f"<dt>{html.escape(name)}</dt><dd>{shown}</dd>"
   return f"<dl>{rows}</dl>"
 
 
-def _section(family: str, results: Mapping[str, float | int], known: Sequence[Figure]) -> str:
+def _section(
+  family: str, results: Mapping[str, float | int], known: Sequence[Figure], built: str
+) -> str:
   """A table of a family: a row for each set, shares and counts as columns."""
   title, about = _FAMILIES.get(family, (family.replace("_", " ").capitalize(), ""))
   rows: dict[str, dict[str, float | int]] = {}
@@ -187,24 +219,47 @@ def _section(family: str, results: Mapping[str, float | int], known: Sequence[Fi
   columns = dict.fromkeys(metric for row in rows.values() for metric in row)
   shares = [c for c in columns if any(isinstance(r.get(c), float) for r in rows.values())]
   counts = [c for c in columns if c not in shares]
-  head = "".join(f"<th>{html.escape(_words(c))}{', %' if c in shares else ''}</th>" for c in shares)
-  head += "".join(f"<th>{html.escape(_words(c))}</th>" for c in counts)
   notes = {row: _notes(own_names, results) for row, own_names in names.items()}
-  head += '<th class="note">to be said</th>' if any(notes.values()) else ""
-  head += '<th class="published">published, %</th>' if of_row else ""
+  chances = {row: _chances(own_names, results) for row, own_names in names.items()}
+  heads = [(f"{_words(c)}, %", "") for c in shares] + [(_words(c), "") for c in counts]
+  heads += [("chance, %", "note")] if any(chances.values()) else []
+  heads += [("to be said", "note")] if any(notes.values()) else []
+  heads += [("published, %", "published")] if of_row else []
   body = ""
-  for row, values in rows.items():
-    cells = "".join(f"<td>{_share(names[row].get(c), results)}</td>" for c in shares)
-    cells += "".join(f"<td>{_count(values.get(c))}</td>" for c in counts)
-    if any(notes.values()):
-      cells += f'<td class="note">{html.escape(notes[row])}</td>'
-    if of_row:
-      cells += f'<td class="published">{_figures(of_row.get(row, []))}</td>'
-    body += f"<tr><td>{html.escape(_words(row) or 'the built data')}</td>{cells}</tr>"
+  for row, values in sorted(rows.items(), key=lambda item: item[0] != ""):  # the set itself first
+    cells = [_share(names[row].get(c), results) for c in shares]
+    cells += [_count(values.get(c)) for c in counts]
+    cells += [html.escape(chances[row])] if any(chances.values()) else []
+    cells += [html.escape(notes[row])] if any(notes.values()) else []
+    cells += [_figures(of_row.get(row, []))] if of_row else []
+    shown = "".join(_cell(cell, *head) for cell, head in zip(cells, heads, strict=True))
+    name = _row_name(row, family, results, built)
+    body += f"<tr><td>{html.escape(name)}</td>{shown}</tr>"
+  head = "".join(f"<th{_class(kind)}>{html.escape(text)}</th>" for text, kind in heads)
   return (
     f'<h2>{html.escape(title)}</h2><p class="quiet">{html.escape(about)}</p>'
-    f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    f'<div class="wide"><table><tr class="head"><th></th>{head}</tr>{body}</table></div>'
   )
+
+
+def _class(kind: str) -> str:
+  return f' class="{kind}"' if kind else ""
+
+
+def _cell(content: str, label: str, kind: str) -> str:
+  """A cell that knows its column, which stands above it or, on a phone, before it."""
+  inner = f"<div>{content}</div>" if content else ""
+  return f'<td{_class(kind)} data-label="{html.escape(label)}">{inner}</td>'
+
+
+def _row_name(row: str, family: str, results: Mapping[str, float | int], built: str) -> str:
+  """What a row is called: a part of a set that was built stands behind the set's name."""
+  if not row:
+    return built
+  first = row.partition("/")[0]
+  outside = f"{family}/{first}/rows" in results or first == "average11"
+  own = f"{family}/rows" in results and not outside
+  return f"{built} · {_words(row)}" if own else _words(row)
 
 
 def _words(name: str) -> str:
@@ -235,6 +290,19 @@ def _notes(names: Mapping[str, str], results: Mapping[str, float | int]) -> str:
   return "; ".join([*few, *([f"not above chance: {', '.join(guessed)}"] if guessed else [])])
 
 
+def _chances(names: Mapping[str, str], results: Mapping[str, float | int]) -> str:
+  """What guessing would give in a row: "50", or "0.125 (top-1), 0.625 (top-5)"."""
+  shares = {column: name for column, name in names.items() if isinstance(results[name], float)}
+  known = {
+    column: evidence.percent(chance)
+    for column, name in shares.items()
+    if (chance := evidence.find(name, results).chance) is not None
+  }
+  if len(known) == len(shares) and len(set(known.values())) == 1:
+    return next(iter(known.values()))
+  return ", ".join(f"{chance} ({_words(column)})" for column, chance in known.items())
+
+
 def _count(value: float | int | None) -> str:
   return "" if value is None else f"{value:,}"
 
@@ -251,4 +319,8 @@ def _figures(figures: Sequence[Figure]) -> str:
 def _picture(path: pathlib.Path) -> str:
   data = base64.b64encode(path.read_bytes()).decode("ascii")
   name = html.escape(_words(path.stem))
-  return f'<p class="quiet">{name}</p><img alt="{name}" src="data:image/png;base64,{data}">'
+  about = html.escape(_CAPTIONS.get(path.stem, ""))
+  return (
+    f'<p><b>{name}</b> <span class="quiet">{about}</span></p>'
+    f'<div class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></div>'
+  )

@@ -1,4 +1,4 @@
-"""What a run looks like: loss curves, a contact sheet of grounded pictures, a table of results."""
+"""What a run looks like: curves, a contact sheet of grounded pictures, a table of results."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import axes, figure, patches, ticker
+from matplotlib import axes, figure, patches
 from matplotlib.backends import backend_agg
 
 from grain_jax.evals import evidence, grounding, segmentation
-from grain_jax.evals.page import figures
+from grain_jax.evals.page import curves, figures
 
 _DPI = 100  # so that one point of layout below is one pixel
 # One colour a region, told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
 _COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
 _INK, _QUIET, _GRID = "#222222", "#6B6B6B", "#E3E3E3"
-_SMOOTHED_FROM = 120  # points from which a running mean is drawn over the raw line
 _FIGURE = {"facecolor": "white", "dpi": _DPI}
 
 
@@ -48,8 +47,8 @@ def write(
   figures_dir = pathlib.Path(figures_dir)
   figures_dir.mkdir(parents=True, exist_ok=True)
   drawn = {}
-  if series(history, "train/loss"):
-    drawn["loss_curves.png"] = loss_curves(history)
+  if curves.series(history, "train/loss"):
+    drawn["loss_curves.png"] = curves.loss_curves(history)
   if examples:
     drawn["contact_sheet.png"] = contact_sheet(examples)
   if segmented:
@@ -62,17 +61,6 @@ def write(
     picture.savefig(partial, format="png", facecolor="white", dpi=_DPI)
     os.replace(partial, figures_dir / name)
   return [figures_dir / name for name in drawn]
-
-
-def series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-  """(step, value) of one metric by rising step; of a step written twice (a resumed run), the last.
-
-  Values that are not finite are left out.
-  """
-  points = {entry["step"]: entry[name] for entry in history if name in entry}
-  return sorted(
-    (step, float(v)) for step, v in points.items() if v is not None and math.isfinite(v)
-  )
 
 
 def format_table(results: Mapping[str, float | int]) -> str:
@@ -115,87 +103,6 @@ def _cell(value: float | int) -> str:
   if 0 <= value <= 1:
     return f"{100 * value:.1f} %"
   return f"{value:.4g}"
-
-
-def loss_curves(history: Sequence[Mapping[str, Any]]) -> figure.Figure:
-  """The losses, the evaluations (if there were any on the way) and the speed, over steps."""
-  names = sorted({name for entry in history for name in entry})
-  losses = ["train/loss"] + [n for n in names if n.startswith("train/loss_")]
-  scores = [n for n in _HEADLINES if len(series(history, n)) > 1]
-  speed = ["train/samples_per_second"] if series(history, "train/samples_per_second") else []
-  panels = [("loss", losses, 1.0)]
-  panels += [("evaluation, %", scores, 100.0)] if scores else []
-  panels += [("samples a second", speed, 1.0)] if speed else []
-
-  picture = figure.Figure(figsize=(5.0 * len(panels), 4.2), layout="constrained", **_FIGURE)
-  backend_agg.FigureCanvasAgg(picture)
-  for i, (title, shown, scale) in enumerate(panels):
-    ax = picture.add_subplot(1, len(panels), i + 1)
-    _panel(ax, title)
-    for j, name in enumerate(shown):
-      color = _INK if name == "train/loss" else _COLORS[j % len(_COLORS)]
-      _curve(ax, series(history, name), label=_label(name), color=color, scale=scale)
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
-    if len(shown) > 1:
-      ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=_INK)
-  return picture
-
-
-# What the middle panel of the loss curves shows, of what a run has evaluated.
-_HEADLINES = (
-  "zero_shot/seen/top1",
-  "zero_shot/unseen/top1",
-  "retrieval/image_to_text/r1",
-  "retrieval/text_to_image/r1",
-  "grounding/mean_iou",
-  "grounding/description_top1",
-)
-_LABELS = {
-  "train/loss": "total",
-  "zero_shot/seen/top1": "zero-shot, seen pairs",
-  "zero_shot/unseen/top1": "zero-shot, unseen pairs",
-  "retrieval/image_to_text/r1": "image to text R@1",
-  "retrieval/text_to_image/r1": "text to image R@1",
-  "grounding/mean_iou": "mean IoU",
-  "grounding/description_top1": "region to description",
-}
-
-
-def _label(name: str) -> str:
-  return _LABELS.get(name, name.removeprefix("train/loss_").replace("_", " "))
-
-
-def _panel(ax: axes.Axes, title: str) -> None:
-  ax.set_title(title, loc="left", fontsize=11, color=_INK)
-  ax.set_xlabel("step", color=_QUIET, fontsize=9)
-  ax.grid(axis="y", color=_GRID, linewidth=0.8)
-  ax.set_axisbelow(True)
-  ax.tick_params(colors=_QUIET, labelsize=9, length=0)
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5, integer=True))
-  ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-  for side, spine in ax.spines.items():
-    spine.set_visible(side == "bottom")
-    spine.set_color(_GRID)
-
-
-def _curve(
-  ax: axes.Axes, points: list[tuple[int, float]], *, label: str, color: str, scale: float
-) -> None:
-  """One line; a long one is drawn pale, with its running mean over it."""
-  if not points:
-    return
-  steps, values = (np.asarray(column, float) for column in zip(*points, strict=True))
-  values = values * scale
-  marker = "o" if len(points) < 30 else ""
-  if len(points) < _SMOOTHED_FROM:
-    ax.plot(steps, values, color=color, label=label, linewidth=1.6, marker=marker, markersize=3)
-    return
-  window = max(3, len(points) // 50)
-  mean = np.convolve(values, np.ones(window) / window, mode="valid")
-  middle = steps[(window - 1) // 2 : (window - 1) // 2 + len(mean)]
-  ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-  ax.plot(middle, mean, color=color, label=label, linewidth=1.6)
 
 
 # Layout of the contact sheet in pixels.

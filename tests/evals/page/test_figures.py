@@ -38,6 +38,23 @@ def test_a_class_has_one_colour_in_both_masks_and_the_legend():
   assert len(set(legend.values())) == 4
 
 
+def test_the_grey_of_the_masks_is_explained_with_its_count():
+  """By hand: of three pixels of a class that is not in the picture one is on an object."""
+  one = example()
+  one.predicted[5, 0:2] = 9  # true background
+  one.predicted[5, 5] = 9  # true 2
+  one.predicted[0, 5] = 9  # not annotated: counts nowhere
+  said = figures.explain_masks([one])
+  assert "another class, one that is not in the picture; 67% of it is background" in said
+  assert "lighter grey: not annotated" in said and "groups: colours tell them apart" in said
+  (title,) = (t.get_text() for t in [figures.mask_sheet([one])._suptitle])
+  assert title == said
+  one.predicted[:] = 0
+  one.true[one.true == segmentation.IGNORED] = 0
+  said = figures.explain_masks([one])
+  assert "%" not in said and "not annotated" not in said
+
+
 def test_nothing_overlaps_in_the_mask_sheet():
   sheet = figures.mask_sheet([example() for _ in range(3)])
   sheet.draw_without_rendering()

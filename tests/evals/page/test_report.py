@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from grain_jax.evals import grounding
-from grain_jax.evals.page import report
+from grain_jax.evals.page import curves, report
 
 
 def make_history(n):
@@ -86,17 +86,46 @@ def test_contact_sheet_draws_each_box_where_it_lies():
 
 def test_loss_curves_plot_the_values(tmp_path):
   history = make_history(10)
-  ax = report.loss_curves(history).axes
+  ax = curves.loss_curves(history).axes
   lines = {line.get_label(): line for line in ax[0].get_lines()}
   assert set(lines) == {"total", "box"}
   np.testing.assert_allclose(lines["box"].get_ydata(), [e["train/loss_box"] for e in history])
   np.testing.assert_allclose(lines["box"].get_xdata(), [e["step"] for e in history])
+  assert [a.get_title(loc="left") for a in ax] == ["loss", "evaluation, %", "samples a second"]
   np.testing.assert_allclose(ax[1].get_lines()[0].get_ydata(), np.arange(10) * 10.0)
+
+
+def test_learning_rate_gradient_norm_and_evaluations_have_curves():
+  history = [
+    {
+      "step": i + 1, "train/loss": 1.0, "train/learning_rate": 1e-3 * i,
+      "train/gradient_norm": 10.0**-i,
+    }
+    for i in range(4)
+  ]  # fmt: skip
+  history += [
+    {"step": 4, "zero_shot/top1": 0.5, "zero_shot/dtd/top1": 0.25, "zero_shot/dtd/rows": 9}
+  ]
+  ax = {a.get_title(loc="left"): a for a in curves.loss_curves(history).axes}
+  assert list(ax) == ["loss", "learning rate", "gradient norm", "evaluation, %"]
+  (line,) = ax["learning rate"].get_lines()
+  np.testing.assert_allclose(line.get_xydata(), [[1, 0], [2, 1e-3], [3, 2e-3], [4, 3e-3]])
+  (line,) = ax["gradient norm"].get_lines()
+  np.testing.assert_allclose(line.get_ydata(), [1, 0.1, 0.01, 0.001])
+  assert ax["gradient norm"].get_yscale() == "log"
+  lines = {line.get_label(): line for line in ax["evaluation, %"].get_lines()}
+  assert set(lines) == {"zero-shot", "zero shot · dtd"}
+  np.testing.assert_allclose(lines["zero shot · dtd"].get_xydata(), [[4, 25]])
+
+
+def test_a_gradient_norm_of_zero_is_drawn():
+  history = [{"step": i, "train/loss": 1.0, "train/gradient_norm": float(i)} for i in range(3)]
+  assert curves.loss_curves(history).axes[1].get_yscale() == "linear"
 
 
 def test_running_mean_is_not_shifted():
   history = [{"step": i, "train/loss": float(i)} for i in range(301)]
-  mean = report.loss_curves(history).axes[0].get_lines()[1]
+  mean = curves.loss_curves(history).axes[0].get_lines()[1]
   np.testing.assert_allclose(mean.get_ydata(), mean.get_xdata(), atol=0.51)
 
 
@@ -109,7 +138,7 @@ def test_series_takes_the_last_of_a_step_and_leaves_out_what_is_not_finite():
     {"step": 5, "a": None},
     {"step": 2, "a": 3.0},
   ]
-  assert report.series(history, "a") == [(1, 5.0), (2, 3.0)]
+  assert curves.series(history, "a") == [(1, 5.0), (2, 3.0)]
 
 
 def test_table():
