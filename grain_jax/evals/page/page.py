@@ -91,7 +91,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; mar
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .2rem; }
 p { margin: .3rem 0 .8rem; } .quiet { color: #6b6b6b; font-size: .92em; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } li { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: .6rem; }
 th { text-align: right; font-weight: 600; color: #6b6b6b; padding: .25rem .5rem;
   border-bottom: 2px solid #e3e3e3; vertical-align: bottom; }
@@ -110,8 +110,10 @@ dt { color: #6b6b6b; } dd { margin: 0; overflow-wrap: anywhere; }
   tr { border-bottom: 2px solid #e3e3e3; padding: .5rem 0; }
   td, td.note, td.published { display: flex; justify-content: space-between; gap: 1rem; border: 0;
     padding: .1rem 0; min-width: 0; white-space: normal; text-align: right; }
-  td:first-child { font-weight: 600; } td:empty { display: none; }
+  td:first-child { font-weight: 600; }
   td[data-label]::before { content: attr(data-label); color: #6b6b6b; text-align: left; }
+  td.published, td.published::before { display: block; text-align: left; }
+  td > div { min-width: 0; overflow-wrap: anywhere; } td:empty { display: none; }
   .wide img { max-width: none; width: 720px; }
 }
 """
