@@ -169,9 +169,9 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
     "data": config.data.dir or "outside datasets alone",
   }
   if step:  # an imported model is step 0 of no run
-    length = f"{config.steps:,}" if config.steps else f"those of {config.epochs:g} epochs"
+    length = f" of {config.steps:,}" if config.steps else f", in a run of {config.epochs:g} epochs"
     facts |= {
-      "steps": f"{step:,} of {length}",
+      "steps": f"{step:,}{length}",
       "images seen": f"{step * config.batch_size:,}, in batches of {config.batch_size:,}",
       "seed": str(config.seed),
     }
