@@ -15,7 +15,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
 _CONTINUE_AS = flags.DEFINE_list(
-  "continue_as", [], "Keys in which a run goes on otherwise than it began: steps,optimizer.lr,..."
+  "continue_as",
+  [],
+  "Keys in which a run goes on otherwise than it began: steps,optimizer.lr (default: none).",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -38,14 +40,16 @@ Recipes, by name or by path (--config=quickstart, --config=configs/quickstart.py
   RECIPE:KEY=VALUE,...    with these keys; also RECIPE:runlocal,steps=10
 
 Keys, set after the recipe has: --config.optimizer.lr=3e-4; --config.data.flip and
---noconfig.data.flip; --config.evals="('retrieval',)". A wrong one ends in a line with the nearest.
+--noconfig.data.flip; --config.evals=retrieval,grounding. A wrong one ends in a line with the
+nearest.
 {keys}
 Defaults are those of {common},
 which has every key, and so has --helpfull; a recipe states what differs.
 
 Going on: the same command goes on from the newest checkpoint in DIR. A run that has ended is
 evaluated again. Another configuration than DIR/config.json ends in a line that names the first key
-that differs, unless it is one that does not touch what is learned (log_every, evals, mesh, ...).
+that differs, unless it is one that does not touch what is learned (log_every, evals, mesh, ...) or
+is named by --continue_as, as for a longer run: --config.steps=2600 --continue_as=steps.
 
 Several processes, one a machine or a GPU, find each other by SLURM's, Kubernetes' or the TPU's
 variables, or by the flags below; each is started with the same command. launch/ has scripts.

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from grain_jax import places, schema
+from grain_jax import helptext, places, schema
 from grain_jax.data import box_formats, sources, tally
 
 SHARD_SIZE = 16_384  # records: the 10 M of CC12M are 611 shards, few enough to stay open
@@ -23,21 +23,26 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
   parser = _Parser(
     prog="python -m grain_jax.data.build",
     description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=helptext.ArgparseFormatter,
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--source", required=True, choices=("scenes", "folder", "published"))
+  add(
+    "--source",
+    required=True,
+    choices=("scenes", "folder", "published"),
+    help="what to build; with --help, the flags and the format of that source",
+  )
   add("--out", required=True, help="directory to write")
   add("--overwrite", action="store_true", help="replace a dataset that is there")
   add("--shard_size", type=int, default=SHARD_SIZE, help="records a shard")
-  add("--workers", type=int, default=None, help="processes or threads; default: one per core")
+  add("--workers", type=int, default=None, help="processes or threads (default: one per core)")
   add(
     "--allow_dropped",
     type=float,
     default=tally.ALLOWED,
-    help="part of the images, captions, regions or negatives that may be dropped (default: "
-    f"{tally.ALLOWED:g}); where more is, nothing is built",
+    help="part of the images, captions, regions or negatives that may be dropped; where more "
+    "is, nothing is built",
   )
   if source == "scenes":
     from grain_jax.data.scenes import scenes
@@ -45,9 +50,10 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(scenes.SceneSettings):
       default = field.default
       if isinstance(default, bool):
-        add(f"--{field.name}", type=_boolean, default=default)
+        add(f"--{field.name}", type=_boolean, default=default, help="true or false")
       elif isinstance(default, int | float | str):
-        add(f"--{field.name}", type=type(default), default=default)
+        kind = type(default)
+        add(f"--{field.name}", type=kind, default=default, help=f"of the scenes: {kind.__name__}")
     add("--names", default="", help="concepts by name, with commas between, instead of --concepts")
   elif source in ("folder", "published"):
     near = 1e-3 if source == "folder" else 0.05
@@ -63,13 +69,13 @@ def _parser(source: str | None, description: str) -> argparse.ArgumentParser:
       "--box_format",
       choices=box_formats.FORMATS,
       default="yxyx",
-      help="of all boxes (default: yxyx, which is ymin, xmin, ymax, xmax)",
+      help="of all boxes; yxyx is ymin, xmin, ymax, xmax",
     )
     add(
       "--box_units",
       choices=box_formats.UNITS,
       default="fractions",
-      help="of all boxes: fractions of the image (default), or its pixels as it is shown, upright",
+      help="of all boxes: fractions of the image, or its pixels as it is shown, upright",
     )
   elif source == "published":
     add("--images", required=True, help="folder of images")
