@@ -45,7 +45,7 @@ from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import attention, grain
-from grain_jax.runtime import addresses, distributed
+from grain_jax.runtime import addresses, compile_cache, distributed
 from grain_jax.runtime import mesh as meshes
 
 _SAY_EVERY = 10.0  # seconds between lines of progress
@@ -124,6 +124,7 @@ def open_encoders(
     mesh=mesh,
     tokenizer=tokenizers.Tokenizer(context=config.model.text.context),
     on_batch=on_batch,
+    announce=distributed.process_index() == 0,
   )
   return encoders, mesh
 
@@ -230,6 +231,7 @@ def _main(flag: flags.FlagValues) -> None:
   first = distributed.process_index() == 0
   opened = output(flag.out, overwrite=flag.overwrite) if first else contextlib.nullcontext()
   with opened as write:
+    compile_cache.use()
     config, params, step = weights.open_checkpoint(flag.checkpoint, step=flag.step)
     if first:
       check_space(flag.out, config, rows=total, regions=flag.regions)

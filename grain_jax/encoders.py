@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +20,14 @@ from grain_jax import trees
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 from grain_jax.models import grain
+from grain_jax.runtime import compile_cache
 from grain_jax.runtime import mesh as meshes
 
 Array = jax.Array
 
 # Parameters that a text's embedding depends on, by the start of their names.
 _OF_TEXT = ("text_tower/", "text_projection/")
+_SPOKEN = {"image": "image", "text": "text", "regions": "region", "patches": "patch"}
 
 
 def make(
@@ -34,17 +38,38 @@ def make(
   mesh: Mesh,
   tokenizer: tokenizers.Tokenizer,
   on_batch: Callable[[], None] = lambda: None,
+  announce: bool = False,
 ) -> Encoders:
   """Encoders that split their input into batches of `config.eval_batch_size`, padded at the end.
 
-  They call `on_batch` after each.
+  Each encoder is one program, compiled when it is first used.
+
+  Args:
+    config: of the model.
+    model: the module.
+    params: its parameters.
+    mesh: of the devices.
+    tokenizer: of the texts.
+    on_batch: called after each batch.
+    announce: say on stderr when a program is compiled.
   """
   jitted = make_jitted(model, mesh)
+  programs: dict[str, Callable[..., Any]] = {}
+  compiling = threading.Lock()
   size = config.eval_batch_size
   sharding = meshes.batch_sharding(mesh)
 
-  def call(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
-    """Applies a jitted encoder to rows of any number, in batches of one shape."""
+  def program(name: str, *arrays: Array) -> Callable[..., Any]:
+    with compiling:  # threads that ask at once wait for one program
+      if name not in programs:
+        lowered = jitted[name].lower(params, *arrays)
+        what = f"the {_SPOKEN[name]} encoder for batches of {size}"
+        with compile_cache.announced(what) if announce else contextlib.nullcontext():
+          programs[name] = lowered.compile()
+      return programs[name]
+
+  def call(name: str, *arrays: np.ndarray) -> Any:
+    """Applies an encoder to rows of any number, in batches of one shape."""
     rows = len(arrays[0])
     outs = []
     for start in range(0, rows, size):
@@ -55,21 +80,22 @@ def make(
       sharded = [
         jax.make_array_from_callback(c.shape, sharding, lambda index, c=c: c[index]) for c in chunk
       ]
-      outs.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], function(params, *sharded)))  # noqa: B023
+      out = program(name, *sharded)(params, *sharded)
+      outs.append(jax.tree.map(lambda x: np.asarray(x)[: size - pad], out))  # noqa: B023
       on_batch()
     return jax.tree.map(lambda *xs: np.concatenate(xs), *outs)
 
   def text(texts: Sequence[str]) -> np.ndarray:
     length = config.data.row_length
     rows = tokenizer.pack_texts(texts, row_length=length, texts_per_row=max(length // 8, 1))
-    out = call(jitted["text"], rows.tokens, rows.segments, rows.positions, rows.ends)
+    out = call("text", rows.tokens, rows.segments, rows.positions, rows.ends)
     return out[rows.row, rows.slot]
 
   return Encoders(
-    image=lambda images: call(jitted["image"], images),
+    image=lambda images: call("image", images),
     text=text,
-    regions=lambda images: call(jitted["regions"], images),
-    patches=lambda images: call(jitted["patches"], images),
+    regions=lambda images: call("regions", images),
+    patches=lambda images: call("patches", images),
     size=config.model.image.size,
     resize=config.data.eval_resize,
     interpolation=config.model.image.interpolation,

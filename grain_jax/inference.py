@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 
-from grain_jax import encoders, failures, places, schema
+from grain_jax import encoders, schema
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
-from grain_jax.data import decoding, transforms
+from grain_jax.data import transforms
 from grain_jax.evals import zero_shot
-from grain_jax.evals.inputs.encoders import Encoders
+from grain_jax.evals.inputs import given_images
+from grain_jax.evals.inputs.given_images import ImageInput
 from grain_jax.models import grain
+from grain_jax.runtime import compile_cache
 from grain_jax.runtime import mesh as meshes
 
-# An image: PIL, u8 [H, W, 3], or the path of a file.
-ImageInput = Image.Image | np.ndarray | str | os.PathLike
-_LARGEST_BATCH = 64  # images or rows of text in one call of the compiled encoder
+# Images, or rows of text, in one call of a compiled encoder; fewer are padded. A processor needs as
+# long for each of 32 as for one alone, and fewer would have to wait for the padding.
+_BATCH = {"cpu": 1}
+_BATCH_OF_ACCELERATORS = 32
 
 
 class Regions(NamedTuple):
@@ -36,16 +38,58 @@ class Regions(NamedTuple):
 class Model:
   """A model and its tokenizer on one device. Takes any number of inputs, batches by itself.
 
-  `config` is the configuration that it was trained with.
+  An image is a PIL image, the path of a file, `bytes` of a file, an array u8 [H, W, 3], or a tensor
+  of torch, u8 or floats of 0 to 1, [3, H, W] or [H, W, 3]. Several are a list of them, or an array
+  or tensor with a leading N.
+
+  Each encoder (images, texts, regions, patches) is one program, compiled when it is first used,
+  whatever the number of inputs.
+
+  For users of Flax: `module` is the linen module and `params` its parameters, so that
+  `model.apply({"params": model.params}, model.preprocess(images), method="encode_image")` can be
+  differentiated, jitted and trained like any other; `grain_jax.models.grain.Grain` has the methods.
+
+  Attributes:
+    config: the configuration that it was trained with.
+    tokenizer: of its texts.
+    module: the Flax module.
+    params: its parameters, a tree of arrays on the device.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, params: Any):
+  def __init__(self, config: ml_collections.ConfigDict, params: Any, *, source: str = ""):
+    """`source` says where the parameters come from, for `repr`."""
     self.config = config
     self.tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
-    self._mesh = meshes.create(self._with_batch_size(1), devices=jax.local_devices()[:1])
-    self._model = grain.build(config)
-    self._params = meshes.replicate(params, self._mesh)
-    self._encoders: dict[int, Encoders] = {}
+    self.module = grain.build(config)
+    device = jax.local_devices()[0]
+    alone = ml_collections.ConfigDict(config.to_dict())
+    batch = _BATCH.get(device.platform, _BATCH_OF_ACCELERATORS)
+    alone.eval_batch_size = alone.batch_size = batch
+    alone.mesh.update(data=1, fsdp=1, tensor=1, rules=())
+    self._mesh = meshes.create(alone, devices=[device])
+    self.params = meshes.replicate(params, self._mesh)
+    self._source = source
+    self._encoders = encoders.make(
+      alone, self.module, self.params, mesh=self._mesh, tokenizer=self.tokenizer, announce=True
+    )
+
+  def __repr__(self) -> str:
+    m = self.config.model
+    parts = [
+      f"ViT {m.image.depth} x {m.image.width}, patches of {m.image.patch} in {m.image.size} px",
+      f"text {m.text.depth} x {m.text.width}, {m.text.context} tokens",
+    ]
+    if self.config.method != "clip":
+      parts.append(f"decoder {m.decoder.depth} x {m.decoder.width}, {m.num_queries} region queries")
+    parts.append(f"embeddings of {m.embed_dim}")
+    parts.append(f"{sum(x.size for x in jax.tree.leaves(self.params)):,} parameters")
+    if self._source:
+      parts.append(self._source)
+    return f"<grain_jax model, {self.config.method}: {'; '.join(parts)}>"
+
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`module.apply`, Flax's: `apply({"params": params}, images, method="encode_image")`."""
+    return self.module.apply(variables, *args, **kwargs)
 
   def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
     """Token ids with start and end, zero-padded: i32 [N, context] (77 as published).
@@ -60,15 +104,15 @@ class Model:
     if not texts:
       return np.zeros((0, self.config.model.embed_dim), np.float32)
     with jax.set_mesh(self._mesh):
-      return self._encoder(len(texts)).text(texts)
+      return self._encoders.text(texts)
 
   def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
-    """N images (PIL, u8 [H, W, 3], paths; or u8 [N, H, W, 3]) -> f32 [N, E], L2-normalised."""
+    """N images -> f32 [N, E], L2-normalised; what is an image stands in the class."""
     pixels = self.preprocess(images)
     if not len(pixels):
       return np.zeros((0, self.config.model.embed_dim), np.float32)
     with jax.set_mesh(self._mesh):
-      return self._encoder(len(pixels)).image(pixels)
+      return self._encoders.image(pixels)
 
   def encode_patches(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images, squashed -> their patches in the space of the texts, f32 [N, rows, columns, E]."""
@@ -77,7 +121,7 @@ class Model:
       side = self.config.model.image.size // self.config.model.image.patch
       return np.zeros((0, side, side, self.config.model.embed_dim), np.float32)
     with jax.set_mesh(self._mesh):
-      return self._encoder(len(pixels)).patches(pixels)
+      return self._encoders.patches(pixels)
 
   def describe_regions(self, image: ImageInput, descriptions: str | Sequence[str]) -> Regions:
     """For each description the region query that means it most: (boxes [N, 4], scores [N]).
@@ -98,7 +142,7 @@ class Model:
     if not descriptions:
       return Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
     with jax.set_mesh(self._mesh):
-      regions, boxes = self._encoder(1).regions(pixels)
+      regions, boxes = self._encoders.regions(pixels)
     similarity = self.encode_text(descriptions) @ regions[0].T  # [N, Q]
     best = similarity.argmax(axis=1)
     return Regions(
@@ -120,7 +164,7 @@ class Model:
     classes = _texts(classes, "classes")
     prompts = zero_shot.class_prompts(classes, self.config.zero_shot.templates, descriptors)
     heads = zero_shot.class_embeddings(self.encode_text, prompts)
-    scale = float(np.exp(np.asarray(self._params["logit_scale"])))
+    scale = float(np.exp(np.asarray(self.params["logit_scale"])))
     logits = scale * (self.encode_image(images) @ heads.T)
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -131,79 +175,43 @@ class Model:
     By `config.data.eval_resize` and `config.model.image.interpolation`.
 
     Raises:
-      ValueError: what is no image, or an array that is not u8 [..., H, W, 3].
+      ValueError: what is no image; one line that says which.
     """
     return self._pixels(images, self.config.data.eval_resize)
 
   def _pixels(self, images: ImageInput | Sequence[ImageInput], how: str) -> np.ndarray:
-    single = isinstance(images, (Image.Image, str, os.PathLike)) or (
-      isinstance(images, np.ndarray) and images.ndim == 3
-    )
-    items = [images] if single else list(images)
     size = self.config.model.image.size
     most = self.config.data.max_pixels
     by = self.config.model.image.interpolation
     pixels = [
-      transforms.resize(_to_pil(p, i, most), size, how, interpolation=by)
-      for i, p in enumerate(items)
+      transforms.resize(given_images.to_pil(p, i, most), size, how, interpolation=by)
+      for i, p in enumerate(given_images.split(images))
     ]
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
-  def _with_batch_size(self, size: int) -> ml_collections.ConfigDict:
-    """The configuration with `size` rows a call, on the one device."""
-    config = ml_collections.ConfigDict(self.config.to_dict())
-    config.eval_batch_size = config.batch_size = size
-    config.mesh.update(data=1, fsdp=1, tensor=1, rules=())
-    return config
-
-  def _encoder(self, rows: int) -> Encoders:
-    """Encoders for about so many rows: one compiled program for each power of two up to 64."""
-    size = min(1 << (rows - 1).bit_length(), _LARGEST_BATCH)
-    if size not in self._encoders:
-      self._encoders[size] = encoders.make(
-        self._with_batch_size(size),
-        self._model,
-        self._params,
-        mesh=self._mesh,
-        tokenizer=self.tokenizer,
-      )
-    return self._encoders[size]
-
 
 def load(path: str | pathlib.Path, *, step: int | None = None) -> Model:
-  """A model from a folder: workdir, imported checkpoint or export; see `weights.load`."""
-  return Model(*weights.load(path, step=step))
+  """A model from a folder: workdir, imported checkpoint or export; see `weights.load`.
+
+  What it compiles is kept in the user's cache folder; see `grain_jax.runtime.compile_cache`.
+  """
+  if not isinstance(path, str | os.PathLike):
+    raise ValueError(f"load: path is {_kind(path)}. Give the folder of a run or of weights.")
+  compile_cache.use()
+  config, params, found = weights.open_checkpoint(path, step=step)
+  source = str(path) if found is None else f"step {found:,} of {path}"
+  return Model(config, params, source=source)
+
+
+def _kind(value: Any) -> str:
+  return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:
+  if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+    raise ValueError(f"{name} is {_kind(texts)}. Give a text or a list of texts.")
   found = [texts] if isinstance(texts, str) else list(texts)
   for i, text in enumerate(found):
     if not isinstance(text, str):
-      raise ValueError(f"{name}[{i}] is a {type(text).__name__}, not a text.")
+      raise ValueError(f"{name}[{i}] is {_kind(text)}, not a text.")
   return found
-
-
-def _to_pil(image: Any, index: int, max_pixels: int = decoding.MAX_PIXELS) -> Image.Image:
-  """As it is shown, RGB; one line about what cannot be read."""
-  if isinstance(image, (str, os.PathLike)):
-    places.check(image, f"images[{index}]")
-    file = places.find_file(image)
-    if not failures.retry_read(file.is_file, file):
-      raise ValueError(f"images[{index}]: there is no file {file}.")
-    try:
-      data = failures.retry_read(file.read_bytes, file)
-      return decoding.decode(data, max_pixels=max_pixels)
-    except ValueError as error:
-      raise ValueError(f"images[{index}], {file}: {error}") from error
-  if isinstance(image, Image.Image):
-    try:
-      return decoding.decode(image, max_pixels=max_pixels)
-    except ValueError as error:
-      raise ValueError(f"images[{index}]: {error}") from error
-  array = np.asarray(image)
-  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-    raise ValueError(
-      f"images[{index}] is {array.dtype} {list(array.shape)}: give u8 [H, W, 3] with values of 0 "
-      "to 255, a PIL image or a path."
-    )
-  return decoding.decode(array)

@@ -109,7 +109,7 @@ def test_classes_are_softmax_of_mean_prompts(model, images):
     "sea lion": [model.config.zero_shot.templates[0].format("sea lion")],
   }  # fmt: skip
   means = np.stack([model.encode_text(prompts[c]).mean(0) for c in classes])
-  scale = np.exp(np.asarray(jax.device_get(model._params["logit_scale"])))
+  scale = np.exp(np.asarray(jax.device_get(model.params["logit_scale"])))
   logits = (
     scale
     * model.encode_image(images)

@@ -105,11 +105,11 @@ def test_so_do_the_keys_of_a_configuration(tiny):
 
 
 def test_a_picture_at_an_address(monkeypatch):
-  from grain_jax import inference
+  from grain_jax.evals.inputs import given_images
 
   with pytest.raises(ValueError, match=r"^images\[1\] = https://host/a\.jpg is an address"):
-    inference._to_pil("https://host/a.jpg", 1)
-  assert inference._to_pil(np.zeros((2, 2, 3), np.uint8), 0).size == (2, 2)
+    given_images.to_pil("https://host/a.jpg", 1)
+  assert given_images.to_pil(np.zeros((2, 2, 3), np.uint8), 0).size == (2, 2)
 
 
 QUICKSTART = "--config=configs/quickstart.py"

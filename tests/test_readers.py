@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grain_jax import embed, failures, inference
+from grain_jax import embed, failures
 from grain_jax.data import build, records
 from grain_jax.evals import zero_shot
-from grain_jax.evals.inputs import annotations, files
+from grain_jax.evals.inputs import annotations, files, given_images
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.sets import grounding, segmentation
@@ -26,7 +26,7 @@ def _check(path):
 
 READERS = {
   "pictures": images_lib.open_image,
-  "load": lambda path: inference._to_pil(path, 0),
+  "load": lambda path: given_images.to_pil(path, 0),
   "json": lambda path: annotations.read_json(path.with_suffix(".json")),
   "json lines": lambda path: list(annotations.read_json_lines(path.with_suffix(".json"))),
   "lines of one's own": lambda path: grounding.read_lines(path.with_suffix(".jsonl")),

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from grain_jax import inference, places
+from grain_jax import places
 from grain_jax.data import build, dataset, sources
 from grain_jax.evals import composition
-from grain_jax.evals.inputs import files
+from grain_jax.evals.inputs import files, given_images
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
@@ -117,7 +117,7 @@ def embed_csv(root, name):
 
 
 def load(root, name):
-  return inference._to_pil(root / name, 0).size == (20, 20)
+  return given_images.to_pil(root / name, 0).size == (20, 20)
 
 
 def evaluated(family, root, name="in"):
