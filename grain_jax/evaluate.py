@@ -38,7 +38,7 @@ from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.evals.page import page, report
 from grain_jax.evals.sets import suite
 from grain_jax.models import attention, grain
-from grain_jax.runtime import addresses, distributed, metrics
+from grain_jax.runtime import addresses, compile_cache, distributed, metrics
 from grain_jax.runtime import mesh as meshes
 
 DIGITS = 6  # of results, after the point
@@ -295,6 +295,7 @@ def _main(flag: flags.FlagValues) -> None:
     cache=out / "prompts",
     warn=warn,
   )
+  compile_cache.use()
   outcome, evaluated = evaluate(
     path,
     flag.evals,
