@@ -109,8 +109,12 @@ def make(
   )
 
 
+@functools.lru_cache(maxsize=8)
 def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]:
   """Jitted encoders of global arrays, with replicated results.
+
+  Equal models on one mesh share them, and what is compiled: the evaluations of a run as it goes on,
+  two checkpoints side by side.
 
   Returns:
     {'image': (params, u8 [B, H, W, 3]) -> [B, E],

@@ -27,6 +27,7 @@ def compiled():
     if event == "/jax/core/compile/backend_compile_duration":
       durations.append(duration)
 
+  jax.clear_caches()
   jax.monitoring.register_event_duration_secs_listener(listen)
   yield durations
   jax.monitoring.unregister_event_duration_listener(listen)
@@ -82,6 +83,17 @@ def test_an_embedding_does_not_depend_on_its_neighbours(make, tiny, images, batc
   beside = model.encode_text(texts)
   for i in range(3):
     assert_allclose(model.encode_text(texts[i])[0], beside[i], atol=1e-6)
+
+
+def test_models_of_one_architecture_share_their_programs(make, tiny, images, compiled):
+  one = make(tiny)
+  want = one.encode_image(images[:2])
+  before = len(compiled)
+  other = inference.Model(tiny, drawn.params(tiny, seed=2))
+  got = other.encode_image(images[:2])
+  assert len(compiled) == before
+  assert abs(got - want).max() > 0.1
+  assert_allclose(one.encode_image(images[:2]), want, atol=1e-6)
 
 
 def test_threads_that_ask_at_once_wait_for_one_program(make, tiny, images, compiled):
