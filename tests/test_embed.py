@@ -20,6 +20,7 @@ from grain_jax.convert import native, run_folder
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import grain, initial
+from grain_jax.runtime import compile_cache
 
 
 def draw(path, rng):
@@ -237,12 +238,17 @@ def model(tiny, tmp_path, rng):
   return tiny, params, tmp_path / "run"
 
 
-def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(model, folder, tmp_path, capsys):
+def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(
+  model, folder, tmp_path, capsys, monkeypatch
+):
   config, params, run = model
+  asked = []
+  monkeypatch.setattr(compile_cache, "use", lambda: asked.append(True))
   out = tmp_path / "out.npz"
   flags = {"images": str(folder), "regions": True, "labels": "folders", "batch_size": 3}
   embed._main(options(out, checkpoint=str(run), **flags))
   said = capsys.readouterr().out
+  assert asked  # that compiled programs be kept
   assert "warning: embed: 1 of 6 pictures cannot be read" in said
   assert f"{out}: 5 of 6 images, 16 numbers each" in said
   found, metadata = read(out)

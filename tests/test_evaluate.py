@@ -33,13 +33,17 @@ def run(*flags):
 
 
 @pytest.mark.slow
-def test_the_command_gives_the_results_of_the_run(finished_run, tmp_path):
+def test_the_command_gives_the_results_of_the_run(finished_run, tmp_path, monkeypatch):
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    monkeypatch.delenv(name)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   workdir = shutil.copytree(finished_run, tmp_path / "run")
   (workdir / "results.json").unlink()
   done = run(f"--workdir={workdir}")
   assert done.returncode == 0, done.stderr
   assert (workdir / "results.json").read_text() == (finished_run / "results.json").read_text()
   assert "unseen/top1" in done.stdout
+  assert list((tmp_path / "cache" / "grain_jax" / "jax").iterdir())  # compiled programs are kept
 
 
 EVERYTHING = (

@@ -22,7 +22,7 @@ import jax
 
 from grain_jax.runtime import distributed
 
-PATIENCE = 0.5  # seconds of compiling before it is said; to read a kept program takes a third
+PATIENCE = 1.0  # seconds of compiling before it is said; to read a kept program takes 0.2
 _SHORTEST = 0.1  # seconds of compiling that are worth a file; JAX's default is 1
 _MIN_TIME = "jax_persistent_cache_min_compile_time_secs"
 _said: set[str] = set()

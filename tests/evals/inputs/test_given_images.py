@@ -3,6 +3,7 @@
 import io
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,7 @@ def test_every_kind_has_the_same_pixels(count, height, width, seed):
   last = torch.tensor(want)
   kinds = [want, list(want), iter(want), [png(x) for x in want], tuple(map(Image.fromarray, want))]
   kinds += [[bytearray(png(x)) for x in want], [memoryview(png(x)) for x in want]]
+  kinds += [jnp.asarray(want), list(jnp.asarray(want))]
   first = last.permute(0, 3, 1, 2)
   if height != 3:
     kinds += [last, list(last), last / 255, last.double() / 255]
