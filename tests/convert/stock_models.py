@@ -302,7 +302,7 @@ def fails_in_one_line(call, out, *words):
     text = str(error)
   else:
     raise AssertionError("nothing was raised")
-  assert "\n" not in text.strip() and len(text) < 600, text
+  assert "\n" not in text.strip() and len(text) < 700, text
   for word in words:
     assert word in text, text
   assert sorted(out.parent.iterdir()) == before

@@ -13,7 +13,7 @@ from test_golden_configs import NAMES, RECIPES
 from grain_jax import config as configs
 from grain_jax.models import attention, fused_attention, grain, initial
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import steps
+from grain_jax.training import sizing, steps
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_recipes_step_is_lowered_for_cuda(name, cuda):
   config.batch_size = 16 * config.accumulate
   config.mesh.update(data=2, fsdp=2, tensor=1)
   config.loss.matcher = "device"
-  config = configs.resolve(config)
+  config = sizing.choose(configs.resolve(config), records=10_000, devices=4, platform="gpu")
   configs.check(config)
   mesh = meshes.create(config, jax.devices()[:4], batches=("batch_size",))
   model = grain.build(config)
