@@ -242,7 +242,7 @@ def set_names(config: ml_collections.ConfigDict) -> dict[str, str]:
   path = pathlib.Path(config.data.dir)
   folder = path.resolve().name if path.name in ("", "..") else path.name
   sections = {name: evaluation.section for name, evaluation in EVALS.items()}
-  sections["grouping"] = "segmentation"
+  sections |= {"grouping": "segmentation", "validation": "validation"}
   return {name: f"{folder}/{split_of(config, section)}" for name, section in sections.items()}
 
 

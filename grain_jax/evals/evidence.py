@@ -98,6 +98,11 @@ def note(name: str, results: Results) -> str:
   return "; ".join(words)
 
 
+def is_loss(name: str) -> bool:
+  """Whether a result is a loss, which is no share, however small it is: 'validation/loss_box'."""
+  return name.rpartition("/")[2].startswith("loss")
+
+
 def percent(share: float) -> str:
   """Of a share, with as many digits as a small one needs: 0.5 -> "50", 0.00125 -> "0.125"."""
   return f"{100 * share:.3g}"

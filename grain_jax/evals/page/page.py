@@ -57,6 +57,11 @@ _FAMILIES = {
     "Grouping",
     "Patches grouped without any text; Jaccard: the best IoU of a group with each object.",
   ),
+  "validation": (
+    "Validation",
+    "The training losses on images that are not trained on, without dropout. A contrastive loss "
+    "grows with its batch.",
+  ),
   "waterbirds": (
     "Waterbirds",
     "Land birds and water birds on both backgrounds; the drop is what a foreign background costs.",
@@ -223,7 +228,9 @@ def _section(
   counts = [c for c in columns if c not in shares]
   notes = {row: _notes(own_names, results) for row, own_names in names.items()}
   chances = {row: _chances(own_names, results) for row, own_names in names.items()}
-  heads = [(f"{_words(c)}, %", "") for c in shares] + [(_words(c), "") for c in counts]
+  heads = [(_words(c) if evidence.is_loss(c) else f"{_words(c)}, %", "") for c in shares] + [
+    (_words(c), "") for c in counts
+  ]
   heads += [("chance, %", "note")] if any(chances.values()) else []
   heads += [("to be said", "note")] if any(notes.values()) else []
   heads += [("published, %", "published")] if of_row else []
@@ -274,6 +281,8 @@ def _share(name: str | None, results: Mapping[str, float | int]) -> str:
   """A cell: the share, and below it its interval where one is known."""
   if name is None:
     return ""
+  if evidence.is_loss(name):
+    return f"{results[name]:.4g}"
   found = evidence.interval_of(name, results)
   shown = f"{100 * results[name]:.1f}"
   if found is None:

@@ -69,7 +69,8 @@ def format_table(results: Mapping[str, float | int]) -> str:
   What rests on few images, or cannot be told from chance, says so (`evidence.note`).
 
   Args:
-    results: flat names such as `zero_shot/seen/top1`; floats in [0, 1] are fractions, ints counts.
+    results: flat names such as `zero_shot/seen/top1`; floats in [0, 1] are fractions, but
+      for losses; ints are counts.
 
   Returns:
     Lines without a newline at the end.
@@ -80,7 +81,7 @@ def format_table(results: Mapping[str, float | int]) -> str:
   for name, value in results.items():
     head, _, rest = name.partition("/")
     blocks.setdefault(head if rest else "", []).append(
-      (rest or head, _cell(value), evidence.note(name, results))
+      (rest or head, _cell(name, value), evidence.note(name, results))
     )
   width = max(len(name) for rows in blocks.values() for name, _, _ in rows)
   right = max(len(text.rstrip(" %")) for rows in blocks.values() for _, text, _ in rows)
@@ -95,12 +96,12 @@ def format_table(results: Mapping[str, float | int]) -> str:
   return "\n".join(lines)
 
 
-def _cell(value: float | int) -> str:
+def _cell(name: str, value: float | int) -> str:
   if isinstance(value, (bool, str)) or value is None:
     return str(value)
   if isinstance(value, (int, np.integer)):
     return f"{value:,}"
-  if 0 <= value <= 1:
+  if 0 <= value <= 1 and not evidence.is_loss(name):
     return f"{100 * value:.1f} %"
   return f"{value:.4g}"
 

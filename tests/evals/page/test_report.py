@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from grain_jax.evals import grounding
-from grain_jax.evals.page import curves, report
+from grain_jax.evals.page import curves, page, report
 
 
 def make_history(n):
@@ -171,3 +171,14 @@ def test_table_says_what_rests_on_little():
   )  # fmt: skip
   said = "only 12 images; not above chance, 50 %; 95 % interval 25.4 to 74.6 %"
   assert table.splitlines()[1] == f"  mine/top1      50.0 %  ({said})"
+
+
+def test_a_loss_is_no_share_however_small(tmp_path):
+  results = {"validation/loss": 0.75, "validation/loss_box": 1.5, "validation/iou": 0.5}
+  lines = [line.split() for line in report.format_table(results).splitlines()]
+  assert lines == [["validation"], ["loss", "0.75"], ["loss_box", "1.5"], ["iou", "50.0", "%"]]
+  page.write(tmp_path / "p.html", results, title="t", facts={}, figures=[])
+  text = (tmp_path / "p.html").read_text()
+  assert (
+    ">loss</th>" in text and ">IoU, %</th>" in text and "75.0" not in text and "150" not in text
+  )
