@@ -81,7 +81,10 @@ def adopt(
     return config
   begun = workdir / "config.json"
   for part, folder in parts.items():
-    theirs = configs.read(begun) if begun.is_file() else weights.read_config(folder)
+    try:
+      theirs = configs.read(begun) if begun.is_file() else weights.read_config(folder)
+    except ValueError as error:
+      raise ValueError(f"config.init.{part}: {error}") from error
     adopted = []
     for key, here, there in _differences(config, theirs, part):
       configs.set_key(config, key, there)

@@ -71,9 +71,10 @@ def read_config(path: str | os.PathLike) -> ml_collections.ConfigDict:
 def _check_holds_a_model(folder: pathlib.Path) -> None:
   if name := places.hub_name(folder):
     raise ValueError(
-      f"{folder}: there is no such folder. A model of the Hugging Face hub is fetched and "
-      f"converted first: hf download {name} --local-dir DIR, then python -m grain_jax.convert "
-      "--from=hf_clip --input=DIR --out=WEIGHTS."
+      f"{folder}: there is no such folder. A run is trained first (`make quickstart` trains "
+      "runs/quickstart); a model of the Hugging Face hub is fetched and converted: hf download "
+      f"{name} --local-dir DIR, then python -m grain_jax.convert --from=hf_clip --input=DIR "
+      "--out=WEIGHTS."
     )
   if not (folder / "config.json").is_file():
     raise ValueError(

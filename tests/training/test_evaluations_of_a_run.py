@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bench import kills
 from grain_jax import config as configs
@@ -47,6 +48,26 @@ def test_a_signal_within_an_evaluation_is_answered_at_its_next_batch(config, tmp
   assert kills.differences(kills.final_state(whole), kills.final_state(stopped)) == []
   lines = metrics.read_jsonl(stopped / "metrics.jsonl")
   assert [line["step"] for line in lines if "train/loss" not in line] == [2, 4]
+
+
+def test_outside_sets_are_evaluated_along_the_way(config, tmp_path, rng):
+  """A folder of labelled images, the first six of each set."""
+  for name in ("cat", "dog"):
+    (tmp_path / "sets" / "pets" / name).mkdir(parents=True)
+    for i in range(5):
+      image = Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8))
+      image.save(tmp_path / "sets" / "pets" / name / f"{i}.png")
+  config.evals = ("retrieval", "zero_shot:pets")
+  with pytest.raises(ValueError, match="give --config.datasets=DIR"):
+    loop.train(config, str(tmp_path / "run"))
+  config.datasets, config.eval_limit = str(tmp_path / "sets"), 6
+  results = loop.train(config, str(tmp_path / "run"))
+  assert results["zero_shot/pets/limit"] == 6 and 0 <= results["zero_shot/pets/top1"] <= 1
+  lines = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+  assert [line["step"] for line in lines if "zero_shot/pets/top1" in line] == [2, 4]
+  config.evals = ("zero_shot:imagenet",)
+  with pytest.raises(ValueError, match="or give --config.datasets=DIR with a folder of pictures"):
+    loop.train(config, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
