@@ -116,6 +116,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.box_giou_cost = 2.0  # matching cost of -GIoU
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
+  c.loss.rank = 0.0  # weight of the rank of captions over their negatives (CE-CLIP: 0.2)
+  c.loss.intra = 0.0  # weight of captions against negatives as texts (CE-CLIP: 0.3)
+  c.loss.intra_form = "image_text_positive"  # or text_only
+  c.loss.rank_threshold = "mean"  # of the step before: mean | max | fixed
+  c.loss.rank_threshold_start = 0.0  # in units of logits; fixed: throughout
+  c.loss.rank_upper_bound = 10.0  # of the thresholds
+  c.loss.rank_reset = True  # thresholds begin anew in each epoch
+  c.loss.mask_invalid = True  # invalid negatives are none; off as published: they count in contrast
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
   c.loss.precision = "auto"  # of contrastive products: bfloat16 | float32 | auto: f32 on CPUs
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other

@@ -26,8 +26,13 @@ def region_loss(
   axes: tuple[str, ...] = (),
   chunk: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  false: Array | None = None,
+  false_mask: Array | None = None,
+  false_hashes: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """CE over matched regions of s q D^T, D = all valid descriptions; region -> text only (GRAIN).
+
+  False descriptions of regions are further columns, for every region.
 
   Args:
     regions: f32 [B, R, E], embeddings of the matched queries, L2-normalised.
@@ -39,6 +44,9 @@ def region_loss(
       Without them they come from this device's shard alone, as in the published code.
     chunk: candidates at a time; 0: all.
     dtype: of the products: `contrastive.product_dtype`.
+    false: f32 [B, R, N, E], false descriptions of each region, L2-normalised, or None.
+    false_mask: bool [B, R, N], where there are some.
+    false_hashes: u32 [B, R, N, 2] of their texts, where `text_hashes` are given.
 
   Returns:
     (sum, correct, weight): the loss is sum / weight; correct counts the regions whose own
@@ -47,6 +55,13 @@ def region_loss(
   width, valid = regions.shape[-1], mask.reshape(-1)
   text_hashes = None if text_hashes is None else text_hashes.reshape(-1, 2)
   texts = contrastive.Candidates(descriptions.reshape(-1, width), valid, text_hashes)
+  if false is not None and false.size:
+    wrong = contrastive.Candidates(
+      false.reshape(-1, width),
+      false_mask.reshape(-1),
+      None if text_hashes is None else false_hashes.reshape(-1, 2),
+    )
+    texts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), texts, wrong)
   rows = contrastive.Candidates(regions.reshape(-1, width), valid, text_hashes)
   sums = contrastive.cross_entropy(
     rows, texts, logit_scale=logit_scale, axes=axes, chunk=chunk, dtype=dtype

@@ -80,7 +80,9 @@ def train(
       )
       provenance.write_config(folder, config)
       step, total_steps = int(state.step), run.total_steps
-      train_step = steps.make_train_step(model, config, mesh, optimizer, shardings)
+      train_step = steps.make_train_step(
+        model, config, mesh, optimizer, shardings, steps_per_epoch=run.steps_per_epoch
+      )
       # Loads TensorFlow, which takes seconds: after what may be wrong.
       from grain_jax.runtime import writers
 

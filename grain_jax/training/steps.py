@@ -32,6 +32,7 @@ class TrainState:
   params: Any
   opt_state: Any
   ema: Any = None  # mean of the parameters, newer ones weighing more; None: not kept
+  terms: Any = None  # states of the objective's terms; None: none has one
 
   @property
   def eval_params(self) -> Any:
@@ -64,7 +65,8 @@ def create_state(
   def init() -> TrainState:
     params = make_params()
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    terms = objectives.initial_state(config)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, terms)
 
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init)
@@ -91,13 +93,16 @@ def objective(
   batch: Batch,
   *,
   config: ml_collections.ConfigDict,
+  terms: objectives.State | None = None,
   batch_axes: tuple[str, ...] = (),
   platform: str = "cpu",
-) -> tuple[Array, Metrics]:
-  """(loss, its parts as (sum, weight) pairs) of the output for a full batch."""
-  losses = objectives.total_loss(output, batch, config, batch_axes=batch_axes, platform=platform)
+) -> tuple[Array, tuple[Metrics, objectives.State | None]]:
+  """(loss, (its parts as (sum, weight) pairs, the terms' states after it)) of a full batch."""
+  losses = objectives.total_loss(
+    output, batch, config, state=terms, batch_axes=batch_axes, platform=platform
+  )
   scale = (jnp.exp(output.logit_scale), jnp.ones(()))
-  return losses.total, {**losses.parts, "logit_scale": scale}
+  return losses.total, ({**losses.parts, "logit_scale": scale}, losses.state)
 
 
 def loss_function(
@@ -108,8 +113,8 @@ def loss_function(
   model: grain.Grain,
   config: ml_collections.ConfigDict,
   **options: Any,
-) -> tuple[Array, Metrics]:
-  """(loss, its parts as (sum, weight) pairs) of a training batch; options as of `objective`."""
+) -> tuple[Array, tuple[Metrics, objectives.State | None]]:
+  """`objective` of the model's output for a training batch, with options of it."""
   output = encode(params, batch, dropout_key, model=model)
   return objective(output, batch, config=config, **options)
 
@@ -141,11 +146,15 @@ def make_train_step(
   mesh: Mesh,
   optimizer: optax.GradientTransformation,
   shardings: Any,
+  *,
+  steps_per_epoch: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted update: gradients -> optimiser -> clamp of the logit scale; the state is donated.
 
   A batch without any usable example changes `step` alone. It has `trace` and `lower` as a jitted
   function has.
+
+  With `steps_per_epoch` the states of terms begin anew in each epoch (`config.loss.rank_reset`).
 
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
@@ -154,8 +163,8 @@ def make_train_step(
   options = {"config": config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
   frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))
 
-  def gradients_of(params: Any, batch: Batch, dropout_key: Array) -> Any:
-    """((loss, metrics), gradients of the parameters that are not frozen, as a list)."""
+  def gradients_of(params: Any, batch: Batch, dropout_key: Array, terms: Any) -> Any:
+    """((loss, (metrics, terms)), gradients of the parameters not frozen, as a list)."""
     leaves, structure = jax.tree.flatten(params)
 
     def merge(trained: list[Array]) -> Any:
@@ -164,14 +173,14 @@ def make_train_step(
         [leaf if fixed else next(rest) for leaf, fixed in zip(leaves, frozen, strict=True)]
       )
 
-    def loss_of(trained: list[Array], *arguments: Any) -> tuple[Array, Metrics]:
-      return loss_function(merge(trained), *arguments, model=model, **options)
+    def loss_of(trained: list[Array], *arguments: Any) -> tuple[Array, Any]:
+      return loss_function(merge(trained), *arguments, model=model, terms=terms, **options)
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulate > 1:
       value_and_grad = accumulation.value_and_grad(
         lambda trained, *arguments: encode(merge(trained), *arguments, model=model),
-        functools.partial(objective, **options),
+        functools.partial(objective, terms=terms, **options),
         num_microbatches=config.accumulate,
         mesh=mesh,
       )
@@ -191,7 +200,12 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch, *, guarded: bool) -> tuple[TrainState, Metrics]:
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    (value, metrics), trained = gradients_of(state.params, batch, dropout_key)
+    terms = state.terms
+    if terms is not None and steps_per_epoch and config.loss.rank_reset:
+      begins = state.step % steps_per_epoch == 0
+      start = objectives.initial_state(config)
+      terms = jax.tree.map(lambda first, now: jnp.where(begins, first, now), start, terms)
+    (value, (metrics, terms)), trained = gradients_of(state.params, batch, dropout_key, terms)
     gradients = fill_in(trained, state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optim.apply_updates(state.params, updates, frozen, config.model.logit_scale_max)
@@ -207,12 +221,12 @@ def make_train_step(
       # Without an example there is no gradient, but decay, moments and the schedule would move on.
       any_example = jnp.any(batch["example_mask"])
       metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
-      params, opt_state, ema = jax.tree.map(
+      params, opt_state, ema, terms = jax.tree.map(
         lambda new, old: jnp.where(any_example, new, old),
-        (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema),
+        (params, opt_state, ema, terms),
+        (state.params, state.opt_state, state.ema, state.terms),
       )
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    return TrainState(state.step + 1, params, opt_state, ema, terms), metrics
 
   replicated = meshes.replicated(mesh)
   effort = config.compile_effort

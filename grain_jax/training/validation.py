@@ -72,7 +72,7 @@ class Validation:
 
     def losses(params: Any, batch: steps.Batch) -> steps.Metrics:
       output = model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
-      return steps.objective(output, batch, **options)[1]
+      return steps.objective(output, batch, **options)[1][0]
 
     self._losses = jax.jit(losses, out_shardings=meshes.replicated(mesh))
 
