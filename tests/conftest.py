@@ -90,16 +90,22 @@ def make_batch(rng):
 
     b, r, length = size or config.batch_size, config.data.max_regions, config.data.row_length
     side = config.model.image.size
+    k, n_each = config.data.negatives, config.data.negatives_per_region
     batch = {
       name: np.zeros(shape, dtype)
       for name, (shape, dtype) in schema.batch_shapes(
-        batch=b, image_size=side, row_length=length, regions=r
+        batch=b,
+        image_size=side,
+        row_length=length,
+        regions=r,
+        negatives=k,
+        region_negatives=n_each,
       ).items()
     }
     batch["image"][:] = rng.integers(0, 256, batch["image"].shape)
     for i in range(b):
       at = 0
-      for t in range(1 + r):
+      for t in range(1 + r + k + r * n_each):
         n = int(rng.integers(3, 9))
         batch["tokens"][i, at : at + n] = rng.integers(1, 300, n)
         batch["segments"][i, at : at + n] = t + 1
@@ -108,7 +114,13 @@ def make_batch(rng):
         at += n
     batch["text_mask"][:] = True
     batch["region_mask"][:] = rng.random((b, r)) < 0.7
-    batch["text_mask"][:, 1:] &= batch["region_mask"]
+    batch["text_mask"][:, 1 : 1 + r] &= batch["region_mask"]
+    if k:
+      batch["text_mask"][:, 1 + r : 1 + r + k] = rng.random((b, k)) < 0.8
+    if n_each:
+      fits = rng.random((b, r, n_each)) < 0.8
+      batch["region_negative_mask"][:] = fits & batch["region_mask"][..., None]
+      batch["text_mask"][:, 1 + r + k :] = batch["region_negative_mask"].reshape(b, -1)
     size_ = rng.uniform(0.1, 0.5, (b, r, 2))
     center = rng.uniform(size_ / 2, 1 - size_ / 2)
     batch["boxes"][:] = np.concatenate([center, size_], -1)

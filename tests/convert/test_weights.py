@@ -187,8 +187,8 @@ def test_a_run_starts_from_frozen_towers_and_leaves_them(
   tiny.log_every, tiny.steps, tiny.save_every = 1, 3, 3
   calls, make, summarize = [], steps.make_train_step, train.metrics.summarize
 
-  def make_train_step(*args):
-    step = make(*args)
+  def make_train_step(*args, **options):
+    step = make(*args, **options)
     return lambda state, batch: calls.append("step") or step(state, batch)
 
   monkeypatch.setattr(train.steps, "make_train_step", make_train_step)

@@ -13,7 +13,7 @@ import scipy.optimize
 import scipy.special
 from numpy.testing import assert_allclose
 
-from grain_jax import encoders, trees
+from grain_jax import encoders, objectives, trees
 from grain_jax.models import grain, initial
 from grain_jax.objectives import boxes
 from grain_jax.runtime import mesh as meshes
@@ -54,7 +54,10 @@ def gradients_of_steps(config, batches, *, devices, updates_done=0):
   """The same of one step after the other, each on its own batch, the parameters moving."""
   mesh = meshes.create(config, jax.devices()[:devices])
   params = jax.tree.map(jnp.asarray, drawn.params(config))
-  state = steps.TrainState(jnp.int32(updates_done), params, KEEP_GRADIENTS.init(params))
+  terms = objectives.initial_state(config)
+  state = steps.TrainState(
+    jnp.int32(updates_done), params, KEEP_GRADIENTS.init(params), terms=terms
+  )
   shardings = meshes.state_shardings(state, mesh, config.mesh.rules)
   with jax.set_mesh(mesh):
     state = jax.device_put(state, shardings)
@@ -171,6 +174,32 @@ def test_a_batch_encoded_in_microbatches_gives_the_gradient_of_the_full_batch(
 def test_logits_in_chunks_over_eight_devices_are_those_of_one(config, batch, one_device):
   config.loss.chunk = 5  # of 16 captions and 48 descriptions
   assert_same(gradients_of_step(config, batch, devices=8), one_device[0])
+
+
+@pytest.mark.parametrize(
+  ("devices", "layout", "num_microbatches"), [(8, "data=8", 1), (8, "fsdp=2,tensor=2", 2)]
+)
+def test_hard_negatives_of_captions_and_regions_on_any_devices(
+  config, make_batch, devices, layout, num_microbatches
+):
+  """Three steps whose thresholds each hands to the next; without dropout, for the microbatches."""
+  config.model.decoder.dropout = 0.0
+  config.data.update(negatives=4, negatives_per_region=2, row_length=120)
+  config.loss.update(rank=0.2, intra=0.3)
+  batches = [make_batch(config, rng=np.random.default_rng(i)) for i in range(3)]
+  if "negatives" not in _KEPT:
+    _KEPT["negatives"] = gradients_of_steps(config, batches, devices=1)
+  config.mesh.update(LAYOUTS[layout])
+  config.accumulate = num_microbatches
+  found = gradients_of_steps(config, batches, devices=devices)
+  for ours, theirs in zip(found, _KEPT["negatives"], strict=True):
+    assert_same(ours, theirs)
+  thresholds = [[m[f"rank_threshold_{k}"][0] for k in range(4)] for m, _ in found]
+  assert thresholds[0] == [0.0] * 4 and thresholds[1] != thresholds[2]
+  for metrics, _ in found:
+    assert metrics["loss_rank"][0] > 0 and metrics["loss_intra"][0] > 0
+    assert 0 < metrics["valid_negatives"][0] < metrics["valid_negatives"][1]
+    assert 0 < metrics["valid_region_negatives"][0] < metrics["valid_region_negatives"][1]
 
 
 def test_dropout_differs_from_step_to_step(config, batch, one_device):
@@ -365,5 +394,5 @@ def test_texts_cut_to_the_context_are_counted(tiny):
   assert batch["text_mask"].all() and batch["positions"].max() == 127
   model = grain.build(tiny)
   loss = functools.partial(steps.loss_function, model=model, config=tiny)
-  _, parts = jax.jit(loss)(drawn.params(tiny), batch, jax.random.key(0))
+  _, (parts, _) = jax.jit(loss)(drawn.params(tiny), batch, jax.random.key(0))
   assert float(parts["truncated_texts"][0]) == 1  # 402 tokens; 122 and 127 fit
