@@ -10,10 +10,10 @@ from configs import common
 
 
 def get_config(arg: str = ""):
-  """`:runlocal` is a minute on a CPU, from the towers that `make quickstart` has trained."""
+  """`:runlocal` is a minute on a CPU, from nothing, on scenes built with --negatives=true."""
   c = common.get_config()
   c.method = "clip"
-  c.init.update(image="weights/clip-b32", text="weights/clip-b32", adopt=True)
+  c.init.update(model="weights/clip-b32", adopt=True)
   c.data.dir = "data/coco_negatives"
   c.data.max_regions = 0
   c.data.negatives = 4  # relation, attribute, object, action

@@ -233,13 +233,17 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   A recipe that starts from towers starts from those of the quickstart.
   """
   small(c)
+  c.init.model = ""
   if c.init.image or c.init.text:
     c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   c.data.dir = "data/scenes"
+  if c.data.negatives or c.data.negatives_per_region:
+    c.data.dir = "data/scenes_negatives"
   c.model.update(dtype="float32", remat="none")
   c.evals = ("available",)
   c.data.caption = "half"
   c.data.row_length = 56 if c.data.max_regions else 32
+  c.data.row_length += 16 * c.data.negatives + 8 * c.data.max_regions * c.data.negatives_per_region
   c.batch_size = min(c.batch_size, 32)  # 0, by the number of images, stays
   c.eval_batch_size = 64
   c.steps = 40

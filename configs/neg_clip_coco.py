@@ -8,7 +8,7 @@ from configs import ce_clip_coco, common
 
 
 def get_config(arg: str = ""):
-  """`:runlocal` is a minute on a CPU, from the towers that `make quickstart` has trained."""
+  """`:runlocal` is a minute on a CPU, from nothing, on scenes built with --negatives=true."""
   c = ce_clip_coco.get_config()
   c.data.update(negatives=1, negatives_by="drawn", row_length=80)
   c.batch_size = 256

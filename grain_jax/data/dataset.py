@@ -79,6 +79,11 @@ class Dataset:
     self._split(split)
     return self.manifest["splits"][split].get("regions")
 
+  def num_negatives(self, split: str, *, of_regions: bool = False) -> int | None:
+    """False captions, or descriptions, of a split's records; None where it is not counted."""
+    self._split(split)
+    return self.manifest["splits"][split].get("region_negatives" if of_regions else "negatives")
+
   def fingerprint(self, split: str) -> str:
     """sha256 of a split's records in their order, wherever they lie, whenever they were built."""
     self._split(split)

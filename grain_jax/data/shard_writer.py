@@ -39,6 +39,8 @@ class SplitWriter:
     self.totals["regions"] += len(record[schema.RECORD_REGIONS])
     self.totals["records_without_regions"] += not record[schema.RECORD_REGIONS]
     self.totals["negatives"] += len(record[schema.RECORD_NEGATIVES])
+    of_regions = sum(len(r.get("negatives") or ()) for r in record[schema.RECORD_REGIONS])
+    self.totals["region_negatives"] += of_regions
 
   def close(self) -> None:
     if self._writer is not None:

@@ -85,6 +85,9 @@ def scenes(settings: Any, *, workers: int | None = None) -> Source:
   from grain_jax.data.scenes import scenes as scenes_lib
 
   sizes = scenes_lib.Scenes(settings).split_sizes
+  known = dataclasses.asdict(settings)
+  if not settings.negatives:
+    del known["negatives"]  # a setting that came later: data built before are of equal settings
 
   def read() -> Iterator[tuple[str, dict[str, Any]]]:
     for split in scenes_lib.SPLITS:
@@ -93,7 +96,7 @@ def scenes(settings: Any, *, workers: int | None = None) -> Source:
 
   return Source(
     name="scenes",
-    settings=dataclasses.asdict(settings),
+    settings=known,
     read=read,
     about={
       "licence": "CC BY-SA 4.0",

@@ -117,7 +117,7 @@ class Progress:
     """
     parts = [
       f"{name} {values['train/loss_' + name]:.3f}"
-      for name in ("caption", "box", "region")
+      for name in ("caption", "box", "region", "rank", "intra")
       if "train/loss_" + name in values
     ]
     bad = round(values.get("train/bad_examples", 0))

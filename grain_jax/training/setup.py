@@ -89,6 +89,7 @@ def settle(
   evaluate.check(config, dataset, options)
   validation.check(config, dataset)
   preconditions.check_regions(config, dataset)
+  preconditions.check_negatives(config, dataset)
   tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
   fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)

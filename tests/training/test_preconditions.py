@@ -85,3 +85,34 @@ def test_a_config_of_before_the_key_goes_on(config, captions_only):
   old = configs.from_json(json.dumps(values))
   preconditions.check_regions(old, dataset.open_dataset(captions_only))
   assert configs.first_difference(old, config) is None
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"data.negatives": 4}, "has no false captions. Set it to 0, or build data with negatives"),
+    ({"data.negatives_per_region": 1}, "has no false descriptions of regions"),
+    ({"data.negatives": 5}, "a slot holds one of the 4 kinds"),
+    ({"loss.rank": 0.2}, "need false captions: set config.data.negatives=4"),
+    ({"data.negatives_per_region": 1, "method": "clip"}, "needs region queries"),
+  ],
+)
+def test_losses_of_negatives_need_some(tiny, changes, words):
+  class Data:
+    def num_negatives(self, split, *, of_regions=False):
+      return 0 if "has no" in words else 9
+
+  for key, value in changes.items():
+    configs.set_key(tiny, key, value)
+  with pytest.raises(ValueError, match=words) as error:
+    preconditions.check_negatives(tiny, Data())
+  assert "\n" not in str(error.value)
+
+
+def test_data_that_does_not_count_its_negatives_is_believed(tiny):
+  class Data:
+    def num_negatives(self, split, *, of_regions=False):
+      return None
+
+  tiny.data.update(negatives=4, negatives_per_region=2)
+  preconditions.check_negatives(tiny, Data())

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from grain_jax import schema
-from grain_jax.data.scenes import backgrounds, concepts, sprites
+from grain_jax.data.scenes import backgrounds, concepts, false_texts, sprites
 from grain_jax.data.scenes import texts as scene_texts
 from grain_jax.data.scenes import workers as scene_workers
 
@@ -59,6 +59,7 @@ class SceneSettings:
     ("pink", (255, 135, 195)),
     ("gray", (145, 145, 145)),
   )
+  negatives: bool = False  # false captions and descriptions too (`false_texts`)
   unseen_fraction: float = 0.2  # of the pairs of colour and concept
   # Chances of 1, 2, ... objects, and the range of the size of each: the square root of the area
   # of the drawing's upright box.
@@ -214,17 +215,24 @@ class Scenes:
     buffer = io.BytesIO()
     image = Image.fromarray(scene.pixels)
     image.save(buffer, "JPEG", quality=s.jpeg_quality, subsampling=0)
+    things = [divmod(label, len(s.colors)) for label in scene.classes]
+    false = false_texts.of_scene(
+      [(s.colors[color][0], self.concepts[concept].name) for concept, color in things],
+      caption=scene.captions[0], descriptions=scene.descriptions, boxes=scene.boxes.tolist(),
+      colors=[color for color, _ in s.colors], names=[c.name for c in self.concepts],
+      rng=np.random.default_rng([s.seed, SPLITS.index(split), index, 1]) if s.negatives else None,
+    )  # fmt: skip
     record = {
       schema.RECORD_KEY: f"{split}-{index:06d}",
       schema.RECORD_IMAGE: buffer.getvalue(),
       schema.RECORD_CAPTIONS: list(scene.captions),
       schema.RECORD_REGIONS: [
-        {"description": description, "box": box, "score": score, "negatives": []}
-        for description, box, score in zip(
-          scene.descriptions, scene.boxes, scene.visible, strict=True
+        {"description": description, "box": box, "score": score, "negatives": negatives}
+        for description, box, score, negatives in zip(
+          scene.descriptions, scene.boxes, scene.visible, false[1], strict=True
         )
       ],
-      schema.RECORD_NEGATIVES: [],
+      schema.RECORD_NEGATIVES: false[0],
     }
     if split != "train" and s.masks:
       ids = [0] + [1 + c // len(s.colors) for c in scene.classes]

@@ -1,0 +1,135 @@
+"""False texts of a scene, from its structure: one thing exchanged, all else as it is.
+
+The kinds are CE-CLIP's (arXiv 2306.08832): the place (relation), the colour (attribute), the thing
+(object). Nothing happens in a scene, so there is no false action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grain_jax.data.scenes import texts
+
+Choose = Callable[[int], int]  # n -> random integer in [0, n)
+_POSITIONS = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
+_POSITIONS += tuple(
+  f"at the {row} {side}" for row in ("top", "bottom") for side in ("left", "right")
+)
+
+
+def of_description(
+  thing: tuple[str, str],
+  *,
+  description: str,
+  present: set[tuple[str, str]],
+  colors: Sequence[str],
+  names: Sequence[str],
+  choose: Choose,
+) -> dict[str, str]:
+  """{'attribute': another colour, 'object': another thing} in the place of a description's own.
+
+  Args:
+    thing: (colour, name) of what is described.
+    description: as `texts.describe` made it.
+    present: (colour, name) of all that the scene holds: none of it is used.
+    colors: to choose from.
+    names: to choose from.
+    choose: random.
+  """
+  color, name = thing
+  size = next((s for s in ("small", "large") if f" {s} " in f" {description} "), "")
+  others = [c for c in colors if c != color and (c, name) not in present]
+  things = [n for n in names if n not in {p for _, p in present}]
+  found = {}
+  if others:
+    found["attribute"] = texts.describe(name, others[choose(len(others))], size)
+  if things:
+    found["object"] = texts.describe(things[choose(len(things))], color, size)
+  return found
+
+
+def of_caption(
+  caption: str,
+  things: Sequence[tuple[str, str]],
+  descriptions: Sequence[str],
+  boxes: Sequence[texts.Box],
+  *,
+  colors: Sequence[str],
+  names: Sequence[str],
+  choose: Choose,
+) -> list[dict[str, str]]:
+  """[{'caption', 'kind'}] of the caption that says where something is (the first of a scene)."""
+  found = []
+  if (moved := _moved(caption, descriptions, boxes, choose)) is not None:
+    found.append({"caption": moved, "kind": "relation"})
+  index = choose(len(things))
+  false = of_description(
+    things[index], description=descriptions[index], present=set(things), colors=colors,
+    names=names, choose=choose,
+  )  # fmt: skip
+  for kind, phrase in false.items():
+    text = caption.replace(descriptions[index], phrase, 1)
+    found.append({"caption": text, "kind": kind})
+  return [entry for entry in found if entry["caption"] != caption]
+
+
+def _moved(
+  caption: str, descriptions: Sequence[str], boxes: Sequence[texts.Box], choose: Choose
+) -> str | None:
+  """The caption with the first two things in each other's place, or one thing in another.
+
+  None where that would not be false: of two things next to each other, or equal ones.
+  """
+  if len(descriptions) == 1:
+    here = texts.position_of(boxes[0])
+    others = [p for p in _POSITIONS if p != here]
+    return caption.replace(here, others[choose(len(others))], 1) if here in caption else None
+  named = sorted((i for i, d in enumerate(descriptions) if d in caption), key=lambda i: (
+    caption.index(descriptions[i])
+  ))  # fmt: skip
+  first, second = named[:2]
+  a, b = descriptions[first], descriptions[second]
+  if a == b or a in b or b in a or texts.relation_of(boxes[first], boxes[second]) == "near":
+    return None
+  start, end = caption.index(a), caption.index(b)
+  between = caption[start + len(a) : end]
+  return caption[:start] + b + between + a + caption[end + len(b) :]
+
+
+def of_scene(
+  things: Sequence[tuple[str, str]],
+  *,
+  caption: str,
+  descriptions: Sequence[str],
+  boxes: Sequence[texts.Box],
+  colors: Sequence[str],
+  names: Sequence[str],
+  rng: np.random.Generator | None,
+) -> tuple[list[dict[str, str]], list[list[str]]]:
+  """(false captions with their kinds, false descriptions of each thing); none without `rng`.
+
+  Args:
+    things: (colour, name) of each.
+    caption: the one that says where something is.
+    descriptions: of the things.
+    boxes: of the things.
+    colors: that there are.
+    names: of things that there are.
+    rng: random numbers.
+  """
+  if rng is None:
+    return [], [[] for _ in descriptions]
+  options = {"colors": colors, "names": names, "choose": lambda n: int(rng.random() * n)}
+  of_things = []
+  for thing, description in zip(things, descriptions, strict=True):
+    drawn = [
+      text
+      for _ in range(2)
+      for text in of_description(
+        thing, description=description, present=set(things), **options
+      ).values()
+    ]
+    of_things.append(list(dict.fromkeys(drawn)))
+  return of_caption(caption, things, descriptions, boxes, **options), of_things

@@ -1,0 +1,92 @@
+"""False captions and descriptions of a scene: one thing exchanged, and false indeed."""
+
+import re
+
+import pytest
+
+from grain_jax.data.scenes import false_texts, scenes, texts
+
+
+@pytest.fixture(scope="module")
+def made():
+  return scenes.Scenes(scenes.SceneSettings(negatives=True, train=400, val=1))
+
+
+def things_in(text, settings, names):
+  """(colour, name) pairs that a text names; longer names first."""
+  colors = "|".join(color for color, _ in settings.colors)
+  options = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+  return re.findall(rf"({colors}) ({options})", text)
+
+
+def test_false_captions_differ_in_one_thing_of_their_kind(made):
+  """Held against the scene itself: what it shows, and where."""
+  names, kinds = [c.name for c in made.concepts], []
+  for index in range(400):
+    scene, record = made.scene("train", index), made.record("train", index)
+    caption = record["captions"][0]
+    own = things_in(caption, made.settings, names)
+    for negative in record["negatives"]:
+      text, kind = negative["caption"], negative["kind"]
+      kinds.append(kind)
+      found = things_in(text, made.settings, names)
+      assert text != caption and text not in record["captions"]
+      if kind == "relation":
+        assert sorted(found) == sorted(own)
+        if len(scene.classes) > 1:
+          assert found[:2] == own[1::-1] and found[2:] == own[2:]
+          ids = {thing: i for i, thing in enumerate(_things(made, scene))}
+          a, b = (scene.boxes[ids[thing]].tolist() for thing in own[:2])
+          said = next(k for k, v in texts.RELATIONS.items() if any(f" {w} " in text for w in v))
+          assert texts.relation_of(b, a) != said and said != "near"
+        continue
+      new, old = set(found) - set(own), set(own) - set(found)
+      assert len(new) == len(old) == 1 and not new & set(_things(made, scene))
+      (new,), (old,) = new, old
+      same, other = (1, 0) if kind == "attribute" else (0, 1)
+      assert new[same] == old[same] and new[other] != old[other]
+      if kind == "object":
+        assert new[1] not in {name for _, name in _things(made, scene)}
+  assert len(kinds) > 900 and set(kinds) == {"relation", "attribute", "object"}
+
+
+def _things(made, scene):
+  colors = [color for color, _ in made.settings.colors]
+  names = [c.name for c in made.concepts]
+  return [(colors[c % len(colors)], names[c // len(colors)]) for c in scene.classes]
+
+
+def test_false_descriptions_are_of_nothing_in_the_scene(made):
+  names, number = [c.name for c in made.concepts], 0
+  for index in range(400):
+    scene, record = made.scene("train", index), made.record("train", index)
+    for region in record["regions"]:
+      assert 2 <= len(set(region["negatives"])) == len(region["negatives"]) <= 4
+      for text in region["negatives"]:
+        (thing,) = things_in(text, made.settings, names)
+        assert thing not in _things(made, scene) and text != region["description"]
+        size = [w for w in ("small", "large") if f" {w} " in f" {region['description']} "]
+        assert [w for w in ("small", "large") if f" {w} " in f" {text} "] == size
+        number += 1
+  assert number > 2000
+
+
+def test_without_the_setting_the_records_are_as_ever(made):
+  plain = scenes.Scenes(scenes.SceneSettings(train=400, val=1))
+  for index in (0, 7, 399):
+    a, b = plain.record("train", index), made.record("train", index)
+    assert a["negatives"] == [] and all(r["negatives"] == [] for r in a["regions"])
+    assert (a["image"], a["captions"]) == (b["image"], b["captions"])
+
+
+def test_two_things_next_to_each_other_have_no_false_place():
+  boxes = [[0.4, 0.4, 0.5, 0.5], [0.42, 0.42, 0.52, 0.52]]
+  found = false_texts.of_caption(
+    "a red cat next to a blue dog", [("red", "cat"), ("blue", "dog")],
+    ["a red cat", "a blue dog"], boxes,
+    colors=["red", "blue", "gray"], names=["cat", "dog", "owl"], choose=lambda n: 0,
+  )  # fmt: skip
+  assert found == [
+    {"caption": "a blue cat next to a blue dog", "kind": "attribute"},
+    {"caption": "a red owl next to a blue dog", "kind": "object"},
+  ]
