@@ -57,6 +57,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.model = ml_collections.ConfigDict()
   c.model.embed_dim = 512  # of the joint space (E)
+  c.model.pool = "default"  # image embedding: query | class | max | mean | default, by the method
+  c.model.pool_includes_class = True  # max and mean see the class token too
+  c.model.projects_images = True  # off: the pooled token itself, where widths agree (CLIPpy)
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16 | auto (float32 on CPUs)
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
@@ -79,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
   c.model.image.norm_eps = 1e-6  # of its LayerNorms
   c.model.image.pre_norm = False  # LayerNorm after the embeddings, as CLIP has it
+  c.model.image.patch_dropout = 0.0  # part of the patches that training does not see, below 1
   c.model.image.stem = "linear"  # patch embedding: linear (published) | hmlp (a small network)
   c.model.image.patch_bias = True  # bias of the patch embedding; CLIP has none
   c.model.image.init_std = 0.02  # of the weights (timm's, for a width of 768)

@@ -167,6 +167,28 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.data.max_regions < 0:
     raise ValueError(f"config.data.max_regions = {config.data.max_regions} must not be negative.")
   m = config.model
+  if not 0 <= m.image.patch_dropout < 1:
+    raise ValueError(
+      f"config.model.image.patch_dropout = {m.image.patch_dropout} must be in [0, 1): 0.5 leaves "
+      "half of the patches."
+    )
+  if m.image.patch_dropout and m.decoder.memory_positions and config.method == "grain":
+    raise ValueError(
+      f"config.model.image.patch_dropout = {m.image.patch_dropout} cannot be with "
+      "config.model.decoder.memory_positions, which are one for each patch. Set one of them off."
+    )
+  if m.pool == "query" and config.method != "grain":
+    raise ValueError(
+      f"config.model.pool = 'query' needs a query decoder, and config.method = {config.method!r} "
+      "has none. Choose class, max or mean."
+    )
+  query = m.pool == "query" or (m.pool == "default" and config.method == "grain")
+  width = m.decoder.width if query else m.image.width
+  if not m.projects_images and width != m.embed_dim:
+    raise ValueError(
+      f"config.model.projects_images = False: the pooled token has width {width}, and "
+      f"config.model.embed_dim = {m.embed_dim}. Make them equal, or project."
+    )
   if config.method == "grain" and m.num_queries < config.data.max_regions:
     raise ValueError(
       f"config.model.num_queries = {m.num_queries} is fewer than config.data.max_regions = "

@@ -180,6 +180,9 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     "config.model.image.pre_norm = True": image.pre_norm,
     "config.model.image.patch_bias = False": not image.patch_bias,
     "config.model.image.stem = 'hmlp'": image.stem != "linear",
+    f"config.model.pool = {config.model.pool!r}": config.model.pool
+    not in ("default", "query" if config.method == "grain" else "class"),
+    "config.model.projects_images = False": not config.model.projects_images,
     "config.model.decoder.memory_positions = True": (
       config.method == "grain" and config.model.decoder.memory_positions
     ),

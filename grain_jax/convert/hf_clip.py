@@ -169,6 +169,10 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     "config.model.image.qk_norm = True (it has no QK-norm)": image.qk_norm,
     "config.model.image.pre_norm = False (it normalises the embeddings)": not image.pre_norm,
     "config.model.image.stem = 'hmlp' (its patch embedding is linear)": image.stem != "linear",
+    f"config.model.pool = {config.model.pool!r} (it takes the class token)": (
+      config.model.pool not in ("default", "class")
+    ),
+    "config.model.projects_images = False (it projects)": not config.model.projects_images,
   }
   stand = [reason for reason, applies in reasons.items() if applies]
   if stand:

@@ -25,7 +25,7 @@ PARTS = {
 _SHAPE = {
   "model": (
     "method", "model.image.", "model.text.", "model.decoder.", "model.embed_dim",
-    "model.num_queries",
+    "model.num_queries", "model.pool", "model.pool_includes_class", "model.projects_images",
   ),
   "image": ("model.image.",),
   "text": ("model.text.", "model.embed_dim"),
@@ -36,6 +36,7 @@ _NO_SHAPE = frozenset(
     "model.decoder.dropout",
     "model.decoder.init",
     "model.image.init_std",
+    "model.image.patch_dropout",
     "model.image.position_init",
     "model.image.size",
     "model.image.variant",

@@ -35,6 +35,20 @@ class Output:
   logit_scale: Array  # []: the logarithm of the scale s of the logits
 
 
+def pool_tokens(tokens: Array, pool: str, *, includes_class: bool) -> Array:
+  """One vector of an image's tokens: [..., 1 + patches, D], class token first -> [..., D].
+
+  Args:
+    tokens: of the image tower.
+    pool: 'class' token, or 'max' or 'mean' over tokens (CLIPpy, arXiv 2210.09996, sec. 3.2).
+    includes_class: 'max' and 'mean' see the class token too.
+  """
+  if pool == "class":
+    return tokens[..., 0, :]
+  seen = tokens if includes_class else tokens[..., 1:, :]
+  return jnp.max(seen, axis=-2) if pool == "max" else jnp.mean(seen, axis=-2)
+
+
 def normalize(x: Array) -> Array:
   """x / |x| over the last axis in float32; a zero vector stays zero."""
   x = x.astype(jnp.float32)
@@ -51,6 +65,9 @@ class Grain(nn.Module):
   image_mean: tuple[float, ...]
   image_std: tuple[float, ...]
   logit_scale_init: float
+  pool: str = "class"  # of the image's embedding; 'query': the decoder's image query
+  pool_includes_class: bool = True
+  projects_images: bool = True
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -60,11 +77,12 @@ class Grain(nn.Module):
       return nn.Dense(dim, use_bias=False, kernel_init=normal(width**-0.5), dtype=self.dtype)
 
     self.text_projection = project(self.text_tower.width)
-    if self.query_decoder is None:
-      self.image_projection = project(self.image_tower.width)
-    else:
+    pooled = self.pool != "query"
+    if self.projects_images:
+      of = self.image_tower if pooled else self.query_decoder
+      self.image_projection = project(of.width)
+    if self.query_decoder is not None:
       width = self.query_decoder.width
-      self.image_projection = project(width)
       self.region_projection = project(width)
       self.box_head = decoder.BoxHead(
         width, init_scheme=self.query_decoder.init_scheme, dtype=self.dtype
@@ -81,7 +99,7 @@ class Grain(nn.Module):
     train: bool = False,
   ) -> Output:
     """Encodes a device batch (`schema.BATCH`) of which the first 1 + num_regions texts are
-    caption and descriptions."""
+    caption and descriptions. In training it needs an rng named 'dropout'."""
     image, regions, boxes = self.encode_regions(batch["image"], train=train)
     texts = self.encode_text(batch["tokens"], batch["segments"], batch["positions"], batch["ends"])
     first = 1 + num_regions + batch["negative_kind"].shape[1]
@@ -99,23 +117,33 @@ class Grain(nn.Module):
       logit_scale=self.logit_scale,
     )
 
-  def encode_tokens(self, image: Array) -> Array:
-    """u8 [B, H, W, 3] -> tokens of the image tower [B, 1 + patches, D], class token first."""
+  def encode_tokens(self, image: Array, *, train: bool = False) -> Array:
+    """u8 [B, H, W, 3] -> tokens of the image tower [B, 1 + patches, D], class token first.
+
+    In training fewer of them, by `config.model.image.patch_dropout`.
+    """
     x = image.astype(jnp.float32) / 255.0
     x = (x - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
-    return self.image_tower(x)
+    return self.image_tower(x, train=train)
+
+  def _project(self, pooled: Array) -> Array:
+    """[..., D] -> [..., E], L2-normalised."""
+    return normalize(self.image_projection(pooled) if self.projects_images else pooled)
 
   def encode_regions(self, image: Array, *, train: bool = False) -> tuple[Array, Array, Array]:
     """u8 [B, H, W, 3] -> image [B, E], regions [B, Q, E], boxes [layers, B, Q, 4]."""
-    tokens = self.encode_tokens(image)
+    tokens = self.encode_tokens(image, train=train)
+    pooled = None
+    if self.pool != "query":
+      pooled = pool_tokens(tokens, self.pool, includes_class=self.pool_includes_class)
     if self.query_decoder is None:
-      embedding = normalize(self.image_projection(tokens[:, 0]))
       batch = image.shape[0]
-      return embedding, jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
+      nothing = jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
+      return self._project(pooled), *nothing
     x = self.query_decoder(tokens, train=train)
     boxes = self.box_head(x[:, :, :-1])
     regions = normalize(self.region_projection(x[-1, :, :-1]))
-    return normalize(self.image_projection(x[-1, :, -1])), regions, boxes
+    return self._project(x[-1, :, -1] if pooled is None else pooled), regions, boxes
 
   def encode_image(self, image: Array) -> Array:
     """u8 [B, H, W, 3] -> [B, E], L2-normalised float32."""
@@ -124,14 +152,14 @@ class Grain(nn.Module):
   def encode_patches(self, image: Array) -> Array:
     """u8 [B, H, W, 3] -> patches in the space of the texts [B, H / patch, W / patch, E].
 
-    Without a decoder a patch's token takes the class token's projection (as CLIPpy, arXiv
-    2210.09996, reads patches). With one it is what a region query makes of an image of which it
-    sees that token alone.
+    Where the image's embedding is pooled from tokens a patch's token takes the projection that the
+    pooled one takes (as CLIPpy, arXiv 2210.09996, reads patches). Else it is what a region query
+    makes of an image of which it sees that token alone.
     """
     side = self.image_tower.size // self.image_tower.patch
     tokens = self.encode_tokens(image)
-    if self.query_decoder is None:
-      patches = self.image_projection(tokens[:, 1:])
+    if self.pool != "query":
+      patches = self._project(tokens[:, 1:])
     else:
       x = self.query_decoder(tokens, alone=True)[-1, :, 0]
       patches = self.region_projection(x).reshape(*tokens.shape[:2], -1)[:, 1:]
@@ -140,6 +168,13 @@ class Grain(nn.Module):
   def encode_text(self, tokens: Array, segments: Array, positions: Array, ends: Array) -> Array:
     """Packed rows i32 [B, L] and ends [B, T] -> [B, T, E], L2-normalised float32."""
     return normalize(self.text_projection(self.text_tower(tokens, segments, positions, ends)))
+
+
+def pool_of(config: ml_collections.ConfigDict) -> str:
+  """`config.model.pool`, of which 'default' is GRAIN's image query or CLIP's class token."""
+  if config.model.pool != "default":
+    return config.model.pool
+  return "query" if config.method == "grain" else "class"
 
 
 def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Grain:
@@ -171,6 +206,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     pre_norm=m.image.pre_norm,
     patch_bias=m.image.patch_bias,
     stem=m.image.stem,
+    patch_dropout=m.image.patch_dropout,
     **common,
   )
   text_tower = text.TextTransformer(
@@ -206,5 +242,8 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     image_mean=tuple(m.image.mean),
     image_std=tuple(m.image.std),
     logit_scale_init=m.logit_scale_init,
+    pool=pool_of(config),
+    pool_includes_class=m.pool_includes_class,
+    projects_images=m.projects_images,
     dtype=jnp.dtype(m.dtype),
   )

@@ -92,20 +92,22 @@ class VisionTransformer(nn.Module):
   pre_norm: bool = False
   patch_bias: bool = True
   stem: str = "linear"
+  patch_dropout: float = 0.0  # part of the patches that training does not see
   unroll: int = 1
   remat: str = "none"
   fused: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, image: Array) -> Array:
+  def __call__(self, image: Array, *, train: bool = False) -> Array:
     """Encodes normalised images.
 
     Args:
       image: [B, size, size, 3], normalised.
+      train: with patch dropout (needs an rng named 'dropout').
 
     Returns:
-      [B, 1 + (size / patch)^2, width], the class token first.
+      [B, 1 + (size / patch)^2, width], the class token first; of the patches those that are kept.
     """
     batch, side = image.shape[0], self.size // self.patch
     init = nn.initializers.normal(self.init_std)
@@ -129,6 +131,8 @@ class VisionTransformer(nn.Module):
     x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
     positions = self.param("position_embedding", self._positions, (1 + side * side, self.width))
     x = x + positions.astype(self.dtype)
+    if train and self.patch_dropout:
+      x = self._keep_some(x)
     if self.pre_norm:
       x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")
     blocks = layers.Stack(
@@ -153,6 +157,19 @@ class VisionTransformer(nn.Module):
     else:
       x, _ = blocks.apply(self.variables["params"]["blocks"], x, None)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+
+  def _keep_some(self, x: Array) -> Array:
+    """The class token and, of each image, so many patches drawn at random, in their order.
+
+    The draw is of the global batch, so that it does not depend on the sharding.
+    """
+    batch, patches = x.shape[0], x.shape[1] - 1
+    kept = max(1, round(patches * (1 - self.patch_dropout)))
+    draw = jax.random.uniform(self.make_rng("dropout"), (batch, patches))
+    chosen = jnp.sort(jnp.argsort(draw, axis=1)[:, :kept], axis=1)
+    return jnp.concatenate(
+      [x[:, :1], jnp.take_along_axis(x[:, 1:], chosen[..., None], axis=1)], axis=1
+    )
 
   def _positions(self, key: Array, shape: tuple[int, int]) -> Array:
     """Initial position embedding, the class token's first; learned from there on."""

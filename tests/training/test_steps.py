@@ -202,6 +202,13 @@ def test_hard_negatives_of_captions_and_regions_on_any_devices(
     assert 0 < metrics["valid_region_negatives"][0] < metrics["valid_region_negatives"][1]
 
 
+def test_the_same_patches_are_left_out_on_any_devices(config, batch):
+  config.model.image.update(patch=8, patch_dropout=0.5)
+  assert_same(
+    gradients_of_step(config, batch, devices=8), gradients_of_step(config, batch, devices=1)
+  )
+
+
 def test_dropout_differs_from_step_to_step(config, batch, one_device):
   """Else the comparison above would hold without any."""
   metrics, _ = gradients_of_step(config, batch, devices=1, updates_done=1)
@@ -378,21 +385,3 @@ def test_bfloat16_computes_in_half_the_bits_and_keeps_the_rest_in_float32(tiny, 
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
   norms = [float(optax.tree.norm(g)) for g in (full, half)]
   assert_allclose(*norms, rtol=5e-2)
-
-
-def test_texts_cut_to_the_context_are_counted(tiny):
-  """A context beyond 77, captions of 3, 120 and 400 words; descriptions that fit."""
-  from grain_jax import schema, tokenizer
-
-  tiny.model.text.context, tiny.data.row_length, tiny.data.max_regions = 128, 160, 1
-  texts = [["dog " * n, "a dog"] for n in (3, 120, 400, 125)]
-  rows = tokenizer.Tokenizer(128).pack_batch(texts, row_length=160, scores=np.ones((4, 1)))
-  shapes = schema.batch_shapes(batch=4, image_size=32, row_length=160, regions=1)
-  batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-  batch |= {k: v for k, v in rows._asdict().items() if k in batch}
-  batch["example_mask"][:] = True
-  assert batch["text_mask"].all() and batch["positions"].max() == 127
-  model = grain.build(tiny)
-  loss = functools.partial(steps.loss_function, model=model, config=tiny)
-  _, (parts, _) = jax.jit(loss)(drawn.params(tiny), batch, jax.random.key(0))
-  assert float(parts["truncated_texts"][0]) == 1  # 402 tokens; 122 and 127 fit
