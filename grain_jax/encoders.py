@@ -91,7 +91,18 @@ def make(
     out = call("text", rows.tokens, rows.segments, rows.positions, rows.ends)
     return out[rows.row, rows.slot]
 
+  def token_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Embeddings f32 [N, E] of texts given as ids i32 [N, L] and mask, a row each."""
+    length, lengths = config.data.row_length, mask.sum(axis=1)
+    room = [(0, 0), (0, length - ids.shape[1])]
+    tokens, segments = (np.pad(x.astype(np.int32), room) for x in (np.where(mask, ids, 0), mask))
+    ends = np.zeros((len(ids), max(length // 8, 1)), np.int32)
+    ends[:, 0] = lengths - 1
+    positions = np.arange(length, dtype=np.int32) * segments
+    return call("text", tokens, segments, positions, ends)[:, 0]
+
   return Encoders(
+    token_ids=token_ids,
     image=lambda images: call("image", images),
     text=text,
     regions=lambda images: call("regions", images),

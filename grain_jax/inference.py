@@ -106,6 +106,43 @@ class Model:
     with jax.set_mesh(self._mesh):
       return self._encoders.text(texts)
 
+  def encode_token_ids(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """N texts given as token ids -> f32 [N, E], L2-normalised.
+
+    Args:
+      ids: integers [N, L], start and end included, L at most the context.
+      mask: bool [N, L], true for the tokens of a text, which come first.
+
+    Raises:
+      ValueError: shapes, ids or mask are of no texts of this model; one line.
+    """
+    ids, mask = np.asarray(ids), np.asarray(mask)
+    m = self.config.model.text
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or mask.shape != ids.shape:
+      raise ValueError(
+        f"encode_token_ids: ids {ids.dtype}{list(ids.shape)} and mask {list(mask.shape)}: give "
+        "integers [N, L] and a mask of the same shape."
+      )
+    mask = mask.astype(bool)
+    if ids.shape[1] > m.context:
+      raise ValueError(
+        f"encode_token_ids: ids have {ids.shape[1]} columns, more than the model's context of "
+        f"{m.context}. Cut them."
+      )
+    if not mask[:, :1].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+      raise ValueError(
+        "encode_token_ids: the mask of each text must be true for its first tokens and false after "
+        "them: pad on the right."
+      )
+    if (mask & ((ids < 0) | (ids >= m.vocab_size))).any():
+      raise ValueError(
+        f"encode_token_ids: an id is not in [0, {m.vocab_size}): another model's tokenizer?"
+      )
+    if not len(ids):
+      return np.zeros((0, self.config.model.embed_dim), np.float32)
+    with jax.set_mesh(self._mesh):
+      return self._encoders.token_ids(ids, mask)
+
   def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images -> f32 [N, E], L2-normalised; what is an image stands in the class."""
     pixels = self.preprocess(images)

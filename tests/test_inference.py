@@ -48,6 +48,29 @@ def test_texts_are_the_tokenizers_ids_and_the_models_embeddings(model, finished_
   assert model.encode_text([]).shape == (0, config.model.embed_dim)
 
 
+def test_token_ids_and_a_mask_are_the_text(model):
+  texts = ["a red apple", "two dogs under a table", "x"]
+  ids = model.tokenize(texts)
+  mask = ids > 0
+  want = model.encode_text(texts)
+  assert_allclose(model.encode_token_ids(ids, mask), want, atol=1e-6)
+  width = int(mask.sum(1).max())
+  garbage = np.where(mask, ids, 7)[:, :width]  # what the mask hides does not matter
+  assert_allclose(model.encode_token_ids(garbage, mask[:, :width]), want, atol=1e-6)
+  assert model.encode_token_ids(ids[:0], mask[:0]).shape == (0, want.shape[1])
+  for wrong, line in (
+    ((ids, mask[:2]), "a mask of the same shape"),
+    ((ids.astype(float), mask), "give integers"),
+    ((ids, mask[:, ::-1]), "pad on the right"),
+    ((ids, np.zeros_like(mask)), "pad on the right"),
+    ((np.where(mask, 60_000, 0), mask), "another model's tokenizer"),
+    ((np.tile(ids, 4), np.tile(mask, 4)), "more than the model's context"),
+  ):
+    with pytest.raises(ValueError, match=line) as error:
+      model.encode_token_ids(*wrong)
+    assert "\n" not in str(error.value)
+
+
 def test_all_kinds_of_pictures_give_the_same_embedding(model, images, tmp_path):
   paths = [tmp_path / f"{i}.png" for i in range(len(images))]
   for path, image in zip(paths, images, strict=True):

@@ -15,6 +15,10 @@ def _no_patches(images: np.ndarray) -> np.ndarray:
   raise ValueError(f"these encoders give no patch features (asked for {len(images)} images).")
 
 
+def _no_token_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  raise ValueError(f"these encoders take no token ids (asked for {len(ids)} texts).")
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoders:
   """The encoders of one model. Each takes any number of rows and gives back one result a row.
@@ -28,6 +32,8 @@ class Encoders:
   regions: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
   # u8 [n, size, size, 3] -> [n, rows, columns, E]: patches in the space of the texts
   patches: Callable[[np.ndarray], np.ndarray] = _no_patches
+  # ids i32 [n, L] and mask [n, L] of texts -> [n, E]
+  token_ids: Callable[[np.ndarray, np.ndarray], np.ndarray] = _no_token_ids
   size: int = 224  # side of the images in pixels
   resize: str = "squash"  # how images are brought to that size: one of `transforms.RESIZES`
   interpolation: str = "bicubic"  # by which: one of `transforms.INTERPOLATIONS`
