@@ -17,7 +17,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "own_data.md"
 SMALL = (
   "--config.steps=12", "--config.batch_size=8", "--config.eval_batch_size=8",
   "--config.eval_every=8", "--config.validation.batches=1", "--config.optimizer.warmup_steps=2",
-  "--config.log_every=2",
+  "--config.log_every=2", "--config.loss.matcher=device",
   "--config.model.decoder.depth=1", "--config.model.decoder.width=16",
   "--config.model.decoder.heads=2", "--config.model.decoder.mlp_dim=16",
 )  # fmt: skip
@@ -68,6 +68,12 @@ def test_every_command_of_the_page(tmp_path):
   make_clip(tmp_path / "clip-vit-base-patch16")
   environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
   environment["PYTHONPATH"] = str(PAGE.parent.parent)
+  # Programs that are compiled in a hurry, and those of the encoders once for all commands.
+  environment["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  )
+  environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+  environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   said = {}
   commands = [line for block in blocks("console") for line in block.strip().splitlines()]
   assert len(commands) == 7
