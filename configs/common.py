@@ -234,7 +234,8 @@ def small(c: ml_collections.ConfigDict) -> None:
 def runlocal(c: ml_collections.ConfigDict) -> None:
   """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes or other data.
 
-  A recipe that starts from towers starts from those of the quickstart.
+  A recipe that starts from towers starts from those of the quickstart, one that starts from a whole
+  model from nothing.
   """
   small(c)
   c.init.model = ""

@@ -26,7 +26,7 @@ LONGER = {"--config.steps=1400": "--config.steps=20"}
 
 
 def make_pets(folder):
-  """180 pictures of many sizes, most of them with boxes in pixels (x, y, x, y)."""
+  """60 pictures of many sizes, most of them with boxes in pixels (x, y, x, y)."""
   rng = np.random.default_rng(0)
   (folder / "images").mkdir(parents=True)
   lines = []

@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
+from grain_jax.data import dataset
 from grain_jax.runtime import checkpoint
 
 # Keys that may change in a run: neither the parameters nor the optimiser's state have another form.
@@ -105,7 +106,7 @@ def continue_as(
     configs.set_key(config, key, _value(old, key))
   changes = {key: (_value(old, key), _value(config, key)) for key in keys}
   changes = {key: values for key, values in changes.items() if values[0] != values[1]}
-  if not changes:
+  if not changes and "data.dir" not in keys:
     return config
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
   step = checkpoints.agree_on_latest()
@@ -113,8 +114,15 @@ def continue_as(
     raise ValueError(
       f"--continue_as={','.join(keys)}: {folder} holds no checkpoint. Use a new workdir."
     )
-  rate = checkpoints.read_meta(step).get("learning_rate", old.optimizer.lr_end)
+  meta = checkpoints.read_meta(step)
+  rate = meta.get("learning_rate", old.optimizer.lr_end)
   checkpoints.close()
+  if "data.dir" in keys and "data.dir" not in changes:  # other data may lie where the old lay
+    now = dataset.open_dataset(config.data.dir).fingerprint(config.data.split)
+    if meta.get("data", now) != now:
+      changes["data.dir"] = (f"{old.data.dir} ({meta['data'][:12]})", f"the same ({now[:12]})")
+  if not changes:
+    return config
   config.optimizer.update(start_step=step, start_lr=float(rate))
   said = ", ".join(f"config.{key} {was!r} -> {now!r}" for key, (was, now) in changes.items())
   say(

@@ -85,7 +85,7 @@ def check_checkpoint(
       raise ValueError(
         f"{folder}: its checkpoints were not trained with this {what} ({was[:12]}, not "
         f"{value[:12]}; config.data.dir = {config.data.dir}). Use a new workdir, or what they were "
-        "trained with."
+        f"trained with{', or --continue_as=data.dir on purpose' if what == 'data' else ''}."
       )
 
 

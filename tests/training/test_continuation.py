@@ -1,6 +1,7 @@
 """A run that goes on otherwise than it began: by asking for it, and never else."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,34 @@ def test_a_run_that_has_begun_keeps_how_it_started(tiny, tmp_path):
   asked.optimizer.update(start_step=0, start_lr=0.0)
   got = continuation.continue_as(asked, tmp_path, [], say=print)
   assert got.to_dict() == tiny.to_dict()
+
+
+def test_other_data_at_the_old_place_is_a_change_too(tiny, tmp_path, monkeypatch):
+  (tmp_path / "config.json").write_text(configs.to_json(tiny))
+  monkeypatch.setattr(
+    continuation.dataset, "open_dataset",
+    lambda path: SimpleNamespace(fingerprint=lambda split: "b" * 20),
+  )  # fmt: skip
+
+  def newest(data):
+    monkeypatch.setattr(
+      continuation.checkpoint, "Checkpoints",
+      lambda *_, **__: SimpleNamespace(
+        agree_on_latest=lambda: 7, close=lambda: None,
+        read_meta=lambda step: {"data": data, "learning_rate": 0.25},
+      ),
+    )  # fmt: skip
+
+  newest("b" * 20)
+  said = []
+  same = continuation.continue_as(tiny, tmp_path, ["data.dir"], say=said.append)
+  assert same.to_dict() == tiny.to_dict() and not said
+  newest("a" * 20)
+  got = continuation.continue_as(tiny, tmp_path, ["data.dir"], say=said.append)
+  assert (got.optimizer.start_step, got.optimizer.start_lr) == (7, 0.25)
+  assert "(aaaaaaaaaaaa)" in said[0] and "the same (bbbbbbbbbbbb)" in said[0]
+  asked_nothing = continuation.continue_as(tiny, tmp_path, [], say=said.append)
+  assert asked_nothing.optimizer.start_step == 0 and len(said) == 1
 
 
 def read(folder):
