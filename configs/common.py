@@ -92,14 +92,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.interpolation = "bicubic"  # of images brought to that size: bicubic | bilinear
 
   c.model.text = ml_collections.ConfigDict()
+  c.model.text.kind = "clip"  # clip (causal, last token) | t5 (T5 encoder, mean; Sentence-T5)
   c.model.text.width = 512  # of a token
   c.model.text.depth = 12  # blocks
   c.model.text.heads = 8  # of attention
   c.model.text.mlp_ratio = 4.0  # hidden units of the MLP, in widths
   c.model.text.context = 77  # longest text in tokens; longer ones are cut
   c.model.text.vocab_size = 49408  # rows of the token embedding; CLIP's vocabulary has so many
-  c.model.text.activation = "quick_gelu"  # gelu (exact) | quick_gelu (CLIP's)
-  c.model.text.norm_eps = 1e-5  # of its LayerNorms
+  c.model.text.activation = "quick_gelu"  # gelu (exact) | quick_gelu (CLIP's) | relu (T5's)
+  c.model.text.norm_eps = 1e-5  # of its LayerNorms or RMSNorms
 
   c.model.decoder = ml_collections.ConfigDict()
   c.model.decoder.width = 512  # of a query

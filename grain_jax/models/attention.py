@@ -51,16 +51,21 @@ def attend(
   value: Array,
   *,
   mask: Array | None = None,
+  bias: Array | None = None,
+  scale: float | None = None,
   fused: str = "xla",
   part: str = "model",
 ) -> Array:
-  """softmax(q k^T / sqrt(D)) v, softmax in float32.
+  """softmax(scale q k^T + bias) v, softmax in float32.
 
   Args:
     query: [B, Lq, H, D].
     key: [B, Lk, H, D].
     value: [B, Lk, H, D].
     mask: bool, broadcastable to [B, H, Lq, Lk]; false where attention is forbidden.
+    bias: of the logits, of rank 4 and broadcastable to [B, H, Lq, Lk] (T5's relative positions);
+      XLA alone.
+    scale: of the logits, 1 / sqrt(D) by default; another one: XLA alone.
     fused: config.model.attention: 'xla'; 'cudnn', or an error; 'auto' takes cuDNN where it can, for
       unmasked half precision on NVIDIA's GPUs.
     part: of the model, for messages.
@@ -73,11 +78,27 @@ def attend(
   """
   if mask is None and key.shape[1] == 1:  # the softmax over one key is 1
     return jnp.broadcast_to(value, query.shape)
-  multiple = 0 if fused == "xla" else _cudnn_multiple(query, key, mask, fused=fused, part=part)
+  multiple = 0
+  if bias is not None or scale is not None:
+    _refuse_cudnn(fused, part)
+  elif fused != "xla":
+    multiple = _cudnn_multiple(query, key, mask, fused=fused, part=part)
   if multiple:
     return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple)
   heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-  return jnp.swapaxes(_attend(*heads_first, mask), 1, 2)
+  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  return jnp.swapaxes(_attend(scale, *heads_first, mask, bias), 1, 2)
+
+
+def _refuse_cudnn(fused: str, part: str) -> None:
+  """Raises where cuDNN was asked for by name; what has a bias or its own scale goes by XLA."""
+  if fused == "cudnn":
+    raise ValueError(
+      f"config.model.attention = 'cudnn' is impossible for the {part}, whose logits have relative "
+      "positions and no scale (T5). Set it to 'auto'."
+    )
+  if fused == "auto":
+    record_implementation(part, "XLA (relative positions)")
 
 
 def _cudnn_multiple(query: Array, key: Array, mask: Array | None, *, fused: str, part: str) -> int:
@@ -107,26 +128,33 @@ def _cudnn_multiple(query: Array, key: Array, mask: Array | None, *, fused: str,
   return 0
 
 
-def _logits(query: Array, key: Array, mask: Array | None) -> Array:
-  """Scaled and masked logits, [B, H, Lq, Lk] float32."""
+def _logits(
+  scale: float, query: Array, key: Array, mask: Array | None, bias: Array | None
+) -> Array:
+  """Scaled, biased and masked logits, [B, H, Lq, Lk] float32."""
   logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-  logits = logits * query.shape[-1] ** -0.5
+  logits = logits * scale
+  logits = logits if bias is None else logits + bias.astype(jnp.float32)
   return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
 
 
-@functools.partial(jax.custom_vjp)
-def _attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+  scale: float, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+) -> Array:
   """Attention of heads-first arrays [B, H, L, D]."""
-  return _forward(query, key, value, mask)[0]
+  return _forward(scale, query, key, value, mask, bias)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, tuple]:
+def _forward(
+  scale: float, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+) -> tuple[Array, tuple]:
   """Result and residuals: never the weights, which are the largest arrays of a block.
 
   Instead of them the logarithm of the softmax's denominator, [B, H, Lq, 1], is kept, as in
   FlashAttention (Dao et al., NeurIPS 2022, appendix B).
   """
-  logits = _logits(query, key, mask)
+  logits = _logits(scale, query, key, mask, bias)
   top = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - top)
   total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -135,19 +163,25 @@ def _forward(query: Array, key: Array, value: Array, mask: Array | None) -> tupl
   )
   out = checkpoint_name((out / total).astype(value.dtype), RESIDUAL_NAME)
   log_total = checkpoint_name(top + jnp.log(total), RESIDUAL_NAME)
-  return out, (query, key, value, mask, out, log_total)
+  return out, (query, key, value, mask, bias, out, log_total)
 
 
-def _backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-  query, key, value, mask, out, log_total = residuals
+def _backward(
+  scale: float, residuals: tuple, gradient: Array
+) -> tuple[Array, Array, Array, None, Array | None]:
+  query, key, value, mask, bias, out, log_total = residuals
   with jax.named_scope(RECOMPUTED_SCOPE):
-    weights = jnp.exp(_logits(query, key, mask) - log_total)
+    weights = jnp.exp(_logits(scale, query, key, mask, bias) - log_total)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   value_gradient = product("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient)
   # Of the softmax: dL/ds = w (dL/dw - sum over keys of w dL/dw), and that sum is <dL/do, o>.
   mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
   logits_gradient = weights * (product("bhqd,bhkd->bhqk", gradient, value) - mean)
-  logits_gradient = (logits_gradient * query.shape[-1] ** -0.5).astype(query.dtype)
+  bias_gradient = None
+  if bias is not None:
+    repeated = tuple(i for i, size in enumerate(bias.shape) if size < logits_gradient.shape[i])
+    bias_gradient = jnp.sum(logits_gradient, repeated, keepdims=True).astype(bias.dtype)
+  logits_gradient = (logits_gradient * scale).astype(query.dtype)
   query_gradient = product("bhqk,bhkd->bhqd", logits_gradient, key)
   key_gradient = product("bhqk,bhqd->bhkd", logits_gradient, query)
   return (
@@ -155,6 +189,7 @@ def _backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, N
     key_gradient.astype(key.dtype),
     value_gradient.astype(value.dtype),
     None,
+    bias_gradient,
   )
 
 

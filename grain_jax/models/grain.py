@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax.models import decoder, text, vit
+from grain_jax.models import decoder, t5, text, vit
 
 Array = jax.Array
 
@@ -59,7 +59,7 @@ class Grain(nn.Module):
   """Image tower, text tower and query decoder with their projections into the joint space."""
 
   image_tower: vit.VisionTransformer
-  text_tower: text.TextTransformer
+  text_tower: text.TextTransformer | t5.T5Encoder
   query_decoder: decoder.QueryDecoder | None
   embed_dim: int
   image_mean: tuple[float, ...]
@@ -209,17 +209,21 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     patch_dropout=m.image.patch_dropout,
     **common,
   )
-  text_tower = text.TextTransformer(
-    vocab_size=m.text.vocab_size,
-    context=m.text.context,
-    width=m.text.width,
-    depth=m.text.depth,
-    heads=m.text.heads,
-    mlp_ratio=m.text.mlp_ratio,
-    activation=m.text.activation,
-    norm_eps=m.text.norm_eps,
+  of_text = {
+    "vocab_size": m.text.vocab_size,
+    "width": m.text.width,
+    "depth": m.text.depth,
+    "heads": m.text.heads,
+    "mlp_ratio": m.text.mlp_ratio,
+    "activation": m.text.activation,
+    "norm_eps": m.text.norm_eps,
     **common,
-  )
+  }
+  text_tower: text.TextTransformer | t5.T5Encoder
+  if m.text.kind == "t5":  # positions are relative: the context is the tokenizer's alone
+    text_tower = t5.T5Encoder(**of_text)
+  else:
+    text_tower = text.TextTransformer(context=m.text.context, **of_text)
   query_decoder = None
   if config.method == "grain":
     query_decoder = decoder.QueryDecoder(

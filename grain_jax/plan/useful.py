@@ -17,8 +17,8 @@ def text_tower_flops(
   """FLOPs a sample of the text tower and its gradient without padding.
 
   A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
-  last layer only the token at the end of each text is computed, from keys and values of all. The
-  gradient costs as much again twice.
+  last layer only the token at the end of each text is computed, from keys and values of all; of T5
+  all of them, for their mean. The gradient costs as much again twice.
 
   Args:
     config: a resolved configuration.
@@ -30,6 +30,8 @@ def text_tower_flops(
   lengths = [caption] + [description] * (regions if config.method == "grain" else 0)
   per_token = 8 * t.width**2 + 4 * t.width * hidden
   layer = sum(n * per_token + 4 * n**2 * t.width for n in lengths)
+  if t.kind == "t5":
+    return 3.0 * (t.depth * layer + 2 * t.width * config.model.embed_dim * len(lengths))
   last = sum(n * 4 * t.width**2 + (per_token - 4 * t.width**2) + 4 * n * t.width for n in lengths)
   projection = 2 * t.width * config.model.embed_dim * len(lengths)
   return 3.0 * ((t.depth - 1) * layer + last + projection)
