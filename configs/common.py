@@ -93,6 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.model.text = ml_collections.ConfigDict()
   c.model.text.kind = "clip"  # clip (causal, last token) | t5 (T5 encoder, mean; Sentence-T5)
+  c.model.text.tokenizer = ""  # folder of a SentencePiece tokenizer (T5's); empty: CLIP's
   c.model.text.width = 512  # of a token
   c.model.text.depth = 12  # blocks
   c.model.text.heads = 8  # of attention

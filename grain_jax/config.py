@@ -253,13 +253,26 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def read(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The configuration in a run's or a conversion's config.json; one line where it is damaged."""
+  """The configuration in a run's or a conversion's config.json; one line where it is damaged.
+
+  A tokenizer that the file names relative to its own folder is named with the folder.
+  """
   try:
-    return from_json(path.read_text())
+    return with_folder(from_json(path.read_text()), path.parent)
   except (ValueError, AttributeError) as error:
     raise ValueError(
       f"{path} is not JSON of a configuration ({error}). Restore it, or use a new workdir."
     ) from error
+
+
+def with_folder(
+  config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> ml_collections.ConfigDict:
+  """The configuration of a folder's config.json with the path of the tokenizer in that folder."""
+  name = config.model.text.tokenizer
+  if name and not pathlib.PurePath(name).is_absolute() and (folder / name).is_dir():
+    config.model.text.tokenizer = str(folder / name)
+  return config
 
 
 def first_difference(

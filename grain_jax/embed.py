@@ -36,9 +36,8 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, places, schema, trees
+from grain_jax import cli, places, schema, tokenizing, trees
 from grain_jax import encoders as encoders_lib
-from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
 from grain_jax.evals import retrieval
 from grain_jax.evals.inputs import files
@@ -122,7 +121,7 @@ def open_encoders(
     grain.build(config),
     meshes.replicate(params, mesh),
     mesh=mesh,
-    tokenizer=tokenizers.Tokenizer(context=config.model.text.context),
+    tokenizer=tokenizing.make(config),
     on_batch=on_batch,
     announce=distributed.process_index() == 0,
   )
@@ -135,7 +134,9 @@ def fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
   All processes that hold shards of them must call it.
   """
   digest = hashlib.blake2b(digest_size=16)
-  digest.update(json.dumps(config.model.to_dict(), sort_keys=True, default=str).encode())
+  model = config.model.to_dict()
+  model["text"]["tokenizer"] = tokenizing.make(config).hash  # whatever folder it is in
+  digest.update(json.dumps(model, sort_keys=True, default=str).encode())
   digest.update(config.method.encode())
   for name, leaf in trees.named_leaves(params):
     digest.update(name.encode())

@@ -113,6 +113,7 @@ def make(
     max_pixels=config.data.max_pixels,
     batch_size=size,
     context=min(config.model.text.context, config.data.row_length),
+    tokenizer=tokenizer,
     has_regions=config.method != "clip",
     templates=tuple(config.zero_shot.templates),
     fingerprint=functools.cache(lambda: _fingerprint(config, params, tokenizer)),
@@ -169,7 +170,8 @@ def _fingerprint(
     return ""
   digest = hashlib.blake2b(digest_size=16)
   digest.update(tokenizer.hash.encode())
-  digest.update(repr((config.model.text.to_dict(), config.model.dtype)).encode())
+  text = {key: value for key, value in config.model.text.items() if key != "tokenizer"}  # a path
+  digest.update(repr((text, config.model.dtype)).encode())
   for name, leaf in trees.named_leaves(params):
     if name.startswith(_OF_TEXT):
       digest.update(name.encode())

@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import grain_jax
-from grain_jax import cli, trees
+from grain_jax import cli, tokenizing, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
@@ -235,7 +235,7 @@ def evaluate(
     "command", {"path": str(path), "step": evaluated.step, "evals": config.evals}
   )
   mesh = meshes.create(config, batches=("eval_batch_size",))
-  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  tokenizer = tokenizing.make(config)
   with jax.set_mesh(mesh):
     outcome = run(
       config,

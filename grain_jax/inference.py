@@ -11,8 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from grain_jax import encoders, schema
-from grain_jax import tokenizer as tokenizers
+from grain_jax import encoders, schema, tokenizing
 from grain_jax.convert import weights
 from grain_jax.data import transforms
 from grain_jax.evals import zero_shot
@@ -59,7 +58,7 @@ class Model:
   def __init__(self, config: ml_collections.ConfigDict, params: Any, *, source: str = ""):
     """`source` says where the parameters come from, for `repr`."""
     self.config = config
-    self.tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+    self.tokenizer = tokenizing.make(config)
     self.module = grain.build(config)
     device = jax.local_devices()[0]
     alone = ml_collections.ConfigDict(config.to_dict())

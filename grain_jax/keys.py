@@ -59,6 +59,7 @@ FREE_KEYS = frozenset(
     "loss.precision",
     "model.attention",
     "model.remat",
+    "model.text.tokenizer",  # its content is part of what a checkpoint is checked by
     "model.unroll",
     "data.allow_no_regions",
     "data.bad_window",
@@ -153,6 +154,7 @@ ADDED = {
   "model.pool_includes_class": True,
   "model.projects_images": True,
   "model.text.kind": "clip",
+  "model.text.tokenizer": "",
   "optimizer.ema_decay": 0.0,
   "optimizer.muon_rms": 0.2,
   "optimizer.name": "adamw",

@@ -143,6 +143,20 @@ class Tokenizer:
     self.context = context
     self._cache = TextCache()
 
+  def with_context(self, context: int) -> Tokenizer:
+    """The same tokenizer for longer or shorter texts."""
+    return Tokenizer(context)
+
+  @property
+  def vocabulary_size(self) -> int:
+    """1 + the largest id that a text may hold."""
+    return VOCAB_SIZE
+
+  @functools.cached_property
+  def vocabulary_hash(self) -> str:
+    """Hex sha256 of all that decides which ids a text gets but the context."""
+    return hashlib.sha256(VOCABULARY.read_bytes() + _CLEAN_VERSION.encode()).hexdigest()
+
   @functools.cached_property
   def hash(self) -> str:
     """Hex sha256 of the vocabulary and all that decides which ids a text gets."""

@@ -33,6 +33,8 @@ LEVELS = (
     "trees",
     "flops",
     "tokenizer",
+    "sentencepiece",
+    "tokenizing",
     "failures",
   ),
 )

@@ -183,6 +183,9 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     f"config.model.pool = {config.model.pool!r}": config.model.pool
     not in ("default", "query" if config.method == "grain" else "class"),
     "config.model.projects_images = False": not config.model.projects_images,
+    f"config.model.text.tokenizer = {config.model.text.tokenizer!r}": bool(
+      config.model.text.tokenizer
+    ),
     "config.model.text.kind = 't5'": config.model.text.kind != "clip",
     "config.model.decoder.memory_positions = True": (
       config.method == "grain" and config.model.decoder.memory_positions

@@ -173,6 +173,9 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
       config.model.pool not in ("default", "class")
     ),
     "config.model.projects_images = False (it projects)": not config.model.projects_images,
+    f"config.model.text.tokenizer = {config.model.text.tokenizer!r} (it has CLIP's)": bool(
+      config.model.text.tokenizer
+    ),
     "config.model.text.kind = 't5' (its text tower is CLIP's)": config.model.text.kind != "clip",
   }
   stand = [reason for reason, applies in reasons.items() if applies]

@@ -11,7 +11,7 @@ import ml_collections
 import safetensors.numpy
 
 from grain_jax import config as configs
-from grain_jax import trees
+from grain_jax import tokenizing, trees
 from grain_jax.convert import foreign, layout, state_dicts
 from grain_jax.models import grain, initial
 
@@ -28,6 +28,7 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   folder = path if path.is_dir() else path.parent
   path = path / "model.safetensors" if path.is_dir() else path
   carried = carried_config(json.dumps(state_dicts.read_json(folder / "config.json")), folder)
+  carried["model.text.tokenizer"] = configs.read(folder / "config.json").model.text.tokenizer
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
   return foreign.ForeignCheckpoint(
     str(path), state, rules, {"method": carried["method"]}, carried=carried
@@ -50,4 +51,4 @@ def save(path: pathlib.Path, *, config: ml_collections.ConfigDict, params: Any, 
   path.mkdir()
   state = layout.write(rules(config), params)
   safetensors.numpy.save_file(state, path / "model.safetensors", metadata={"step": str(step)})
-  (path / "config.json").write_text(configs.to_json(config))
+  (path / "config.json").write_text(configs.to_json(tokenizing.into_folder(config, path)))

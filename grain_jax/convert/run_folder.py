@@ -8,8 +8,7 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import recipes
-from grain_jax import tokenizer as tokenizers
+from grain_jax import recipes, tokenizing
 from grain_jax.convert import staging
 from grain_jax.runtime import checkpoint
 
@@ -32,11 +31,12 @@ def write(
   """
   with staging.staged(out) as folder:
     folder.mkdir()
-    (folder / "config.json").write_text(configs.to_json(config))
+    written = tokenizing.into_folder(config, folder)
+    (folder / "config.json").write_text(configs.to_json(written))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     meta = {
-      "config": config.to_dict(),
-      "tokenizer": tokenizers.Tokenizer(context=config.model.text.context).hash,
+      "config": written.to_dict(),
+      "tokenizer": tokenizing.make(config).hash,
       "step": 0,
       "source": source,
     }

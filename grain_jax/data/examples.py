@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from grain_jax import config as configs
-from grain_jax import failures, schema, tokenizer
+from grain_jax import failures, schema, tokenizing
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import decoding, records, transforms
 
@@ -76,7 +76,7 @@ class Examples:
     schema.check_max_pixels(self.max_pixels)
     self.caption = config.data.caption if training else "original"
     self.stop = config.data.on_bad_record == "stop"
-    self.tokenizer = tokenizer.Tokenizer(config.model.text.context)
+    self.tokenizer = tokenizing.make(config)
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
     self.failure: Exception | None = None  # the first one on which to stop
     self._lock = threading.Lock()

@@ -12,7 +12,7 @@ import ml_collections
 from absl import logging
 
 from grain_jax import config as configs
-from grain_jax import evaluate, places
+from grain_jax import evaluate, places, tokenizing
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
@@ -23,7 +23,8 @@ from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
 _MACHINE_KEYS = frozenset({"config.data.dir", "config.data.threads", "config.data.prefetch",
-                           "config.compile_cache", "config.datasets"})  # fmt: skip
+                           "config.compile_cache", "config.datasets",
+                           "config.model.text.tokenizer"})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def settle(
   validation.check(config, dataset)
   preconditions.check_regions(config, dataset)
   preconditions.check_negatives(config, dataset)
-  tokenizer = tokenizers.Tokenizer(context=config.model.text.context)
+  tokenizer = tokenizing.make(config)
   fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from grain_jax import tokenizer as tokenizers
 from grain_jax.data import decoding
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 
@@ -40,6 +41,7 @@ class Encoders:
   max_pixels: int = decoding.MAX_PIXELS  # of the largest image that is read
   batch_size: int = 256  # images or rows of text in one call of the compiled program
   context: int = 77  # tokens of a text, start and end included; longer ones are cut
+  tokenizer: tokenizers.Tokenizer = dataclasses.field(default_factory=tokenizers.Tokenizer)
   has_regions: bool = True  # whether there are region queries
   templates: tuple[str, ...] = ("a photo of a {}.",)  # prompts where a dataset brings none
   # Of the text encoder: equal only where equal texts embed equally; '' where it cannot be told.

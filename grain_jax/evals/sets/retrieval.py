@@ -108,15 +108,15 @@ def evaluate(
   results: dict[str, float | int] = {f"retrieval/{name}/{k}": v for k, v in recalls.items()}
   results[f"retrieval/{name}/pairs"] = len(captions)
   results[f"retrieval/{name}/distinct_captions"] = len(set(captions))
-  results[f"retrieval/{name}/truncated"] = truncated(captions, encoders.context)
+  results[f"retrieval/{name}/truncated"] = truncated(captions, encoders.context, encoders.tokenizer)
   results[f"retrieval/{name}/examples"] = len(own)
   results[f"retrieval/{name}/rows"] = len(captioned)
   return results
 
 
-def truncated(captions: Sequence[str], context: int) -> int:
+def truncated(captions: Sequence[str], context: int, tokens: tokenizer.Tokenizer) -> int:
   """How many captions have more than `context` tokens, start and end included."""
-  longer = tokenizer.Tokenizer(context + 1)  # by one, so that what does not fit shows
+  longer = tokens.with_context(context + 1)  # by one, so that what does not fit shows
   return sum(len(ids) > context for ids in longer.encode_batch(captions))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from grain_jax import tokenizer
 from grain_jax.evals import retrieval
 from grain_jax.evals.inputs.annotations import Captioned
 from grain_jax.evals.inputs.encoders import Encoders
@@ -99,9 +100,11 @@ def test_evaluate_takes_five_captions_and_the_pictures_that_can_be_read(tmp_path
 
 def test_truncated_counts_captions_longer_than_the_context():
   # "cat" is one token; start and end are two.
-  assert retrieval_sets.truncated(["cat " * 6, "cat", "cat " * 6], 8) == 0
-  assert retrieval_sets.truncated(["cat " * 7, "cat " * 6, "cat " * 99], 8) == 2
-  assert retrieval_sets.truncated(["cat " * 75, "cat " * 76], 77) == 1
+  assert retrieval_sets.truncated(["cat " * 6, "cat", "cat " * 6], 8, tokenizer.Tokenizer()) == 0
+  assert (
+    retrieval_sets.truncated(["cat " * 7, "cat " * 6, "cat " * 99], 8, tokenizer.Tokenizer()) == 2
+  )
+  assert retrieval_sets.truncated(["cat " * 75, "cat " * 76], 77, tokenizer.Tokenizer()) == 1
 
 
 def evaluate(name, root, **changes):

@@ -1,0 +1,87 @@
+"""The tokenizer of a configuration, and its files in the folder of a model."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+
+import ml_collections
+
+from grain_jax import sentencepiece
+from grain_jax import tokenizer as tokenizers
+
+FOLDER = "tokenizer"  # within the folder of a model, named so in its config.json
+# Files of a tokenizer that are copied; `sentencepiece.FILES` and what other libraries want.
+_COPIED = (*sentencepiece.FILES, "tokenizer_config.json", "special_tokens_map.json")
+
+
+def make(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
+  """The tokenizer that `config.model.text` names.
+
+  Raises:
+    ValueError: there is none in the folder named, or it has more tokens than the text tower; one
+      line.
+  """
+  text = config.model.text
+  if text.tokenizer:
+    made: tokenizers.Tokenizer = sentencepiece.SentencePiece(text.tokenizer, text.context)
+  else:
+    made = tokenizers.Tokenizer(text.context)
+  if made.vocabulary_size > text.vocab_size:
+    name = text.tokenizer or "CLIP's tokenizer"
+    raise ValueError(
+      f"config.model.text.vocab_size = {text.vocab_size} is fewer than the {made.vocabulary_size} "
+      f"tokens of {name} (config.model.text.tokenizer). Name the tokenizer of this text tower, or "
+      "raise vocab_size for a fresh one."
+    )
+  return made
+
+
+def vocabulary_hash(config: ml_collections.ConfigDict) -> str:
+  """Of all that decides the ids of a text but the context; where the folder is gone, its name."""
+  text = config.model.text
+  if not text.tokenizer:
+    return tokenizers.Tokenizer(text.context).vocabulary_hash
+  try:
+    return _vocabulary(text.tokenizer)
+  except ValueError:  # `make` says it where texts are to be read
+    return text.tokenizer
+
+
+def _vocabulary(folder: str | os.PathLike) -> str:
+  return sentencepiece.SentencePiece(folder).vocabulary_hash
+
+
+def into_folder(
+  config: ml_collections.ConfigDict, folder: str | os.PathLike
+) -> ml_collections.ConfigDict:
+  """The configuration for the config.json of a folder, with the tokenizer's files in the folder.
+
+  They are copied to FOLDER and named relative to the folder, which may then be moved.
+
+  Raises:
+    ValueError: there is no tokenizer in the folder that the configuration names, or another one in
+      `folder`; one line.
+  """
+  source = config.model.text.tokenizer
+  if not source:
+    return config
+  sentencepiece.find_file(source)
+  target = pathlib.Path(folder) / FOLDER
+  if not target.is_dir():
+    temporary = target.with_name(f".{FOLDER}.tmp")  # all or nothing
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in _COPIED:
+      if (pathlib.Path(source) / name).is_file():
+        shutil.copyfile(pathlib.Path(source) / name, temporary / name)
+    temporary.rename(target)
+  elif not target.samefile(source) and _vocabulary(target) != _vocabulary(source):
+    raise ValueError(
+      f"{target} is another tokenizer than config.model.text.tokenizer = {source!r}. Use a new "
+      "workdir, or the tokenizer of the old one."
+    )
+  written = ml_collections.ConfigDict(config.to_dict())
+  written.model.text.tokenizer = FOLDER
+  return written
