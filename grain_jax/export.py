@@ -35,7 +35,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   """Writes a checkpoint in another project's format, all or nothing.
 
   Args:
-    workdir: folder of a run.
+    workdir: folder of a run; with 'safetensors' also of a tower alone.
     format: one of `writers()`.
     out: file (grain_torch) or folder to be, which must not exist.
     step: of the checkpoint; the newest by default.
@@ -46,7 +46,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   Raises:
     ValueError: no such format or checkpoint, or a model that the format has no place for.
   """
-  from grain_jax.convert import staging, weights
+  from grain_jax.convert import staging, towers, weights
   from grain_jax.runtime import mesh as meshes
 
   places.check(workdir, "--workdir")
@@ -55,6 +55,10 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   if format not in known:
     raise ValueError(f"--format={format} is unknown. Choose from {', '.join(known)}.")
   staging.refuse_existing(target)
+  if format == "safetensors" and towers.find(workdir) is not None:
+    part, config, params = towers.load(workdir)
+    towers.write(target, part=part, config=config, params=params, source={"file": workdir})
+    return 0
   config, params, step = weights.load_run(workdir, step=step)
   config.data.dir = ""  # of this machine
   config.compile_cache = ""

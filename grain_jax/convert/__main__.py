@@ -6,11 +6,11 @@ from absl import flags
 
 from grain_jax import cli
 
-_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, safetensors"
+_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, sentence_t5, safetensors"
 
 
 def main() -> None:
-  from grain_jax.convert import convert  # after the flags: a wrong one answers at once
+  from grain_jax.convert import convert, towers  # after the flags: a wrong one answers at once
 
   flag = flags.FLAGS
   source = flag["from"].value  # a keyword of Python
@@ -22,6 +22,14 @@ def main() -> None:
     image_size=flag.image_size,
     quick_gelu=flag.quick_gelu,
   )
+  if towers.find(flag.out) == "text":
+    text = config.model.text
+    print(
+      f"{flag.out}: text tower {text.width} x {text.depth} alone, {text.context} tokens, from "
+      f"{flag.input}; start from it with --config.init.text={flag.out} --config.init.adopt",
+      flush=True,
+    )
+    return
   tower = config.model.image
   print(
     f"{flag.out}: {config.method}, {tower.size} pixels, image tower {tower.width} x {tower.depth} "

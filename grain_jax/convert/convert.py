@@ -21,7 +21,9 @@ from grain_jax.convert import (
   open_clip,
   resize,
   run_folder,
+  sentence_t5,
   staging,
+  towers,
 )
 from grain_jax.models import grain, initial
 
@@ -31,6 +33,7 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "hf_clip": hf_clip.load,
   "open_clip": open_clip.load,
   "ce_clip": functools.partial(open_clip.load, quick_gelu=True),
+  "sentence_t5": sentence_t5.load,
   "safetensors": native.load,
 }
 # A file says for certain how it sees an image, which is no size of the model: it always holds.
@@ -50,7 +53,7 @@ def read(
   image_size: int | None = None,
   quick_gelu: bool | None = None,
 ) -> tuple[ml_collections.ConfigDict, Any]:
-  """A foreign checkpoint as (configuration, parameters).
+  """A foreign checkpoint as (configuration, parameters), of a tower alone where it is no more.
 
   Args:
     source: the format, one of `FORMATS`.
@@ -63,6 +66,21 @@ def read(
   Raises:
     ValueError: format, file, recipe or size cannot work; one line.
   """
+  config, params, _ = _read(
+    source, path, recipe=recipe, image_size=image_size, quick_gelu=quick_gelu
+  )
+  return config, params
+
+
+def _read(
+  source: str,
+  path: str | pathlib.Path,
+  *,
+  recipe: str | None = None,
+  image_size: int | None = None,
+  quick_gelu: bool | None = None,
+) -> tuple[ml_collections.ConfigDict, Any, str | None]:
+  """`read`, and which tower it is, None for a whole model."""
   if source not in FORMATS:
     raise ValueError(f"--from={source} is unknown. Choose from {', '.join(FORMATS)}.")
   _check_hub_name(path)
@@ -79,16 +97,33 @@ def read(
       )
     load = functools.partial(open_clip.load, quick_gelu=quick_gelu)
   found = load(pathlib.Path(path))
+  if found.part is not None:
+    _check_options_of_tower(source, found.part, recipe=recipe, image_size=image_size)
   config = _configure(found, recipe)
   model = grain.build(config)
   abstract = jax.eval_shape(lambda: initial.init_params(model, config))
+  if found.part is not None:
+    abstract = towers.select(abstract, found.part)
   params = layout.read(found.rules(config), found.state, abstract, where=found.where)
   if recipe is not None:
     _check_facts(found, config, recipe)
   size = image_size or found.image_size
   if size is not None:
     resize.images(params, config, size=size)
-  return config, params
+  return config, params, found.part
+
+
+def _check_options_of_tower(
+  source: str, part: str, *, recipe: str | None, image_size: int | None
+) -> None:
+  """Raises where an option is given that a tower alone has no use for."""
+  if recipe is not None:
+    raise ValueError(
+      f"--config is for whole models, and --from={source} gives the {part} tower alone: name its "
+      f"folder in the recipe, as config.init.{part}."
+    )
+  if part == "text" and image_size is not None:
+    raise ValueError(f"--image_size: --from={source} gives the text tower alone.")
 
 
 def _check_hub_name(path: str | pathlib.Path) -> None:
@@ -103,7 +138,7 @@ def _check_hub_name(path: str | pathlib.Path) -> None:
 
 
 def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collections.ConfigDict:
-  """Writes the run folder `out`: config.json and the weights as checkpoint 0.
+  """Writes the run folder `out`: config.json and the weights as checkpoint 0; or a tower's.
 
   Args:
     source: the format, one of `FORMATS`.
@@ -120,8 +155,12 @@ def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collectio
   places.check(out, "--out")
   target = pathlib.Path(out)
   staging.refuse_existing(target)
-  config, params = read(source, path, **options)
-  run_folder.write(target, config=config, params=params, source={"format": source, "file": path})
+  config, params, part = _read(source, path, **options)
+  origin = {"format": source, "file": path}
+  if part is None:
+    run_folder.write(target, config=config, params=params, source=origin)
+  else:
+    towers.write(target, part=part, config=config, params=params, source=origin)
   return config
 
 

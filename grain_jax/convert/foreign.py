@@ -32,6 +32,7 @@ class ForeignCheckpoint:
   assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # conventions, not in it
   carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # a whole configuration
   image_size: int | None = None  # in pixels, where positions are to be resized to another
+  part: str | None = None  # the one tower that it is, 'image' or 'text'; None: a whole model
 
 
 @dataclasses.dataclass(frozen=True)

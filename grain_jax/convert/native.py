@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -12,26 +13,34 @@ import safetensors.numpy
 
 from grain_jax import config as configs
 from grain_jax import tokenizing, trees
-from grain_jax.convert import foreign, layout, state_dicts
+from grain_jax.convert import foreign, layout, state_dicts, towers
 from grain_jax.models import grain, initial
 
 
-def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
-  """Every parameter under its own name, layers stacked."""
+def rules(config: ml_collections.ConfigDict, part: str | None = None) -> list[layout.Rule]:
+  """Every parameter (of a part) under its own name, layers stacked."""
   model = grain.build(config)
   abstract = jax.eval_shape(lambda: initial.init_params(model, config))
-  return [rule for name, _ in trees.named_leaves(abstract) for rule in layout.same(name, name)]
+  tree = towers.select(abstract, part) if part else abstract
+  return [rule for name, _ in trees.named_leaves(tree) for rule in layout.same(name, name)]
 
 
 def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
-  """Reads a folder that `save` wrote, or its file of weights."""
+  """Reads a folder that `save` wrote, or its file of weights; or the folder of a tower."""
   folder = path if path.is_dir() else path.parent
-  path = path / "model.safetensors" if path.is_dir() else path
+  part = towers.find(path) if path.is_dir() else None
+  if path.is_dir():
+    path /= towers.file_name(part) if part else "model.safetensors"
   carried = carried_config(json.dumps(state_dicts.read_json(folder / "config.json")), folder)
   carried["model.text.tokenizer"] = configs.read(folder / "config.json").model.text.tokenizer
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
   return foreign.ForeignCheckpoint(
-    str(path), state, rules, {"method": carried["method"]}, carried=carried
+    str(path),
+    state,
+    functools.partial(rules, part=part),
+    {"method": carried["method"]},
+    carried=carried,
+    part=part,
   )
 
 

@@ -12,15 +12,11 @@ import ml_collections
 
 from grain_jax import config as configs
 from grain_jax import tokenizing, trees
-from grain_jax.convert import resize, weights
+from grain_jax.convert import resize, towers, weights
 from grain_jax.runtime import mesh as meshes
 
 # Parameters that `config.init.PART` carries over, by the start of their names.
-PARTS = {
-  "model": ("",),
-  "image": ("image_tower/",),
-  "text": ("text_tower/", "text_projection/"),
-}
+PARTS = {"model": ("",), **towers.PREFIXES}
 # Keys that say what these parameters are; a prefix ends with a dot.
 _SHAPE = {
   "model": (
@@ -83,7 +79,7 @@ def adopt(
   begun = workdir / "config.json"
   for part, folder in parts.items():
     try:
-      theirs = configs.read(begun) if begun.is_file() else weights.read_config(folder)
+      theirs = configs.read(begun) if begun.is_file() else weights.read_config(folder, part)
     except ValueError as error:
       raise ValueError(f"config.init.{part}: {error}") from error
     adopted = []
@@ -164,7 +160,7 @@ def start_from(
   for part, path in chosen(config).items():
     where = f"config.init.{part} = {path}"
     try:
-      theirs, found, step = weights.open_checkpoint(path)
+      theirs, found, step = weights.open_part(path, part)
     except ValueError as error:
       raise ValueError(f"config.init.{part}: {error}") from error
     _check_shape(config, theirs, part, where=where)

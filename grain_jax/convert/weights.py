@@ -11,6 +11,7 @@ import ml_collections
 
 from grain_jax import config as configs
 from grain_jax import places, schema
+from grain_jax.convert import towers
 from grain_jax.models import grain, initial
 from grain_jax.runtime import checkpoint
 from grain_jax.runtime import mesh as meshes
@@ -43,6 +44,7 @@ def open_checkpoint(
       f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
       "checkpoint first (python -m grain_jax.convert --help)."
     )
+  towers.refuse(folder)
   # Before anything is read: whoever opens a checkpoint may show it images.
   file = folder / "config.json"
   schema.check_max_pixels(configs.read(file).data.max_pixels, f"{file}: data.max_pixels")
@@ -56,8 +58,26 @@ def open_checkpoint(
   return _without_machine_settings(config), params, None
 
 
-def read_config(path: str | os.PathLike) -> ml_collections.ConfigDict:
-  """The configuration of a folder that `open_checkpoint` opens.
+def open_part(
+  path: str | os.PathLike, part: str
+) -> tuple[ml_collections.ConfigDict, Any, int | None]:
+  """`open_checkpoint`, or for 'image' and 'text' the folder of such a tower alone (`towers`)."""
+  places.check(path, "path")
+  if _check_part(path, part):
+    return *towers.load(path)[1:], None
+  return open_checkpoint(path)
+
+
+def _check_part(path: str | os.PathLike, part: str) -> bool:
+  """Whether the folder holds this part alone; one line where it holds another."""
+  alone = towers.find(path)
+  if alone not in (None, part):
+    raise ValueError(f"{path} holds a {alone} tower alone: name it as config.init.{alone}.")
+  return alone is not None
+
+
+def read_config(path: str | os.PathLike, part: str) -> ml_collections.ConfigDict:
+  """The configuration of a folder that `open_part` opens.
 
   Raises:
     ValueError: there is no model in the folder; one line.
@@ -65,6 +85,7 @@ def read_config(path: str | os.PathLike) -> ml_collections.ConfigDict:
   places.check(path, "path")
   folder = pathlib.Path(path)
   _check_holds_a_model(folder)
+  _check_part(folder, part)
   return configs.read(folder / "config.json")
 
 
@@ -103,6 +124,7 @@ def load_run(
   path = folder / "config.json"
   if not path.is_file():
     raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")
+  towers.refuse(folder)
   config = configs.read(path)
   _without_machine_settings(config)
   model = grain.build(config)
