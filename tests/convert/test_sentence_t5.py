@@ -32,47 +32,22 @@ TEXTS = ["a photo of a dog", "A red Cat on the mat, the end", "Garden", "the cat
 CONTEXT = 24
 
 
-def write_json(path, values):
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(values))
-
-
 @pytest.fixture(scope="module")
-def model():
-  """(T5EncoderModel, Linear): the two modules of Sentence-T5 that have weights."""
-  config = transformers.T5Config(
-    vocab_size=96, d_model=32, d_kv=8, d_ff=80, num_layers=3, num_heads=4,
-    feed_forward_proj="relu",
-  )  # fmt: skip
-  encoder = stock.randomize(transformers.T5EncoderModel(config))
-  dense = torch.nn.Linear(32, 20, bias=False)
-  return encoder, stock.randomize(dense)
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-  """As sentence-transformers writes it, without the empty 3_Normalize; not to be written to."""
-  encoder, dense = model
+def folder_and_model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("st5") / "sentence-t5"
-  encoder.save_pretrained(folder)
-  pieces.save(folder)
-  listed = [
-    {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"{TYPE}{name}"}
-    for i, name in enumerate(MODULES)
-  ]
-  write_json(folder / "modules.json", listed)
-  modes = {"mean_tokens": True, "cls_token": False, "max_tokens": False}
-  pooling = {f"pooling_mode_{name}": value for name, value in modes.items()}
-  write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": 32, **pooling})
-  features = {"in_features": 32, "out_features": 20, "bias": False}
-  identity = {"activation_function": "torch.nn.modules.linear.Identity"}
-  write_json(folder / "2_Dense/config.json", {**features, **identity})
-  safetensors.numpy.save_file(
-    {"linear.weight": dense.weight.detach().numpy()}, folder / "2_Dense/model.safetensors"
-  )
-  limits = {"max_seq_length": CONTEXT, "do_lower_case": False}
-  write_json(folder / "sentence_bert_config.json", limits)
-  return folder
+  return folder, pieces.save_sentence_t5(folder, context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def model(folder_and_model):
+  """(T5EncoderModel, Linear)."""
+  return folder_and_model[1]
+
+
+@pytest.fixture(scope="module")
+def folder(folder_and_model):
+  """Not to be written to."""
+  return folder_and_model[0]
 
 
 @pytest.fixture
@@ -192,20 +167,20 @@ def test_where_a_whole_model_is_wanted_a_line_says_what_it_is(imported, tiny, tm
 def edit(name, **changes):
   def change(folder):
     values = json.loads((folder / name).read_text())
-    write_json(folder / name, {**values, **changes})
+    pieces.write_json(folder / name, {**values, **changes})
 
   return change
 
 
 def without_module(folder):
   listed = json.loads((folder / "modules.json").read_text())
-  write_json(folder / "modules.json", listed[:2])
+  pieces.write_json(folder / "modules.json", listed[:2])
 
 
 def with_module_elsewhere(folder):
   listed = json.loads((folder / "modules.json").read_text())
   listed[2]["path"] = "../2_Dense"
-  write_json(folder / "modules.json", listed)
+  pieces.write_json(folder / "modules.json", listed)
 
 
 def with_two_embeddings(folder):

@@ -209,6 +209,13 @@ def test_the_same_patches_are_left_out_on_any_devices(config, batch):
   )
 
 
+def test_the_t5_tower_and_its_relative_positions_on_any_devices(config, batch):
+  config.model.text.update(kind="t5", activation="relu")
+  one = gradients_of_step(config, batch, devices=1)
+  config.mesh.update(LAYOUTS["fsdp=2,tensor=2"])
+  assert_same(gradients_of_step(config, batch, devices=8), one)
+
+
 def test_dropout_differs_from_step_to_step(config, batch, one_device):
   """Else the comparison above would hold without any."""
   metrics, _ = gradients_of_step(config, batch, devices=1, updates_done=1)
