@@ -270,7 +270,7 @@ def with_folder(
 ) -> ml_collections.ConfigDict:
   """The configuration of a folder's config.json with the path of the tokenizer in that folder."""
   name = config.model.text.tokenizer
-  if name and not pathlib.PurePath(name).is_absolute() and (folder / name).is_dir():
+  if name and not pathlib.PurePath(name).is_absolute():
     config.model.text.tokenizer = str(folder / name)
   return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import threading
@@ -38,6 +39,11 @@ def _load(path: str, digest: str):
   """The `tokenizers` object of a file with this content."""
   del digest
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the caller's threads suffice
+  if not path.endswith(".json") and importlib.util.find_spec("sentencepiece") is None:
+    raise ValueError(
+      f"{path} is read by the package sentencepiece, which is not installed: pip install "
+      "sentencepiece, or put the tokenizer.json of the same tokenizer beside it."
+    )
   import transformers  # slow to import: only where text is encoded
 
   try:
