@@ -228,3 +228,17 @@ def test_useful_flops_are_those_of_a_program_without_padding(tiny):
   counted = sum(k for path, k in counts.items() if attention.RECOMPUTED_SCOPE not in path)
   want = useful.text_tower_flops(config, caption=n, description=0)
   assert counted == want + 2 * 2 * n * config.model.text.width
+
+
+def test_bfloat16_differs_by_its_rounding_alone(theirs, params, rng):
+  texts = texts_of([3, 40, 12], rng)
+  rows = pack([texts], 64, 3)
+  got = tower(dtype=jnp.bfloat16).apply({"params": params}, *rows)
+  gradient = jax.grad(
+    lambda p: jnp.sum(tower(dtype=jnp.bfloat16).apply({"params": p}, *rows).astype(jnp.float32))
+  )(params)
+  want = mean_of_transformers(theirs, texts)
+  assert got.dtype == jnp.bfloat16
+  assert np.abs(np.asarray(got[0], np.float32) - want).max() < 0.05 * np.abs(want).max()
+  for name, value in trees.named_leaves(gradient):
+    assert value.dtype == jnp.float32 and np.isfinite(value).all(), name
