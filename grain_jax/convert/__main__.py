@@ -6,7 +6,7 @@ from absl import flags
 
 from grain_jax import cli
 
-_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, sentence_t5, safetensors"
+_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, dino, sentence_t5, safetensors"
 
 
 def main() -> None:
@@ -22,20 +22,16 @@ def main() -> None:
     image_size=flag.image_size,
     quick_gelu=flag.quick_gelu,
   )
-  if towers.find(flag.out) == "text":
-    text = config.model.text
-    print(
-      f"{flag.out}: text tower {text.width} x {text.depth} alone, {text.context} tokens, from "
-      f"{flag.input}; start from it with --config.init.text={flag.out} --config.init.adopt",
-      flush=True,
-    )
-    return
-  tower = config.model.image
-  print(
-    f"{flag.out}: {config.method}, {tower.size} pixels, image tower {tower.width} x {tower.depth} "
-    f"with patches of {tower.patch}, from {flag.input}",
-    flush=True,
-  )
+  image, text = config.model.image, config.model.text
+  part = towers.find(flag.out)
+  seen = f"{image.width} x {image.depth} with patches of {image.patch}, {image.size} pixels"
+  what = {
+    None: f"{config.method}, image tower {seen}",
+    "image": f"image tower {seen}, alone",
+    "text": f"text tower {text.width} x {text.depth}, {text.context} tokens, alone",
+  }[part]
+  then = f"; start from it with --config.init.{part}={flag.out} --config.init.adopt" if part else ""
+  print(f"{flag.out}: {what}, from {flag.input}{then}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import ml_collections
 from grain_jax import config as configs
 from grain_jax import places
 from grain_jax.convert import (
+  dino,
   foreign,
   grain_torch,
   hf_clip,
@@ -33,6 +34,7 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "hf_clip": hf_clip.load,
   "open_clip": open_clip.load,
   "ce_clip": functools.partial(open_clip.load, quick_gelu=True),
+  "dino": dino.load,
   "sentence_t5": sentence_t5.load,
   "safetensors": native.load,
 }
@@ -177,7 +179,7 @@ def _configure(found: foreign.ForeignCheckpoint, recipe: str | None) -> ml_colle
     for key in _PIXELS:
       if key in found.facts:
         configs.set_key(config, key, found.facts[key])
-    if config.method != found.facts["method"]:
+    if config.method != found.facts.get("method", config.method):
       raise ValueError(
         f"{found.where} is a model of method {found.facts['method']}; --config={recipe} says "
         f"config.method = {config.method!r}."

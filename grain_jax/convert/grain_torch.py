@@ -14,39 +14,15 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax.convert import clip_blocks, foreign, layout, native, state_dicts
+from grain_jax.convert import clip_blocks, foreign, layout, native, state_dicts, timm_vit
 
 _TOWERS, _DECODER = "backbone_state_dict", "state_dict"
+_IMAGE = f"{_TOWERS}.visual."
 # Dead weights of the published code: no output that is used depends on them.
 _DEAD = rf"{_DECODER}\.(class_embed\..*|pos_embed|temporal_embed)"
 _DEAD_PROJECTION = rf"{_TOWERS}\.image_projection"  # of the class token, where there is a decoder
 _HEADS = {384: 12, 768: 12, 1024: 16}
 _WHAT = "a GRAIN checkpoint"
-
-
-def _image(*, qk_norm: bool) -> list[layout.Rule]:
-  """The image tower, in timm's names."""
-  theirs = f"{_TOWERS}.visual"
-  block, ours = f"{theirs}.blocks.{{}}", "image_tower/blocks"
-  rules = [
-    *layout.same("image_tower/class_token", f"{theirs}.cls_token"),
-    *layout.same("image_tower/position_embedding", f"{theirs}.pos_embed", layout.BATCHED),
-    *layout.same(
-      "image_tower/patch_embedding/kernel", f"{theirs}.patch_embed.proj.weight", layout.PATCHES
-    ),
-    *layout.same("image_tower/patch_embedding/bias", f"{theirs}.patch_embed.proj.bias"),
-    *layout.norm(f"{ours}/norm1", f"{block}.norm1"),
-    *layout.joined(f"{ours}/attention", f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias"),
-    *layout.linear(f"{ours}/attention/out", f"{block}.attn.proj"),
-    *layout.norm(f"{ours}/norm2", f"{block}.norm2"),
-    *layout.linear(f"{ours}/mlp/fc1", f"{block}.mlp.fc1"),
-    *layout.linear(f"{ours}/mlp/fc2", f"{block}.mlp.fc2"),
-    *layout.norm("image_tower/norm", f"{theirs}.norm"),
-  ]
-  if qk_norm:
-    rules += layout.norm(f"{ours}/attention/query_norm", f"{block}.attn.q_norm")
-    rules += layout.norm(f"{ours}/attention/key_norm", f"{block}.attn.k_norm")
-  return rules
 
 
 def _decoder() -> list[layout.Rule]:
@@ -76,7 +52,9 @@ def _decoder() -> list[layout.Rule]:
 
 def rules(config: ml_collections.ConfigDict) -> list[layout.Rule]:
   """The table; keys of the two dictionaries carry its name in front."""
-  table = _image(qk_norm=config.model.image.qk_norm) + clip_blocks.text(f"{_TOWERS}.")
+  table = timm_vit.rules(_IMAGE, qk_norm=config.model.image.qk_norm) + clip_blocks.text(
+    f"{_TOWERS}."
+  )
   if config.method == "grain":
     return table + _decoder()
   return table + layout.same("image_projection/kernel", f"{_TOWERS}.image_projection")
@@ -104,7 +82,7 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   if is_grain:
     state = state_dicts.without(state, _DEAD_PROJECTION)
   shapes = foreign.Shapes(state, where, _WHAT)
-  facts = _image_facts(shapes) | clip_blocks.text_facts(shapes, f"{_TOWERS}.")
+  facts = timm_vit.facts(shapes, _IMAGE) | clip_blocks.text_facts(shapes, f"{_TOWERS}.")
   facts |= _decoder_facts(shapes) if is_grain else {"method": "clip"}
   width = facts["model.image.width"]
   assumed = {
@@ -115,22 +93,6 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
     assumed["data.max_regions"] = 0
   carried = native.carried_config(saved["config"], where) if "config" in saved else {}
   return foreign.ForeignCheckpoint(where, state, rules, facts, assumed, carried)
-
-
-def _image_facts(shapes: foreign.Shapes) -> dict[str, Any]:
-  theirs = f"{_TOWERS}.visual"
-  width, _, patch, _ = shapes.shape_of(f"{theirs}.patch_embed.proj.weight", 4)
-  _, positions, _ = shapes.shape_of(f"{theirs}.pos_embed", 3)
-  return {
-    "model.image.size": shapes.pixels(positions, patch),
-    "model.image.width": width,
-    "model.image.depth": shapes.depth(rf"{_TOWERS}\.visual\.blocks\.(\d+)\."),
-    "model.image.patch": patch,
-    "model.image.mlp_ratio": shapes.shape_of(f"{theirs}.blocks.0.mlp.fc1.weight", 2)[0] / width,
-    "model.image.qk_norm": f"{theirs}.blocks.0.attn.q_norm.weight" in shapes.state,
-    "model.image.pre_norm": False,
-    "model.image.patch_bias": True,
-  }
 
 
 def _decoder_facts(shapes: foreign.Shapes) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""How a CLIPImageProcessor of `transformers` sees an image: preprocessor_config.json, both ways."""
+"""How the image processors of `transformers` (CLIP, ViT) see an image: their file, both ways."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -13,7 +13,6 @@ from grain_jax.convert import foreign, state_dicts
 
 NAME = "preprocessor_config.json"
 _LATER = "processor_config.json"  # what took its place: the same under 'image_processor'
-_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")  # with -Fast or -Pil behind it
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 # Keys that change no pixel of an RGB image, or are read below.
 _KNOWN = foreign.words(
@@ -24,12 +23,39 @@ _KNOWN = foreign.words(
 )
 
 
-def read(folder: pathlib.Path, *, size: int) -> dict[str, Any]:
-  """Config keys and values of a folder's processor, what it omits as CLIPImageProcessor has it.
+class Kind(NamedTuple):
+  """A class of processors, and what it does where its file says nothing."""
+
+  types: tuple[str, ...]  # with -Fast or -Pil behind them
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  resample: int
+  crops: bool
+
+
+CLIP = Kind(
+  ("CLIPImageProcessor", "CLIPFeatureExtractor"),
+  mean=foreign.CLIP_PIXELS["model.image.mean"],
+  std=foreign.CLIP_PIXELS["model.image.std"],
+  resample=3,
+  crops=True,
+)
+VIT = Kind(
+  ("ViTImageProcessor", "ViTFeatureExtractor"),
+  mean=(0.5,) * 3,
+  std=(0.5,) * 3,
+  resample=2,
+  crops=False,
+)
+
+
+def read(folder: pathlib.Path, *, size: int, kind: Kind = CLIP) -> dict[str, Any]:
+  """Config keys and values of a folder's processor, what it omits as its class has it.
 
   Args:
     folder: with its file, or without: then nothing is said.
     size: of the model's images in pixels.
+    kind: the class that it should be.
 
   Raises:
     ValueError: it does what is not done here; one line with the key.
@@ -44,23 +70,20 @@ def read(folder: pathlib.Path, *, size: int) -> dict[str, Any]:
       return {}
   if not isinstance(values, dict):
     raise ValueError(f"{path} holds no image processor, but a {type(values).__name__}.")
-  _check_features(values, path)
-  facts = {
-    "model.image.mean": foreign.CLIP_PIXELS["model.image.mean"],
-    "model.image.std": foreign.CLIP_PIXELS["model.image.std"],
-  }
+  _check_features(values, path, kind)
+  facts: dict[str, Any] = {"model.image.mean": kind.mean, "model.image.std": kind.std}
   for key, theirs in (("model.image.mean", "image_mean"), ("model.image.std", "image_std")):
     if values.get(theirs) is not None:
       facts[key] = foreign.channels(values[theirs], f"{path}: {theirs}")
   if not _get(values, "do_normalize", True):
     facts |= {"model.image.mean": (0.0,) * 3, "model.image.std": (1.0,) * 3}
-  resample = _get(values, "resample", 3)
+  resample = _get(values, "resample", kind.resample)
   if resample not in _RESAMPLE:
     raise ValueError(
       f"{path}: resample = {resample!r} is not built here; 2 (bilinear) and 3 (bicubic) are."
     )
   facts["model.image.interpolation"] = _RESAMPLE[resample]
-  facts["data.eval_resize"] = _resize(values, size, path)
+  facts["data.eval_resize"] = _resize(values, size, path, kind)
   return facts
 
 
@@ -91,14 +114,16 @@ def _get(values: Mapping[str, Any], key: str, default: Any) -> Any:
   return default if value is None else value
 
 
-def _check_features(values: Mapping[str, Any], path: pathlib.Path) -> None:
-  kind = values.get("image_processor_type") or values.get("feature_extractor_type") or _TYPES[0]
-  if str(kind).removesuffix("Fast").removesuffix("Pil") not in _TYPES:
-    raise ValueError(f"{path} is of a {kind}. Only {' and '.join(_TYPES)} are read.")
+def _check_features(values: Mapping[str, Any], path: pathlib.Path, kind: Kind) -> None:
+  name = values.get("image_processor_type") or values.get("feature_extractor_type")
+  if str(name or kind.types[0]).removesuffix("Fast").removesuffix("Pil") not in kind.types:
+    raise ValueError(f"{path} is of a {name}. Only {' and '.join(kind.types)} are read.")
   unknown = [key for key, value in values.items() if key not in _KNOWN and value]
   if unknown:
     key = unknown[0]
-    raise ValueError(f"{path}: {key} = {values[key]!r} is not built here. CLIP's has no such key.")
+    raise ValueError(
+      f"{path}: {key} = {values[key]!r} is not built here. {kind.types[0]} has no such key."
+    )
   if not _get(values, "do_resize", True):
     raise ValueError(f"{path}: do_resize = false, but images of any size are resized here.")
   factor = _get(values, "rescale_factor", 1 / 255)
@@ -110,11 +135,13 @@ def _check_features(values: Mapping[str, Any], path: pathlib.Path) -> None:
     )
 
 
-def _resize(values: Mapping[str, Any], size: int, path: pathlib.Path) -> str:
+def _resize(values: Mapping[str, Any], size: int, path: pathlib.Path, kind: Kind) -> str:
   """Our name for how it makes any image a square of the model's size."""
-  theirs = _get(values, "size", {"shortest_edge": size})
+  theirs = _get(values, "size", size)
+  if not kind.crops and isinstance(theirs, int):  # one number: the shorter edge to CLIP's alone
+    theirs = {"height": theirs, "width": theirs}
   edge = theirs.get("shortest_edge") if isinstance(theirs, dict) else theirs
-  crops = _get(values, "do_center_crop", True)
+  crops = _get(values, "do_center_crop", kind.crops)
   crop = _get(values, "crop_size", size)
   if isinstance(crop, dict) and crop.get("height") == crop.get("width"):
     crop = crop.get("height")

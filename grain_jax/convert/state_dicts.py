@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import re
 import warnings
@@ -77,7 +78,9 @@ def _load_torch(path: pathlib.Path) -> Any:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # what matters comes as an error
-      return torch.load(path, map_location="cpu", weights_only=True)
+      # Training checkpoints often note their flags: a Namespace holds values and runs nothing.
+      with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises many kinds for a damaged file
     reason = " ".join(str(error).split())
     if "TorchScript" in reason:
