@@ -69,6 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
   # bfloat16, no mask) | xla | cudnn (masked too, or an error; never with dropout)
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
+  c.model.logit_bias = False  # a learned bias of the logits, which the sigmoid contrast needs
+  c.model.logit_bias_init = -10.0  # of that bias, as SigLIP's (whose logit_scale_init is ln(10))
 
   c.model.image = ml_collections.ConfigDict()
   c.model.image.variant = "B/16"  # Ti/16 | S/16 | B/16 | B/32 | L/14; sizes below override it
@@ -121,6 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.box_l1_cost = 5.0  # matching cost of |b - b'|_1
   c.loss.box_giou_cost = 2.0  # matching cost of -GIoU
   c.loss.aux_box_loss = False  # box losses of the earlier decoder layers too
+  c.loss.contrast = "softmax"  # of captions and regions: softmax | sigmoid (SigLIP, pair by pair)
   c.loss.region_negatives = "global"  # global | local (this device's descriptions, as published)
   c.loss.rank = 0.0  # weight of the rank of captions over their negatives (CE-CLIP: 0.2)
   c.loss.intra = 0.0  # weight of captions against negatives as texts (CE-CLIP: 0.3)

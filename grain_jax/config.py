@@ -182,6 +182,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.model.pool = 'query' needs a query decoder, and config.method = {config.method!r} "
       "has none. Choose class, max or mean."
     )
+  if config.loss.contrast == "sigmoid" and not m.logit_bias:
+    raise ValueError(
+      "config.loss.contrast = 'sigmoid' needs a learned bias: set config.model.logit_bias=True "
+      "(SigLIP starts with config.model.logit_scale_init=2.3026, ln 10)."
+    )
   query = m.pool == "query" or (m.pool == "default" and config.method == "grain")
   width = m.decoder.width if query else m.image.width
   if not m.projects_images and width != m.embed_dim:

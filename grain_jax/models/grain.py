@@ -33,6 +33,7 @@ class Output:
   negatives: Array  # [B, K, E]: hard-negative captions, likewise
   region_negatives: Array  # [B, R, N, E]: false descriptions of the regions, likewise
   logit_scale: Array  # []: the logarithm of the scale s of the logits
+  logit_bias: Array  # []: added to them by SigLIP's loss; 0 where the model has none
 
 
 def pool_tokens(tokens: Array, pool: str, *, includes_class: bool) -> Array:
@@ -65,6 +66,7 @@ class Grain(nn.Module):
   image_mean: tuple[float, ...]
   image_std: tuple[float, ...]
   logit_scale_init: float
+  logit_bias_init: float | None = None  # None: the model has no bias of the logits
   pool: str = "class"  # of the image's embedding; 'query': the decoder's image query
   pool_includes_class: bool = True
   projects_images: bool = True
@@ -90,6 +92,10 @@ class Grain(nn.Module):
     self.logit_scale = self.param(
       "logit_scale", nn.initializers.constant(self.logit_scale_init), ()
     )
+    self.logit_bias = jnp.zeros(())
+    if self.logit_bias_init is not None:
+      bias = nn.initializers.constant(self.logit_bias_init)
+      self.logit_bias = self.param("logit_bias", bias, ())
 
   def __call__(
     self,
@@ -115,6 +121,7 @@ class Grain(nn.Module):
         len(texts), num_regions, per_region, self.embed_dim
       ),
       logit_scale=self.logit_scale,
+      logit_bias=self.logit_bias,
     )
 
   def encode_tokens(self, image: Array, *, train: bool = False) -> Array:
@@ -246,6 +253,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     image_mean=tuple(m.image.mean),
     image_std=tuple(m.image.std),
     logit_scale_init=m.logit_scale_init,
+    logit_bias_init=m.logit_bias_init if m.logit_bias else None,
     pool=pool_of(config),
     pool_includes_class=m.pool_includes_class,
     projects_images=m.projects_images,

@@ -15,6 +15,7 @@ def caption_loss(
   text: Array,
   *,
   logit_scale: Array,
+  logit_bias: Array | None = None,
   mask: Array,
   text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
@@ -23,10 +24,13 @@ def caption_loss(
 ) -> tuple[Array, Array]:
   """1/2 [CE(s I T^T) + CE(s T I^T)] over the global batch (Radford et al., 2021; GRAIN eq. 1).
 
+  With `logit_bias` SigLIP's loss instead: `contrastive.sigmoid`.
+
   Args:
     image: f32 [B, E], L2-normalised.
     text: f32 [B, E], L2-normalised.
     logit_scale: [], ln s.
+    logit_bias: [], of SigLIP's loss; None: softmax.
     mask: bool [B]; examples that do not count are no negatives either.
     text_hashes: u32 [B, 2] or None: where given, equal captions are no negatives of each other.
     axes: within `shard_map`, the mesh axes that shard the batch; negatives come from all shards.
@@ -38,6 +42,12 @@ def caption_loss(
   """
   images = contrastive.Candidates(image, mask, text_hashes)
   texts = contrastive.Candidates(text, mask, text_hashes)
+  if logit_bias is not None:
+    sums = contrastive.sigmoid(
+      images, texts, logit_scale=logit_scale, logit_bias=logit_bias,
+      axes=axes, chunk=chunk, dtype=dtype,
+    )  # fmt: skip
+    return sums.loss, sums.rows
   total = jnp.zeros(())
   for rows, candidates in ((images, texts), (texts, images)):
     sums = contrastive.cross_entropy(
@@ -52,6 +62,7 @@ def multi_positive_loss(
   descriptions: Array,
   *,
   logit_scale: Array,
+  logit_bias: Array | None = None,
   mask: Array,
   text_hashes: Array,
   dtype: jax.typing.DTypeLike = jnp.float32,
@@ -66,6 +77,7 @@ def multi_positive_loss(
     image: f32 [B, E], L2-normalised.
     descriptions: f32 [B, R, E], L2-normalised.
     logit_scale: [], ln s.
+    logit_bias: [], of SigLIP's loss of these pairs; None: softmax.
     mask: bool [B, R].
     text_hashes: u32 [B, R, 2], `duplicates.hash_texts` of the descriptions.
     dtype: of the products: `contrastive.product_dtype`.
@@ -88,12 +100,13 @@ def multi_positive_loss(
   # To image: images that hold the same description are no negatives.
   images_with_text = jnp.any(same.reshape(-1, batch, regions), axis=-1)
   images = jnp.any(mask, axis=1)
-  to_image = _cross_entropy(
-    logits,
-    positive,
-    (images[None, :] & ~images_with_text) | (owner[:, None] == jnp.arange(batch)),
-    valid,
-  )
+  others = images[None, :] & ~images_with_text
+  if logit_bias is not None:
+    against = jnp.where(others, logits + logit_bias, contrastive.MASKED_LOGIT)
+    each = jax.nn.softplus(-positive - logit_bias) + jnp.sum(jax.nn.softplus(against), axis=-1)
+    return jnp.sum(jnp.where(valid, each, 0.0)), jnp.sum(valid, dtype=jnp.float32)
+  own = owner[:, None] == jnp.arange(batch)
+  to_image = _cross_entropy(logits, positive, others | own, valid)
   # To text: the row of a description is its image's logits over all descriptions.
   rows = logits.T[owner]  # [B R, B R]
   allowed = (valid[None, :] & ~same & ~same_image) | jnp.eye(batch * regions, dtype=bool)

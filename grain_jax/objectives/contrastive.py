@@ -1,4 +1,4 @@
-"""The softmax of a contrastive loss in little memory: candidates in chunks, features gathered once.
+"""Contrastive losses in little memory, softmax or sigmoid: candidates in chunks, gathered once.
 
 Each device has the rows of its own examples and contrasts them with the candidates of all devices.
 Of the logits, [rows, candidates] in float32, only one chunk of candidates exists at a time; the
@@ -8,6 +8,7 @@ backward pass rematerialises it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from grain_jax.objectives import duplicates
 
 Array = jax.Array
+Carry = tuple[Array, Array]  # what is summed up and the largest negative logit, [N] each
 
 # Logit of a masked candidate; finite, so that no NaN can arise.
 MASKED_LOGIT = -1e9
@@ -35,7 +37,7 @@ class Candidates:
 class LossSums:
   """Sums over the valid rows; each []."""
 
-  loss: Array  # of -log softmax at the row's positive
+  loss: Array  # of -log softmax at the row's positive, or of -log sigmoid of its pairs
   correct: Array  # rows whose positive scores highest
   rows: Array
 
@@ -144,15 +146,71 @@ def cross_entropy(
   """
   apart = target is not None
   if target is None:
-    positives = candidates.embeddings[: rows.valid.shape[0]]
-    target = jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
-  start = (target, jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT))
+    target = _positive_logits(rows, candidates, logit_scale)
+  start = (target, _no_negative(target))
   normalizer, best = _over_negatives(
-    rows, candidates, start, logit_scale=logit_scale, positives_among=not apart,
+    rows, candidates, start, _add_log_sum_exp, logit_scale=logit_scale, positives_among=not apart,
     axes=axes, chunk=chunk, dtype=dtype,
   )  # fmt: skip
+  return _sum_rows(rows, normalizer - target, target, best)
+
+
+def sigmoid(
+  rows: Candidates,
+  candidates: Candidates,
+  *,
+  logit_scale: Array,
+  logit_bias: Array,
+  axes: tuple[str, ...] = (),
+  chunk: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> LossSums:
+  """-log sigmoid(z (s a.b + bias)) summed over each row's pairs: z = 1 for its positive, else -1.
+
+  Divided by the number of rows it is SigLIP's loss (Zhai et al., ICCV 2023, eq. 1), which is the
+  same from images to texts as from texts to images: it is counted once.
+
+  Args:
+    rows: as of `cross_entropy`, like all that is not named here.
+    candidates: likewise; those that are no negatives of a row add nothing to it.
+    logit_scale: [], ln s.
+    logit_bias: [].
+    axes: within `shard_map`, the mesh axes whose devices' candidates are contrasted.
+    chunk: candidates at a time; 0 or as many as there are: all at once.
+    dtype: of the products: `product_dtype`.
+
+  Returns:
+    LossSums over this device's rows; those that are not valid add nothing.
+  """
+  target = _positive_logits(rows, candidates, logit_scale)
+  start = (jax.nn.softplus(-target - logit_bias), _no_negative(target))
+
+  def add_pairs(carry: Carry, logits: Array) -> Carry:
+    loss, best = carry
+    pairs = jax.nn.softplus(logits + logit_bias)  # 0 at `MASKED_LOGIT`, and so is its gradient
+    return loss + jnp.sum(pairs, axis=-1), _larger(best, logits)
+
+  loss, best = _over_negatives(
+    rows, candidates, start, add_pairs, logit_scale=logit_scale, positives_among=True,
+    axes=axes, chunk=chunk, dtype=dtype,
+  )  # fmt: skip
+  return _sum_rows(rows, loss, target, best)
+
+
+def _positive_logits(rows: Candidates, candidates: Candidates, logit_scale: Array) -> Array:
+  """s a.b of each row and its positive, the candidate of its number, f32 [N]."""
+  positives = candidates.embeddings[: rows.valid.shape[0]]
+  return jnp.exp(logit_scale) * jnp.sum(rows.embeddings * positives, axis=-1)
+
+
+def _no_negative(target: Array) -> Array:
+  """The largest negative logit of rows that have met none."""
+  return jnp.minimum(jax.lax.stop_gradient(target), MASKED_LOGIT)
+
+
+def _sum_rows(rows: Candidates, losses: Array, target: Array, best: Array) -> LossSums:
   return LossSums(
-    loss=jnp.sum(jnp.where(rows.valid, normalizer - target, 0.0)),
+    loss=jnp.sum(jnp.where(rows.valid, losses, 0.0)),
     correct=jnp.sum((target >= best) & rows.valid, dtype=jnp.float32),
     rows=jnp.sum(rows.valid, dtype=jnp.float32),
   )
@@ -173,23 +231,39 @@ def log_sum_exp(
   """
   nothing = jnp.full_like(rows.embeddings[:, 0], MASKED_LOGIT, jnp.float32)
   return _over_negatives(
-    rows, candidates, (nothing, nothing), logit_scale=logit_scale, positives_among=False,
-    axes=axes, chunk=chunk, dtype=dtype,
+    rows, candidates, (nothing, nothing), _add_log_sum_exp, logit_scale=logit_scale,
+    positives_among=False, axes=axes, chunk=chunk, dtype=dtype,
   )[0]  # fmt: skip
+
+
+def _larger(best: Array, logits: Array) -> Array:
+  return jnp.maximum(best, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+
+
+def _add_log_sum_exp(carry: Carry, logits: Array) -> Carry:
+  """Adds logits [N, chunk] to the log-sum-exp and to the largest negative."""
+  normalizer, best = carry
+  normalizer = jnp.logaddexp(normalizer, jax.nn.logsumexp(logits, axis=-1))
+  return normalizer, _larger(best, logits)
 
 
 def _over_negatives(
   rows: Candidates,
   candidates: Candidates,
-  start: tuple[Array, Array],
+  start: Carry,
+  add: Callable[[Carry, Array], Carry],
   *,
   logit_scale: Array,
   positives_among: bool,
   axes: tuple[str, ...],
   chunk: int,
   dtype: jax.typing.DTypeLike,
-) -> tuple[Array, Array]:
-  """(log-sum-exp, largest) of each row's logits over its negatives, from `start` on, [N] each."""
+) -> Carry:
+  """Each row's logits over its negatives, reduced by `add` from `start` on, [N] each.
+
+  `add` gets the logits [N, chunk] of one chunk of candidates after the other, `MASKED_LOGIT` where
+  one is no negative of the row.
+  """
   num_rows, num_local = rows.valid.shape[0], candidates.valid.shape[0]
   offset = jax.lax.axis_index(axes) * num_local if axes else 0
   embeddings = gather_embeddings(candidates.embeddings, jnp.dtype(dtype), axes)
@@ -197,10 +271,8 @@ def _over_negatives(
   candidates = Candidates(embeddings, valid, text_hashes)
 
   def accumulate_chunk(
-    carry: tuple[Array, Array], chunk_and_start: tuple[Candidates, Array]
-  ) -> tuple[tuple[Array, Array], None]:
-    """Adds one chunk of candidates to the log-sum-exp and to the largest negative."""
-    normalizer, best = carry
+    carry: Carry, chunk_and_start: tuple[Candidates, Array]
+  ) -> tuple[Carry, None]:
     candidates, first = chunk_and_start
     logits = jnp.exp(logit_scale) * inner_products(rows.embeddings, candidates.embeddings)
     negative = jnp.broadcast_to(candidates.valid, logits.shape)
@@ -209,10 +281,7 @@ def _over_negatives(
       negative &= position != offset + jnp.arange(num_rows)[:, None]
     if rows.text_hashes is not None:
       negative &= ~duplicates.pairwise_equal(rows.text_hashes, candidates.text_hashes)
-    logits = jnp.where(negative, logits, MASKED_LOGIT)
-    normalizer = jnp.logaddexp(normalizer, jax.nn.logsumexp(logits, axis=-1))
-    best = jnp.maximum(best, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-    return (normalizer, best), None
+    return add(carry, jnp.where(negative, logits, MASKED_LOGIT)), None
 
   total = candidates.valid.shape[0]
   if not 0 < chunk < total:

@@ -36,6 +36,7 @@ def hard_negative_loss(
   valid: Array,
   *,
   logit_scale: Array,
+  logit_bias: Array | None = None,
   thresholds: Array,
   imc: str = "image_text_positive",
   threshold: str = "mean",
@@ -50,7 +51,8 @@ def hard_negative_loss(
 ) -> HardNegativeLoss:
   """The losses of CE-CLIP, with s = exp(logit_scale), v the valid negatives and n their texts.
 
-      contrast: 1/2 [CE(s I [T; n]^T) + CE(s T I^T)]
+      contrast: 1/2 [CE(s I [T; n]^T) + CE(s T I^T)]; with `logit_bias` SigLIP's loss of I and
+                [T; n] instead (`contrastive.sigmoid`)
       intra:    'image_text_positive': -log softmax of [s I_i.T_i ; s T_i.n_j for all j] at the
                 first; 'text_only': log sum_j exp(s T_i.n_j)
       rank:     mean over i and k of v_ik relu(s I_i.n_ik - s I_i.T_i + threshold_k)
@@ -66,6 +68,7 @@ def hard_negative_loss(
     negatives: f32 [B, K, E], L2-normalised where valid.
     valid: bool [B, K].
     logit_scale: [], ln s.
+    logit_bias: [], of SigLIP's loss; None: softmax. Intra has softmax always.
     thresholds: f32 [K], in units of logits.
     imc: one of IMC.
     threshold: one of THRESHOLDS.
@@ -98,8 +101,11 @@ def hard_negative_loss(
     None if negative_hashes is None else negative_hashes.reshape(-1, 2),
   )
   both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), texts, wrong)
-  to_text = contrastive.cross_entropy(images, both, **options)
-  to_image = contrastive.cross_entropy(texts, images, **options)
+  if logit_bias is None:
+    to_text = contrastive.cross_entropy(images, both, **options).loss
+    contrast = (to_text + contrastive.cross_entropy(texts, images, **options).loss) / 2
+  else:
+    contrast = contrastive.sigmoid(images, both, logit_bias=logit_bias, **options).loss
   number = jnp.sum(mask, dtype=jnp.float32)
 
   scale = jnp.exp(logit_scale)
@@ -116,7 +122,7 @@ def hard_negative_loss(
   else:
     raise ValueError(f"imc = {imc!r} is unknown. Choose one of {', '.join(IMC)}.")
   return HardNegativeLoss(
-    contrast=((to_text.loss + to_image.loss) / 2, number),
+    contrast=(contrast, number),
     intra=(intra, number),
     rank=(rank, number * slots),
     thresholds=_thresholds(

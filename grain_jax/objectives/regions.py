@@ -21,6 +21,7 @@ def region_loss(
   descriptions: Array,
   *,
   logit_scale: Array,
+  logit_bias: Array | None = None,
   mask: Array,
   text_hashes: Array | None = None,
   axes: tuple[str, ...] = (),
@@ -32,12 +33,14 @@ def region_loss(
 ) -> tuple[Array, Array, Array]:
   """CE over matched regions of s q D^T, D = all valid descriptions; region -> text only (GRAIN).
 
-  False descriptions of regions are further columns, for every region.
+  False descriptions of regions are further columns, for every region. With `logit_bias` SigLIP's
+  loss instead: `contrastive.sigmoid`.
 
   Args:
     regions: f32 [B, R, E], embeddings of the matched queries, L2-normalised.
     descriptions: f32 [B, R, E], L2-normalised.
     logit_scale: [], ln s.
+    logit_bias: [], of SigLIP's loss; None: softmax.
     mask: bool [B, R].
     text_hashes: u32 [B, R, 2] or None: where given, equal descriptions are no negatives.
     axes: within `shard_map`, the mesh axes that shard the batch: negatives come from all shards.
@@ -63,7 +66,9 @@ def region_loss(
     )
     texts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), texts, wrong)
   rows = contrastive.Candidates(regions.reshape(-1, width), valid, text_hashes)
-  sums = contrastive.cross_entropy(
-    rows, texts, logit_scale=logit_scale, axes=axes, chunk=chunk, dtype=dtype
-  )
+  options = {"logit_scale": logit_scale, "axes": axes, "chunk": chunk, "dtype": dtype}
+  if logit_bias is None:
+    sums = contrastive.cross_entropy(rows, texts, **options)
+  else:
+    sums = contrastive.sigmoid(rows, texts, logit_bias=logit_bias, **options)
   return sums.loss, sums.correct, sums.rows

@@ -68,6 +68,11 @@ class Shared:
       )  # fmt: skip
       self.false_descriptions = jnp.roll(self.false_descriptions, 1, axis=0)
 
+  @property
+  def logit_bias(self) -> Array | None:
+    """That of the output where the contrast is sigmoid; None: softmax."""
+    return self.output.logit_bias if self.config.loss.contrast == "sigmoid" else None
+
   @functools.cached_property
   def _hashes(self) -> Array:
     batch = self.batch
@@ -124,25 +129,25 @@ class Shared:
     """A contrastive loss whose rows are sharded with the batch; its sums over all devices.
 
     Args:
-      loss: (*arrays, *agreed, logit_scale=, axes=, chunk=, dtype=, **options) -> (sums, others); of
-        others, which agree on all devices, nothing is summed.
+      loss: (*arrays, *agreed, logit_scale=, logit_bias=, axes=, chunk=, dtype=, **options) ->
+        (sums, others); of others, which agree on all devices, nothing is summed.
       *arrays: sharded with the batch; None stays None.
       agreed: arrays that are the same on all devices.
       local: negatives from the device's own examples alone.
       **options: of the loss.
     """
     options = {"chunk": self.config.loss.chunk, "dtype": self.dtype} | options
-    scale = self.output.logit_scale
+    logits = {"logit_scale": self.output.logit_scale, "logit_bias": self.logit_bias}
     if not self.batch_axes:
-      return loss(*arrays, *agreed, logit_scale=scale, axes=(), **options)
+      return loss(*arrays, *agreed, axes=(), **logits, **options)
 
-    def local_loss(arrays: Any, agreed: Any, scale: Array) -> Any:
+    def local_loss(arrays: Any, agreed: Any, logits: Any) -> Any:
       axes = () if local else self.batch_axes
-      sums, others = loss(*arrays, *agreed, logit_scale=scale, axes=axes, **options)
+      sums, others = loss(*arrays, *agreed, axes=axes, **logits, **options)
       return jax.lax.psum(sums, self.batch_axes), others
 
     sharded, replicated = PartitionSpec(self.batch_axes), PartitionSpec()
     over = jax.shard_map(
       local_loss, in_specs=(sharded, replicated, replicated), out_specs=replicated
     )
-    return over(arrays, agreed, scale)
+    return over(arrays, agreed, logits)

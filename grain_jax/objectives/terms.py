@@ -89,6 +89,7 @@ def multi_positive(shared: Shared, state: State) -> Result:
     shared.output.image,
     shared.descriptions,
     logit_scale=shared.output.logit_scale,
+    logit_bias=shared.logit_bias,
     mask=shared.described,
     text_hashes=shared.hashes("descriptions"),
     dtype=shared.dtype,

@@ -30,6 +30,7 @@ _AXES = grain.Output(
   negatives=0,
   region_negatives=0,
   logit_scale=-1,
+  logit_bias=-1,
 )
 
 

@@ -101,8 +101,10 @@ def objective(
   losses = objectives.total_loss(
     output, batch, config, state=terms, batch_axes=batch_axes, platform=platform
   )
-  scale = (jnp.exp(output.logit_scale), jnp.ones(()))
-  return losses.total, ({**losses.parts, "logit_scale": scale}, losses.state)
+  logits = {"logit_scale": (jnp.exp(output.logit_scale), jnp.ones(()))}
+  if config.model.logit_bias:
+    logits["logit_bias"] = (output.logit_bias, jnp.ones(()))
+  return losses.total, ({**losses.parts, **logits}, losses.state)
 
 
 def loss_function(

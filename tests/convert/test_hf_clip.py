@@ -182,10 +182,12 @@ def test_a_trained_clip_embeds_alike_in_transformers(tmp_path, tiny, rng):
     ({"qk_norm": True, "pre_norm": True}, ["config.model.image.qk_norm"]),
     ({"qk_norm": False, "stem": "hmlp"}, ["config.model.image.pre_norm", "image.stem"]),
     ({"method": "grain"}, ["config.method", "qk_norm", "pre_norm"]),
+    ({"logit_bias": True}, ["config.model.logit_bias"]),
   ],
 )
 def test_what_clipmodel_cannot_be_is_said(tmp_path, tiny, rng, changes, words):
   tiny.method = changes.pop("method", "clip")
+  tiny.model.logit_bias = changes.pop("logit_bias", False)
   tiny.model.image.update(changes)
   stock.random_run(tmp_path / "run", tiny, rng)
   call = lambda: export.export(str(tmp_path / "run"), format="hf_clip", out=str(tmp_path / "hf"))  # noqa: E731

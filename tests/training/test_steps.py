@@ -177,23 +177,30 @@ def test_logits_in_chunks_over_eight_devices_are_those_of_one(config, batch, one
 
 
 @pytest.mark.parametrize(
-  ("devices", "layout", "num_microbatches"), [(8, "data=8", 1), (8, "fsdp=2,tensor=2", 2)]
+  ("devices", "layout", "num_microbatches", "contrast"),
+  [
+    (8, "data=8", 1, "softmax"),
+    (8, "fsdp=2,tensor=2", 2, "softmax"),
+    (8, "data=8", 2, "sigmoid"),
+  ],
 )
 def test_hard_negatives_of_captions_and_regions_on_any_devices(
-  config, make_batch, devices, layout, num_microbatches
+  config, make_batch, devices, layout, num_microbatches, contrast
 ):
   """Three steps whose thresholds each hands to the next; without dropout, for the microbatches."""
   config.model.decoder.dropout = 0.0
   config.data.update(negatives=4, negatives_per_region=2, row_length=120)
-  config.loss.update(rank=0.2, intra=0.3)
+  config.loss.update(rank=0.2, intra=0.3, contrast=contrast)
+  config.model.logit_bias = contrast == "sigmoid"
   batches = [make_batch(config, rng=np.random.default_rng(i)) for i in range(3)]
-  if "negatives" not in _KEPT:
-    _KEPT["negatives"] = gradients_of_steps(config, batches, devices=1)
+  if contrast not in _KEPT:
+    _KEPT[contrast] = gradients_of_steps(config, batches, devices=1)
   config.mesh.update(LAYOUTS[layout])
   config.accumulate = num_microbatches
   found = gradients_of_steps(config, batches, devices=devices)
-  for ours, theirs in zip(found, _KEPT["negatives"], strict=True):
+  for ours, theirs in zip(found, _KEPT[contrast], strict=True):
     assert_same(ours, theirs)
+    assert np.abs(ours[1].get("logit_bias", 1.0)) > 1e-3
   thresholds = [[m[f"rank_threshold_{k}"][0] for k in range(4)] for m, _ in found]
   assert thresholds[0] == [0.0] * 4 and thresholds[1] != thresholds[2]
   for metrics, _ in found:
