@@ -6,7 +6,7 @@ from absl import flags
 
 from grain_jax import cli
 
-_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, dino, sentence_t5, safetensors"
+_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, clippy, dino, sentence_t5, safetensors"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import ml_collections
 from grain_jax import config as configs
 from grain_jax import places
 from grain_jax.convert import (
+  clippy,
   dino,
   foreign,
   grain_torch,
@@ -34,6 +35,7 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "hf_clip": hf_clip.load,
   "open_clip": open_clip.load,
   "ce_clip": functools.partial(open_clip.load, quick_gelu=True),
+  "clippy": clippy.load,
   "dino": dino.load,
   "sentence_t5": sentence_t5.load,
   "safetensors": native.load,

@@ -71,8 +71,8 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
   state = state_dicts.without(state, _IGNORED)
   if any(key.startswith("visual.trunk.") for key in state):
     raise ValueError(
-      f"{where} has a timm image tower (visual.trunk.*), as CLIPpy's checkpoints have: CLIPpy's "
-      "towers are not built yet."
+      f"{where} has a timm image tower (visual.trunk.*), as CLIPpy's checkpoints have: read it "
+      "with --from=clippy."
     )
   if any(key.startswith("visual.layer1.") for key in state):
     raise ValueError(

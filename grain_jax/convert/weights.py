@@ -72,7 +72,7 @@ def _check_part(path: str | os.PathLike, part: str) -> bool:
   """Whether the folder holds this part alone; one line where it holds another."""
   alone = towers.find(path)
   if alone not in (None, part):
-    raise ValueError(f"{path} holds the {alone} tower of a model alone: name it as config.init.{alone}.")
+    raise ValueError(f"{path} holds the {alone} tower alone: name it as config.init.{alone}.")
   return alone is not None
 
 

@@ -158,9 +158,9 @@ def test_where_a_whole_model_is_wanted_a_line_says_what_it_is(imported, tiny, tm
     with pytest.raises(ValueError, match=want):
       call()
   tiny.init.update(image=str(imported), adopt=True)
-  with pytest.raises(ValueError, match=r"the text tower of a model alone: name it as config.init.text"):
+  with pytest.raises(ValueError, match=r"the text tower alone: name it as config.init.text"):
     start.adopt(tiny, tmp_path / "run", say=lambda line: None)
-  with pytest.raises(ValueError, match=r"the text tower of a model alone: name it as config.init.text"):
+  with pytest.raises(ValueError, match=r"the text tower alone: name it as config.init.text"):
     start.start_from(tiny, drawn.params(tiny))
 
 
