@@ -21,6 +21,7 @@ def main() -> None:
     recipe=flag.config,
     image_size=flag.image_size,
     quick_gelu=flag.quick_gelu,
+    tokenizer=flag.tokenizer,
   )
   image, text = config.model.image, config.model.text
   part = towers.find(flag.out)
@@ -47,5 +48,8 @@ if __name__ == "__main__":
     None,
     "open_clip: trained with QuickGELU (OpenAI's weights are); by default as its "
     "configuration or its name says.",
+  )
+  flags.DEFINE_string(
+    "tokenizer", None, "clippy: folder of the text tower's SentencePiece tokenizer."
   )
   cli.run(main)

@@ -17,7 +17,7 @@ _TRUNK = "visual.trunk."
 _OTHERS = r"text\..*|logit_scale"
 
 
-def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
+def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignCheckpoint:
   """Reads the image tower of a checkpoint.
 
   Raises:

@@ -40,6 +40,8 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "sentence_t5": sentence_t5.load,
   "safetensors": native.load,
 }
+# Whose files may lack their tokenizer: their readers take the folder of one.
+_WITH_TOKENIZER = ("clippy",)
 # A file says for certain how it sees an image, which is no size of the model: it always holds.
 _PIXELS = (
   "model.image.mean",
@@ -56,6 +58,7 @@ def read(
   recipe: str | None = None,
   image_size: int | None = None,
   quick_gelu: bool | None = None,
+  tokenizer: str | None = None,
 ) -> tuple[ml_collections.ConfigDict, Any]:
   """A foreign checkpoint as (configuration, parameters), of a tower alone where it is no more.
 
@@ -66,12 +69,18 @@ def read(
       come from the file, and what is not there (heads, activations) by the format's convention.
     image_size: pixels; the position embedding is resized.
     quick_gelu: for 'open_clip', whose files do not say it; its own default is false.
+    tokenizer: folder of a SentencePiece tokenizer, for formats whose files may lack it.
 
   Raises:
     ValueError: format, file, recipe or size cannot work; one line.
   """
   config, params, _ = _read(
-    source, path, recipe=recipe, image_size=image_size, quick_gelu=quick_gelu
+    source,
+    path,
+    recipe=recipe,
+    image_size=image_size,
+    quick_gelu=quick_gelu,
+    tokenizer=tokenizer,
   )
   return config, params
 
@@ -83,6 +92,7 @@ def _read(
   recipe: str | None = None,
   image_size: int | None = None,
   quick_gelu: bool | None = None,
+  tokenizer: str | None = None,
 ) -> tuple[ml_collections.ConfigDict, Any, str | None]:
   """`read`, and which tower it is, None for a whole model."""
   if source not in FORMATS:
@@ -100,6 +110,12 @@ def _read(
         f"--quick_gelu is for --from=open_clip; {source} says its activation itself."
       )
     load = functools.partial(open_clip.load, quick_gelu=quick_gelu)
+  if tokenizer is not None:
+    if source not in _WITH_TOKENIZER:
+      raise ValueError(
+        f"--tokenizer is for --from={' and --from='.join(_WITH_TOKENIZER)}; {source} has its own."
+      )
+    load = functools.partial(load, tokenizer=tokenizer)
   found = load(pathlib.Path(path))
   if found.part is not None:
     _check_options_of_tower(source, found.part, recipe=recipe, image_size=image_size)
