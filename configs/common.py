@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.pool = "default"  # image embedding: query | class | max | mean | default, by the method
   c.model.pool_includes_class = True  # max and mean see the class token too
   c.model.projects_images = True  # off: the pooled token itself, where widths agree (CLIPpy)
+  c.model.auxiliary_pool = "none"  # a second image embedding for loss.auxiliary: none | max | mean
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16 | auto (float32 on CPUs)
   c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
@@ -133,6 +134,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.rank_upper_bound = 10.0  # of the thresholds
   c.loss.rank_reset = True  # thresholds begin anew in each epoch
   c.loss.mask_invalid = True  # invalid negatives are none; off as published: they count in contrast
+  c.loss.auxiliary = 1.0  # weight of captions against images' auxiliary embeddings, where there are
+  c.loss.anchor = 0.0  # weight of the squared distance to a frozen copy's embeddings (DeGLA: 1.28)
+  c.loss.anchor_teacher = "initial"  # that copy: initial (weights at the start) | ema (their mean)
+  c.loss.anchor_decay = 0.9996  # of that mean
+  c.loss.image_grounded = 0.0  # weight of images against their own false captions (DeGLA: 0.1)
+  c.loss.text_grounded = (
+    0.0  # weight of captions against theirs, by the copy's caption (DeGLA: 0.1)
+  )
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
   c.loss.precision = "auto"  # of contrastive products: bfloat16 | float32 | auto: f32 on CPUs
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
@@ -244,7 +253,9 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   """
   small(c)
   c.init.model = ""
-  if c.init.image or c.init.text:
+  if not (c.init.image or c.init.text):
+    c.loss.anchor_teacher = "ema"  # random weights are nothing to hold on to
+  else:
     c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   c.data.dir = "data/scenes"
   if c.data.negatives or c.data.negatives_per_region:

@@ -160,6 +160,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.optimizer.ema_decay = {config.optimizer.ema_decay} must be in [0, 1): 0.9999 is a "
       "mean over about 10,000 steps."
     )
+  if not 0 <= config.loss.anchor_decay < 1:
+    raise ValueError(
+      f"config.loss.anchor_decay = {config.loss.anchor_decay} must be in [0, 1): 0.9996 is a mean "
+      "over about 2,500 steps."
+    )
   if config.save_every <= 0 and config.save_every != -1:
     raise ValueError(
       f"config.save_every = {config.save_every} must be positive, or -1: a tenth of the run."

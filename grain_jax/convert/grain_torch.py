@@ -144,6 +144,9 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     "config.model.image.stem = 'hmlp'": image.stem != "linear",
     f"config.model.pool = {config.model.pool!r}": config.model.pool
     not in ("default", "query" if config.method == "grain" else "class"),
+    f"config.model.auxiliary_pool = {config.model.auxiliary_pool!r}": (
+      config.model.auxiliary_pool != "none"
+    ),
     "config.model.logit_bias = True": config.model.logit_bias,
     "config.model.projects_images = False": not config.model.projects_images,
     f"config.model.text.tokenizer = {config.model.text.tokenizer!r}": bool(

@@ -172,6 +172,9 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     f"config.model.pool = {config.model.pool!r} (it takes the class token)": (
       config.model.pool not in ("default", "class")
     ),
+    f"config.model.auxiliary_pool = {config.model.auxiliary_pool!r} (it has one embedding)": (
+      config.model.auxiliary_pool != "none"
+    ),
     "config.model.logit_bias = True (its logits have no bias)": config.model.logit_bias,
     "config.model.projects_images = False (it projects)": not config.model.projects_images,
     f"config.model.text.tokenizer = {config.model.text.tokenizer!r} (it has CLIP's)": bool(

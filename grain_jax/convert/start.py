@@ -22,7 +22,7 @@ _SHAPE = {
   "model": (
     "method", "model.image.", "model.text.", "model.decoder.", "model.embed_dim",
     "model.num_queries", "model.pool", "model.pool_includes_class", "model.projects_images",
-    "model.logit_bias",
+    "model.logit_bias", "model.auxiliary_pool",
   ),
   "image": ("model.image.",),
   "text": ("model.text.", "model.embed_dim"),

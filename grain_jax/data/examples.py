@@ -79,6 +79,7 @@ class Examples:
     self.tokenizer = tokenizing.make(config)
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
     self.failure: Exception | None = None  # the first one on which to stop
+    self.false_texts = np.zeros(2, np.int64)  # met so far: all, those that did not fit their rows
     self._lock = threading.Lock()
     for key, least in (("row_length", 2), ("max_regions", 0)):
       if config.data[key] < least:
@@ -129,6 +130,10 @@ class Examples:
     fits = packed.text_mask
     against = fits[:, 1 + self.regions + self.negatives :].reshape(count, self.regions, per_region)
     against = against & fits[:, 1 : 1 + self.regions, None]
+    first = 1 + self.regions
+    false = np.array([[bool(text) for text in row[first:]] for row in texts], bool)
+    with self._lock:
+      self.false_texts += (false.sum(), (false & ~fits[:, first:]).sum())
     good = np.array([record is not None for record in parsed], bool)
     centers = schema.corners_to_center(boxes)
     centers[~region_mask] = 0

@@ -63,6 +63,7 @@ class TrainBatches:
     self._examples, self._indices, self._step = examples, indices, step
     self._counter = bad_records.BadRecordCounter(limits)
     self._reads = examples.dataset.reads(examples.split)
+    self._false_texts = examples.false_texts.copy()
     self._batches = [batches.as_numpy_iterator()]
     # While Python shuts down, a pipeline that still runs would wait for its lock for ever, and the
     # process with it. Without the iterator the pipeline ends, so nothing else may hold on to it.
@@ -96,6 +97,15 @@ class TrainBatches:
     before, self._reads = self._reads, self._examples.dataset.reads(self._examples.split)
     read = self._reads.records - before.records
     return 1000 * (self._reads.opens - before.opens) / read if read else 0.0
+
+  def dropped_negatives(self) -> float | None:
+    """Share of this process's false captions and descriptions that did not fit their rows.
+
+    Of those met since it was last asked, with what is prepared ahead; None where there were none.
+    """
+    before, self._false_texts = self._false_texts, self._examples.false_texts.copy()
+    met, dropped = self._false_texts - before
+    return float(dropped / met) if met else None
 
   def _check(self, good: np.ndarray) -> None:
     """Raises where bad records are too many."""

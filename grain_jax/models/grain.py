@@ -32,6 +32,7 @@ class Output:
   descriptions: Array  # [B, R, E]: meaningless where text_mask is false
   negatives: Array  # [B, K, E]: hard-negative captions, likewise
   region_negatives: Array  # [B, R, N, E]: false descriptions of the regions, likewise
+  auxiliary: Array  # [B, E]: the second embedding of an image, or [B, 0] where there is none
   logit_scale: Array  # []: the logarithm of the scale s of the logits
   logit_bias: Array  # []: added to them by SigLIP's loss; 0 where the model has none
 
@@ -47,7 +48,14 @@ def pool_tokens(tokens: Array, pool: str, *, includes_class: bool) -> Array:
   if pool == "class":
     return tokens[..., 0, :]
   seen = tokens if includes_class else tokens[..., 1:, :]
-  return jnp.max(seen, axis=-2) if pool == "max" else jnp.mean(seen, axis=-2)
+  if pool == "mean":
+    return jnp.mean(seen, axis=-2)
+  # The gradient of `jnp.max` asks which entries equal the largest, and is 0/0 where none does: a
+  # compiler may have computed them twice, with other rounding. The place of the largest has no such
+  # question; the first one of equals takes it all, as of torch.max.
+  place = jnp.argmax(jax.lax.stop_gradient(seen), axis=-2)
+  here = jnp.arange(seen.shape[-2])[:, None] == place[..., None, :]
+  return jnp.sum(jnp.where(here, seen, 0), axis=-2)
 
 
 def normalize(x: Array) -> Array:
@@ -70,6 +78,7 @@ class Grain(nn.Module):
   pool: str = "class"  # of the image's embedding; 'query': the decoder's image query
   pool_includes_class: bool = True
   projects_images: bool = True
+  auxiliary_pool: str = "none"  # of a second embedding of an image, projected: 'max' or 'mean'
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -83,6 +92,8 @@ class Grain(nn.Module):
     if self.projects_images:
       of = self.image_tower if pooled else self.query_decoder
       self.image_projection = project(of.width)
+    if self.auxiliary_pool != "none":
+      self.auxiliary_projection = project(self.image_tower.width)
     if self.query_decoder is not None:
       width = self.query_decoder.width
       self.region_projection = project(width)
@@ -106,7 +117,8 @@ class Grain(nn.Module):
   ) -> Output:
     """Encodes a device batch (`schema.BATCH`) of which the first 1 + num_regions texts are
     caption and descriptions. In training it needs an rng named 'dropout'."""
-    image, regions, boxes = self.encode_regions(batch["image"], train=train)
+    seen = self.encode_tokens(batch["image"], train=train)
+    image, regions, boxes = self._encode_regions(seen, train=train)
     texts = self.encode_text(batch["tokens"], batch["segments"], batch["positions"], batch["ends"])
     first = 1 + num_regions + batch["negative_kind"].shape[1]
     per_region = batch["region_negative_mask"].shape[2]
@@ -120,6 +132,7 @@ class Grain(nn.Module):
       region_negatives=texts[:, first:].reshape(
         len(texts), num_regions, per_region, self.embed_dim
       ),
+      auxiliary=self._auxiliary(seen),
       logit_scale=self.logit_scale,
       logit_bias=self.logit_bias,
     )
@@ -137,14 +150,23 @@ class Grain(nn.Module):
     """[..., D] -> [..., E], L2-normalised."""
     return normalize(self.image_projection(pooled) if self.projects_images else pooled)
 
-  def encode_regions(self, image: Array, *, train: bool = False) -> tuple[Array, Array, Array]:
+  def _auxiliary(self, tokens: Array) -> Array:
+    """Tokens [B, 1 + patches, D] -> the second embedding [B, E], or [B, 0]."""
+    if self.auxiliary_pool == "none":
+      return jnp.zeros((len(tokens), 0))
+    pooled = pool_tokens(tokens, self.auxiliary_pool, includes_class=self.pool_includes_class)
+    return normalize(self.auxiliary_projection(pooled))
+
+  def encode_regions(self, image: Array) -> tuple[Array, Array, Array]:
     """u8 [B, H, W, 3] -> image [B, E], regions [B, Q, E], boxes [layers, B, Q, 4]."""
-    tokens = self.encode_tokens(image, train=train)
+    return self._encode_regions(self.encode_tokens(image))
+
+  def _encode_regions(self, tokens: Array, *, train: bool = False) -> tuple[Array, Array, Array]:
     pooled = None
     if self.pool != "query":
       pooled = pool_tokens(tokens, self.pool, includes_class=self.pool_includes_class)
     if self.query_decoder is None:
-      batch = image.shape[0]
+      batch = len(tokens)
       nothing = jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
       return self._project(pooled), *nothing
     x = self.query_decoder(tokens, train=train)
@@ -159,13 +181,15 @@ class Grain(nn.Module):
   def encode_patches(self, image: Array) -> Array:
     """u8 [B, H, W, 3] -> patches in the space of the texts [B, H / patch, W / patch, E].
 
-    Where the image's embedding is pooled from tokens a patch's token takes the projection that the
-    pooled one takes (as CLIPpy, arXiv 2210.09996, reads patches). Else it is what a region query
-    makes of an image of which it sees that token alone.
+    Where the image's embedding, or its auxiliary one, is pooled from tokens a patch's token takes
+    the projection that the pooled one takes (as CLIPpy, arXiv 2210.09996, reads patches). Else it
+    is what a region query makes of an image of which it sees that token alone.
     """
     side = self.image_tower.size // self.image_tower.patch
     tokens = self.encode_tokens(image)
-    if self.pool != "query":
+    if self.auxiliary_pool != "none":
+      patches = self.auxiliary_projection(tokens[:, 1:])
+    elif self.pool != "query":
       patches = self._project(tokens[:, 1:])
     else:
       x = self.query_decoder(tokens, alone=True)[-1, :, 0]
@@ -257,5 +281,6 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     pool=pool_of(config),
     pool_includes_class=m.pool_includes_class,
     projects_images=m.projects_images,
+    auxiliary_pool=m.auxiliary_pool,
     dtype=jnp.dtype(m.dtype),
   )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from grain_jax.models import grain
-from grain_jax.objectives import terms
+from grain_jax.objectives import anchor, terms
 from grain_jax.objectives.shared import Pair, Shared
 
 Array = jax.Array
@@ -25,10 +25,13 @@ State = dict[str, dict[str, Array]]
 # In the order in which they are added up.
 TERMS: dict[str, terms.Term] = {
   "caption": terms.Term(terms.caption),
+  "auxiliary": terms.Term(terms.auxiliary),
   "hard_negatives": terms.Term(terms.hard_negative, terms.first_thresholds),
   "multi_positive": terms.Term(terms.multi_positive),
   "box": terms.Term(terms.box),
   "region": terms.Term(terms.region),
+  "anchor": terms.Term(anchor.anchor),
+  "grounded": terms.Term(anchor.grounded),
 }
 
 
@@ -44,6 +47,11 @@ class Losses:
 def mean(pair: Pair) -> Array:
   """sum / weight, and 0 where the weight is 0."""
   return pair[0] / jnp.maximum(pair[1], 1.0)
+
+
+def needs_teacher(config: ml_collections.ConfigDict) -> bool:
+  """Whether a term asks for the output of a frozen copy of the model."""
+  return bool(config.loss.anchor or config.loss.text_grounded)
 
 
 def initial_state(config: ml_collections.ConfigDict) -> State | None:

@@ -29,14 +29,26 @@ def caption(shared: Shared, state: State) -> Result:
   if shared.num_negatives:
     return {}, state
 
+  return {"loss_caption": _against_captions(shared, shared.output.image)}, state
+
+
+def _against_captions(shared: Shared, images: Array) -> Pair:
+  """CLIP's loss of embeddings of the images, f32 [B, E], and the captions."""
+
   def loss(image: Array, text: Array, mask: Array, hashes: Array | None, **options: Any) -> Any:
     return captions.caption_loss(image, text, mask=mask, text_hashes=hashes, **options), ()
 
-  output = shared.output
   pair, _ = shared.over_shards(
-    loss, output.image, output.captions, shared.captioned, shared.masked_hashes("captions")
+    loss, images, shared.output.captions, shared.captioned, shared.masked_hashes("captions")
   )
-  return {"loss_caption": pair}, state
+  return pair
+
+
+def auxiliary(shared: Shared, state: State) -> Result:
+  """The caption's loss of the image's second embedding, where the model has one."""
+  if not shared.output.auxiliary.shape[-1]:
+    return {}, state
+  return {"loss_auxiliary": _against_captions(shared, shared.output.auxiliary)}, state
 
 
 def first_thresholds(config: ml_collections.ConfigDict) -> State:

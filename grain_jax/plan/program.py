@@ -180,6 +180,7 @@ def _memory(traced: Traced, stats: Any) -> dict[str, int]:
     "parameters": _shard_bytes(traced.state.params),
     "optimizer": _shard_bytes(traced.state.opt_state),
     "parameter_mean": _shard_bytes(traced.state.ema),
+    "teacher": _shard_bytes(traced.state.teacher),
     "batch": _shard_bytes(traced.batch),
   }
   held = sum(kinds.values())

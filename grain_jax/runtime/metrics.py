@@ -115,11 +115,11 @@ class Progress:
 
     Where records were bad, their number since the last line follows: '  4 bad records'.
     """
-    parts = [
-      f"{name} {values['train/loss_' + name]:.3f}"
-      for name in ("caption", "box", "region", "rank", "intra")
-      if "train/loss_" + name in values
-    ]
+    first = ("caption", "box", "region")
+    losses = [key.removeprefix("train/loss_") for key in values if key.startswith("train/loss_")]
+    losses = [name for name in losses if not name.startswith("box_")]  # of which box is the sum
+    losses = [name for name in first if name in losses] + sorted(set(losses) - set(first))
+    parts = [f"{name} {values['train/loss_' + name]:.3f}" for name in losses]
     bad = round(values.get("train/bad_examples", 0))
     skipped = f"  {bad:,} bad record{'s' * (bad > 1)}" if bad else ""
     return (

@@ -29,9 +29,26 @@ _AXES = grain.Output(
   descriptions=0,
   negatives=0,
   region_negatives=0,
+  auxiliary=0,
   logit_scale=-1,
   logit_bias=-1,
 )
+
+
+def encode_all(
+  encode: Callable[..., grain.Output],
+  batch: dict[str, Array],
+  key: Array,
+  *,
+  num_microbatches: int,
+  mesh: Mesh,
+) -> grain.Output:
+  """The output of encode(batch, key) for a whole batch, a microbatch at a time; no gradient."""
+  split, merge = _microbatches(num_microbatches, meshes.num_shards(mesh))
+  microbatches = {name: split(x, 0) for name, x in batch.items()}
+  keys = jax.random.split(key, num_microbatches)
+  outputs = jax.lax.map(lambda xs: encode(*xs), (microbatches, keys))
+  return jax.tree.map(merge, outputs, _AXES)
 
 
 def value_and_grad(
@@ -52,26 +69,7 @@ def value_and_grad(
     mesh: devices over which the batch is sharded. A microbatch takes as many examples of each
       shard, so none moves.
   """
-  shards = meshes.num_shards(mesh)
-
-  def split_microbatches(x: Array, axis: int) -> Array:
-    """[..., B, ...] -> [M, ..., B / M, ...]."""
-    before, batch, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
-    x = x.reshape(*before, shards, num_microbatches, batch // (shards * num_microbatches), *after)
-    x = jnp.moveaxis(x, axis + 1, 0)
-    return _constrain_batch_axis(
-      x.reshape(num_microbatches, *before, batch // num_microbatches, *after), axis + 1
-    )
-
-  def merge_microbatches(x: Array, axis: int) -> Array:
-    """Inverse of `split_microbatches`."""
-    if axis < 0:
-      return x[0]
-    before, size, after = x.shape[1 : axis + 1], x.shape[axis + 1], x.shape[axis + 2 :]
-    x = jnp.moveaxis(
-      x.reshape(num_microbatches, *before, shards, size // shards, *after), 0, axis + 1
-    )
-    return _constrain_batch_axis(x.reshape(*before, num_microbatches * size, *after), axis)
+  split_microbatches, merge_microbatches = _microbatches(num_microbatches, meshes.num_shards(mesh))
 
   def microbatch_cotangent(x: Array, axis: int) -> Array:
     """The cotangent of each microbatch's output, of a cotangent of the whole output."""
@@ -101,6 +99,27 @@ def value_and_grad(
     return loss_and_aux, gradients
 
   return value_and_grad_fn
+
+
+def _microbatches(number: int, shards: int) -> tuple[Any, Any]:
+  """(split, merge) of arrays and their batch axis, for a batch in so many shards."""
+
+  def split(x: Array, axis: int) -> Array:
+    """[..., B, ...] -> [M, ..., B / M, ...]."""
+    before, batch, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = x.reshape(*before, shards, number, batch // (shards * number), *after)
+    x = jnp.moveaxis(x, axis + 1, 0)
+    return _constrain_batch_axis(x.reshape(number, *before, batch // number, *after), axis + 1)
+
+  def merge(x: Array, axis: int) -> Array:
+    """Inverse of `split`; axis -1: one value for all microbatches."""
+    if axis < 0:
+      return x[0]
+    before, size, after = x.shape[1 : axis + 1], x.shape[axis + 1], x.shape[axis + 2 :]
+    x = jnp.moveaxis(x.reshape(number, *before, shards, size // shards, *after), 0, axis + 1)
+    return _constrain_batch_axis(x.reshape(*before, number * size, *after), axis)
+
+  return split, merge
 
 
 def _constrain_batch_axis(x: Array, axis: int) -> Array:

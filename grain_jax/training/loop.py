@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Steps whose results the host may be behind; on CPUs of several processes one (see below).
 _IN_FLIGHT = 2
+# Share of false captions and descriptions without a place in their rows, above which a run warns.
+_DROPPED = 0.01
 
 
 def train(
@@ -164,6 +166,8 @@ def _start(
     state = state.replace(params=start.start_from(config, state.params, say=_say))
     if state.ema is not None:
       state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
+    if state.teacher is not None:
+      state = state.replace(teacher=jax.tree.map(jax.numpy.copy, state.params))
 
   def save() -> None:
     checkpoints.save(0, state, {**meta, "step": 0})
@@ -232,12 +236,22 @@ def _loop(
   pending: list[metrics.Pairs] = []
   # The line of a step is written when the next one is under way, so that no device waits for it.
   late: tuple[int, list[metrics.Pairs]] | None = None
+  warned = False  # of dropped negatives, once
 
   def report(step: int, values: list[metrics.Pairs]) -> None:
+    nonlocal warned
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
     summary["train/learning_rate"] = float(learning_rate(step - 1))  # of the update to `step`
-    opens = batches.shard_opens_per_1000()
+    opens, dropped = batches.shard_opens_per_1000(), batches.dropped_negatives()
+    if dropped is not None:
+      summary["train/dropped_negatives"] = dropped
+      if dropped > _DROPPED and not warned:
+        warned = True
+        _warn(
+          f"{dropped:.1%} of the false captions and descriptions do not fit rows of "
+          f"{config.data.row_length} tokens and are left out: raise config.data.row_length."
+        )
     if step > first + 1:
       summary["train/shard_opens_per_1000"] = opens
       speed = progress.speed(step)

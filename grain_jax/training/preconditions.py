@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 from absl import logging
 
 from grain_jax import config as configs
-from grain_jax import schema
+from grain_jax import objectives, schema
 from grain_jax.data import dataset as dataset_lib
 
 
@@ -34,6 +36,16 @@ def check_regions(config: ml_collections.ConfigDict, dataset: dataset_lib.Datase
       "config.data.allow_no_regions=True."
     )
   logging.warning("%s, as config.data.allow_no_regions allows.", line)
+
+
+def check_teacher(config: ml_collections.ConfigDict, warn: Callable[[str], None]) -> None:
+  """Warns of a teacher of the weights at the start where these are random."""
+  started = config.init.model or (config.init.image and config.init.text)
+  if objectives.needs_teacher(config) and config.loss.anchor_teacher == "initial" and not started:
+    warn(
+      "config.loss.anchor_teacher = 'initial', and the run starts from no model: random weights "
+      "are nothing to hold on to. Name one in config.init.model, or set anchor_teacher=ema."
+    )
 
 
 def check_negatives(config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> None:
@@ -65,7 +77,9 @@ def check_negatives(config: ml_collections.ConfigDict, dataset: dataset_lib.Data
       f"config.data.negatives_per_region = {config.data.negatives_per_region} needs region "
       "queries: config.method=grain and config.data.max_regions > 0."
     )
-  if (config.loss.rank or config.loss.intra) and not config.data.negatives:
+  wanting = ("rank", "intra", "image_grounded", "text_grounded")
+  asked = [f"config.loss.{key} = {config.loss[key]}" for key in wanting if config.loss[key]]
+  if asked and not config.data.negatives:
     raise ValueError(
-      "config.loss.rank and config.loss.intra need false captions: set config.data.negatives=4."
+      f"{' and '.join(asked)}: false captions are needed. Set config.data.negatives=4."
     )

@@ -91,6 +91,7 @@ def settle(
   validation.check(config, dataset)
   preconditions.check_regions(config, dataset)
   preconditions.check_negatives(config, dataset)
+  preconditions.check_teacher(config, warn)
   tokenizer = tokenizing.make(config)
   fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)

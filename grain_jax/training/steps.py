@@ -33,6 +33,7 @@ class TrainState:
   opt_state: Any
   ema: Any = None  # mean of the parameters, newer ones weighing more; None: not kept
   terms: Any = None  # states of the objective's terms; None: none has one
+  teacher: Any = None  # parameters of the frozen copy that terms look at; None: none does
 
   @property
   def eval_params(self) -> Any:
@@ -66,7 +67,8 @@ def create_state(
     params = make_params()
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     terms = objectives.initial_state(config)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, terms)
+    teacher = jax.tree.map(jnp.copy, params) if objectives.needs_teacher(config) else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, terms, teacher)
 
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init)
@@ -88,18 +90,26 @@ def encode(params: Any, batch: Batch, dropout_key: Array, *, model: grain.Grain)
   )
 
 
+def encode_frozen(params: Any, batch: Batch, key: Array, *, model: grain.Grain) -> grain.Output:
+  """The output of a teacher: no dropout, all patches, and no gradient into it."""
+  del key
+  output = model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
+  return jax.lax.stop_gradient(output)
+
+
 def objective(
   output: grain.Output,
   batch: Batch,
   *,
   config: ml_collections.ConfigDict,
   terms: objectives.State | None = None,
+  teacher: grain.Output | None = None,
   batch_axes: tuple[str, ...] = (),
   platform: str = "cpu",
 ) -> tuple[Array, tuple[Metrics, objectives.State | None]]:
   """(loss, (its parts as (sum, weight) pairs, the terms' states after it)) of a full batch."""
   losses = objectives.total_loss(
-    output, batch, config, state=terms, batch_axes=batch_axes, platform=platform
+    output, batch, config, state=terms, batch_axes=batch_axes, platform=platform, teacher=teacher
   )
   logits = {"logit_scale": (jnp.exp(output.logit_scale), jnp.ones(()))}
   if config.model.logit_bias:
@@ -165,7 +175,18 @@ def make_train_step(
   options = {"config": config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
   frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))
 
-  def gradients_of(params: Any, batch: Batch, dropout_key: Array, terms: Any) -> Any:
+  def teach(params: Any, batch: Batch, key: Array) -> grain.Output | None:
+    """The teacher's output for the batch, by microbatches where the model's is."""
+    if params is None:
+      return None
+    of_params = functools.partial(encode_frozen, params, model=model)
+    if config.accumulate == 1:
+      return of_params(batch, key)
+    return accumulation.encode_all(
+      of_params, batch, key, num_microbatches=config.accumulate, mesh=mesh
+    )
+
+  def gradients_of(params: Any, batch: Batch, dropout_key: Array, terms: Any, taught: Any) -> Any:
     """((loss, (metrics, terms)), gradients of the parameters not frozen, as a list)."""
     leaves, structure = jax.tree.flatten(params)
 
@@ -176,13 +197,15 @@ def make_train_step(
       )
 
     def loss_of(trained: list[Array], *arguments: Any) -> tuple[Array, Any]:
-      return loss_function(merge(trained), *arguments, model=model, terms=terms, **options)
+      return loss_function(
+        merge(trained), *arguments, model=model, terms=terms, teacher=taught, **options
+      )
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulate > 1:
       value_and_grad = accumulation.value_and_grad(
         lambda trained, *arguments: encode(merge(trained), *arguments, model=model),
-        functools.partial(objective, terms=terms, **options),
+        functools.partial(objective, terms=terms, teacher=taught, **options),
         num_microbatches=config.accumulate,
         mesh=mesh,
       )
@@ -207,7 +230,10 @@ def make_train_step(
       begins = state.step % steps_per_epoch == 0
       start = objectives.initial_state(config)
       terms = jax.tree.map(lambda first, now: jnp.where(begins, first, now), start, terms)
-    (value, (metrics, terms)), trained = gradients_of(state.params, batch, dropout_key, terms)
+    taught = teach(state.teacher, batch, dropout_key)
+    (value, (metrics, terms)), trained = gradients_of(
+      state.params, batch, dropout_key, terms, taught
+    )
     gradients = fill_in(trained, state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optim.apply_updates(state.params, updates, frozen, config.model.logit_scale_max)
@@ -218,17 +244,20 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
+    teacher = state.teacher
+    if teacher is not None and config.loss.anchor_teacher == "ema":
+      teacher = optax.incremental_update(params, teacher, 1 - config.loss.anchor_decay)
     metrics["skipped_updates"] = (jnp.zeros(()), one)
     if guarded:
       # Without an example there is no gradient, but decay, moments and the schedule would move on.
       any_example = jnp.any(batch["example_mask"])
       metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
-      params, opt_state, ema, terms = jax.tree.map(
+      params, opt_state, ema, terms, teacher = jax.tree.map(
         lambda new, old: jnp.where(any_example, new, old),
-        (params, opt_state, ema, terms),
-        (state.params, state.opt_state, state.ema, state.terms),
+        (params, opt_state, ema, terms, teacher),
+        (state.params, state.opt_state, state.ema, state.terms, state.teacher),
       )
-    return TrainState(state.step + 1, params, opt_state, ema, terms), metrics
+    return TrainState(state.step + 1, params, opt_state, ema, terms, teacher), metrics
 
   replicated = meshes.replicated(mesh)
   effort = config.compile_effort

@@ -16,7 +16,7 @@ from grain_jax.runtime import mesh as meshes
 from grain_jax.runtime import metrics
 from grain_jax.training import steps
 
-_SAME = ("loss", "loss_caption", "loss_box", "loss_region", "iou", "region_accuracy")
+_SAME = ("iou", "region_accuracy")  # reported beside the losses
 
 
 def batch_size(config: ml_collections.ConfigDict, records: int, shards: int) -> int:
@@ -87,7 +87,8 @@ class Validation:
         values.append(self._losses(params, meshes.to_global(next(batches), self._mesh)))
         on_batch()
     summary = metrics.summarize(values)
-    found = {f"validation/{k}": summary[f"train/{k}"] for k in _SAME if f"train/{k}" in summary}
+    same = [k for k in summary if k.startswith("train/loss") or k.removeprefix("train/") in _SAME]
+    found = {k.replace("train/", "validation/", 1): summary[k] for k in same}
     size = self._config.batch_size
     return found | {
       "validation/batch_size": size,

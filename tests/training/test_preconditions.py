@@ -93,7 +93,7 @@ def test_a_config_of_before_the_key_goes_on(config, captions_only):
     ({"data.negatives": 4}, "has no false captions. Set it to 0, or build data with negatives"),
     ({"data.negatives_per_region": 1}, "has no false descriptions of regions"),
     ({"data.negatives": 5}, "a slot holds one of the 4 kinds"),
-    ({"loss.rank": 0.2}, "need false captions: set config.data.negatives=4"),
+    ({"loss.rank": 0.2}, "loss.rank = 0.2: false captions are needed"),
     ({"data.negatives_per_region": 1, "method": "clip"}, "needs region queries"),
   ],
 )
