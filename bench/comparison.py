@@ -56,13 +56,12 @@ class Run:
   def name(self) -> str:
     return f"{self.arm}-lr{self.lr:g}-seed{self.seed}-steps{self.steps}"
 
-  @property
-  def overrides(self) -> dict[str, Any]:
-    """Config keys that make the recipe this run; tuning never looks at `objects`."""
+  def overrides(self, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Config keys that make the recipe this run, of the arms'; tuning never looks at `objects`."""
     own = {"optimizer.lr": self.lr, "seed": self.seed, "steps": self.steps, "keep_checkpoints": 1}
     if self.seed == TUNING_SEED:
       own["evals"] = ("retrieval",)
-    return {**ARMS[self.arm], **own}
+    return {**arms[self.arm], **own}
 
 
 # (run, CPU cores it may use or None for all) -> results.json
@@ -215,9 +214,23 @@ def split_cores(jobs: int) -> list[list[int] | None]:
 
 
 def train(
-  run: Run, cores: Sequence[int] | None, *, recipe: str, data: str, workdir: pathlib.Path
+  run: Run,
+  cores: Sequence[int] | None,
+  *,
+  recipe: str,
+  data: str,
+  workdir: pathlib.Path,
+  arms: Mapping[str, Mapping[str, Any]] = ARMS,
 ) -> dict[str, float]:
   """Trains in a process of its own, from its latest checkpoint if it has one; a `Runner`.
+
+  Args:
+    run: what to train.
+    cores: it may use; None: all.
+    recipe: from which the arm differs.
+    data: built dataset; empty: the recipe's own.
+    workdir: folder of the workdirs of all runs.
+    arms: what differs in each arm.
 
   Returns:
     results.json of the run.
@@ -225,7 +238,7 @@ def train(
   folder = workdir / run.name
   folder.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "grain_jax.main", f"--config={recipe}", f"--workdir={folder}"]
-  overrides = {**run.overrides, **({"data.dir": data} if data else {})}
+  overrides = {**run.overrides(arms), **({"data.dir": data} if data else {})}
   command += [f"--config.{key}={value}" for key, value in overrides.items()]
   root = pathlib.Path(__file__).resolve().parent.parent
   paths = [str(root), os.environ.get("PYTHONPATH", "")]

@@ -77,8 +77,10 @@ def test_runs_of_the_protocol():
 
 
 def test_tuning_never_looks_at_objects():
-  assert runs.Run("grain", 1e-3, runs.TUNING_SEED, 5).overrides["evals"] == ("retrieval",)
-  assert "evals" not in runs.Run("grain", 1e-3, 0, 5).overrides
+  assert runs.Run("grain", 1e-3, runs.TUNING_SEED, 5).overrides(runs.ARMS)["evals"] == (
+    "retrieval",
+  )
+  assert "evals" not in runs.Run("grain", 1e-3, 0, 5).overrides(runs.ARMS)
   config = configs.load("configs/quickstart.py")
   assert config.retrieval.split == "val" and config.zero_shot.split == "objects"
   assert config.evals == ("zero_shot", "retrieval", "grounding")
@@ -88,7 +90,7 @@ def test_tuning_never_looks_at_objects():
 def test_arms_are_valid_configs_that_differ_as_said(arm):
   run = runs.Run(arm, 3e-3, 1, 7)
   base = dict(configs.flatten(configs.load("configs/quickstart.py")))
-  config = bench.recipe_config("configs/quickstart.py", run.overrides, data="elsewhere")
+  config = bench.recipe_config("configs/quickstart.py", run.overrides(runs.ARMS), data="elsewhere")
   configs.check(configs.resolve(config))
   changed = {k: v for k, v in configs.flatten(config) if base[k] != v}
   assert changed.pop("data.dir") == "elsewhere"
