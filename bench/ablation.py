@@ -59,9 +59,10 @@ METRICS = {  # name in results.json -> heading
   "zero_shot/top1": "zero-shot top-1",
   "retrieval/image_to_text/r1": "image to text R@1",
   "retrieval/text_to_image/r1": "text to image R@1",
-  "composition/relation": "relation",
-  "composition/attribute": "attribute",
-  "composition/object": "object",
+  "composition/average": "composition",
+  "composition/swap_att": "attributes exchanged",
+  "composition/replace_att": "attribute replaced",
+  "composition/swap_obj": "places exchanged",
   "grounding/mean_iou": "mean IoU",
   "segmentation/miou": "mIoU",
 }

@@ -264,7 +264,7 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   c.evals = ("available",)
   c.data.caption = "half"
   c.data.row_length = 56 if c.data.max_regions else 32
-  c.data.row_length += 16 * c.data.negatives + 8 * c.data.max_regions * c.data.negatives_per_region
+  c.data.row_length += 20 * c.data.negatives + 8 * c.data.max_regions * c.data.negatives_per_region
   c.batch_size = min(c.batch_size, 32)  # 0, by the number of images, stays
   c.eval_batch_size = 64
   c.steps = 40

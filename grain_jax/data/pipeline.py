@@ -37,6 +37,7 @@ class ExampleInfo(NamedTuple):
   captions: list[list[str]]  # all captions of the record
   descriptions: list[list[str]]  # of the regions, in the order of batch["boxes"]
   mask: list[bytes]  # PNG of the segmentation mask; empty where there is none
+  negatives: list[list[tuple[str, str]]]  # all false captions of the record, and their kinds
 
 
 class TrainBatches:
@@ -286,4 +287,8 @@ def _example_info(indices: np.ndarray, chunk: examples_lib.Chunk) -> ExampleInfo
       for r, places in zip(parsed, chunk.chosen, strict=True)
     ],
     mask=[b"" if r is None else r.mask for r in parsed],
+    negatives=[
+      [] if r is None else [(text.decode(), kind.decode()) for text, kind in r.negatives]
+      for r in parsed
+    ],
   )

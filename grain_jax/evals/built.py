@@ -100,8 +100,17 @@ def _grounding(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) ->
 
 def _composition(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
   """Captions against captions with one thing changed."""
-  batches = _batches(config, encoders, dataset, split_of(config, "composition"), whole=True)
-  return Outcome(composition.evaluate_built(encoders.image, encoders.text, batches))
+  split = split_of(config, "composition")
+  batches = _batches(config, encoders, dataset, split, whole=True)
+  own = _has_negatives(dataset, split)
+  return Outcome(
+    composition.evaluate_built(encoders.image, encoders.text, batches, own_negatives=own)
+  )
+
+
+def _has_negatives(dataset: dataset_lib.Dataset, split: str) -> bool:
+  """Whether composition reads the records' own false captions; those of the scenes it writes."""
+  return dataset.manifest.get("name") != "scenes" and bool(dataset.num_negatives(split))
 
 
 def _segmentation(config: Any, encoders: Encoders, dataset: dataset_lib.Dataset) -> Outcome:
@@ -145,7 +154,8 @@ def _described(record: records.Parsed) -> bool:
 
 
 def _composable(record: records.Parsed) -> list[Any]:
-  return composition.from_captions([text.decode() for text in record.captions])
+  own = record.negatives if record.captions else []
+  return own or composition.from_captions([text.decode() for text in record.captions])
 
 
 EVALS: dict[str, Eval] = {
@@ -156,8 +166,8 @@ EVALS: dict[str, Eval] = {
     _composition,
     "composition",
     _composable,
-    "a caption that names coloured objects, as those of the scenes do ('a red apple above a blue "
-    "cat')",
+    "false captions ('negatives'), or a caption that names coloured objects, as those of the "
+    "scenes do ('a red apple above a blue cat')",
   ),
   "segmentation": Eval(_segmentation, "segmentation", lambda r: r.mask, "a mask"),
   "detection": Eval(_detection, "grounding", _described, "a described region", regions=True),

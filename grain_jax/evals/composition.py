@@ -182,20 +182,26 @@ def evaluate_built(
   encode_text: retrieval.EncodeText,
   batches: retrieval.Batches,
   *,
+  own_negatives: bool = False,
   texts_per_call: int = 8192,
 ) -> dict[str, float | int]:
   """Share of captions that score above the false ones which `from_captions` makes of them.
 
+  Or, with `own_negatives`, above the false captions that the records have.
+
   Args:
     encode_image: images -> embeddings.
     encode_text: texts -> embeddings.
-    batches: (batch, extras) with extras "captions" and "key"; see `retrieval`.
+    batches: (batch, extras) with extras "captions" and "key", and "negatives" [(text, kind)] of
+      each example where they are asked for; see `retrieval`.
+    own_negatives: the records' false captions, against the record's first caption, by their kinds.
     texts_per_call: most texts handed to `encode_text` at once.
 
   Returns:
     `composition/{kind}`: fractions in [0, 1], of `composition/{kind}/pairs` pairs of a caption and
     a false one; a kind without a pair has the count 0 and no fraction. `composition/average`: the
-    mean of the kinds, if all have pairs. `composition/images`: images with a pair;
+    mean of the kinds, if all have pairs (of `own_negatives`: of those there are, by their own
+    names). `composition/images`: images with a pair;
     `composition/examples` of `composition/rows` rows counted.
 
   Raises:
@@ -212,6 +218,8 @@ def evaluate_built(
     examples += len(keep)
     captions += sum(len(extras["captions"][i]) for i in keep)
     made = {i: from_captions(extras["captions"][i]) for i in keep}
+    if own_negatives:
+      made = {i: _own(extras["captions"][i], extras["negatives"][i]) for i in keep}
     used = [i for i in keep if made[i]]
     if not used:
       continue
@@ -222,6 +230,8 @@ def evaluate_built(
       pairs += made[i]
       own += [count] * len(made[i])
       count += 1
+  if not count and own_negatives:
+    raise ValueError(f"composition: none of the {rows} rows has a caption and a false one.")
   if not count:
     raise ValueError(
       f"composition: none of {captions} captions in {rows} rows names coloured objects as those of "
@@ -237,12 +247,12 @@ def evaluate_built(
   )
   scores = by_kind([pair.kind for pair in pairs], Verdicts(correct, np.ones(len(pairs), bool)))
   results: dict[str, float | int] = {}
-  for kind in KINDS:
+  for kind in sorted(scores) if own_negatives else KINDS:
     if kind in scores:
       results[f"composition/{kind}"] = scores[kind].accuracy
     results[f"composition/{kind}/pairs"] = scores[kind].examples if kind in scores else 0
-  if len(scores) == len(KINDS):
-    results["composition/average"] = sum(scores[kind].accuracy for kind in KINDS) / len(KINDS)
+  if own_negatives or len(scores) == len(KINDS):
+    results["composition/average"] = sum(s.accuracy for s in scores.values()) / len(scores)
   results["composition/images"] = count
   results["composition/examples"] = examples
   results["composition/rows"] = rows
@@ -255,6 +265,13 @@ class Pair(NamedTuple):
   kind: str  # one of `KINDS`
   true: str
   false: str
+
+
+def _own(captions: Sequence[str], negatives: Sequence[tuple[str, str]]) -> list[Pair]:
+  """The pairs of a record's first caption and its false ones."""
+  if not captions:
+    return []
+  return [Pair(kind or "negative", captions[0], false) for false, kind in negatives]
 
 
 class _Phrase(NamedTuple):

@@ -82,12 +82,11 @@ def hard_negative(shared: Shared, state: State) -> Result:
   )  # fmt: skip
   valid = jnp.sum(shared.negatives_valid, dtype=jnp.float32)
   asked = jnp.sum(shared.captioned, dtype=jnp.float32) * shared.num_negatives
-  parts = {
-    "loss_caption": contrast,
-    "loss_intra": intra,
-    "loss_rank": rank,
-    "valid_negatives": (valid, asked),
-  }
+  parts = {"loss_caption": contrast, "valid_negatives": (valid, asked)}
+  if w.intra:  # else it is not even computed
+    parts["loss_intra"] = intra
+  if w.rank:
+    parts["loss_rank"] = rank
   for slot in range(shared.num_negatives):
     parts[f"rank_threshold_{slot}"] = (state["thresholds"][slot], jnp.ones(()))
   return parts, {"thresholds": thresholds}

@@ -343,3 +343,30 @@ def test_evaluate_built_without_a_coloured_object_says_so():
   only = composition.evaluate_built(one, one, built([False, True, False, False, False]))
   assert only["composition/swap_att/pairs"] == 0
   assert "composition/swap_att" not in only and "composition/average" not in only
+
+
+def test_own_negatives_are_judged_by_their_kinds():
+  """Against each record's first caption; what has no caption or no false one does not count."""
+  negatives = [
+    [("a blue apple above a red cat", "attribute"), ("a red cat above a blue apple", "relation")],
+    [("a green cat in the middle", "object")],
+    [],
+    [("a pink hat next to a bell", "attribute")],
+    [("never seen", "object")],
+  ]
+
+  def with_negatives():
+    for start, (batch, extras) in zip((0, 3), built([True] * 4 + [False]), strict=True):
+      yield batch, extras | {"negatives": negatives[start : start + len(extras["key"])]}
+
+  near = {"a red apple above a blue cat", "a green cat in the middle", "a pink hat next to a bell"}
+  one = lambda images: np.tile(unit([1, 0]), (len(images), 1))  # noqa: E731
+  text = lambda texts: unit([[1, 0] if t in near else [0, 1] for t in texts])  # noqa: E731
+  results = composition.evaluate_built(one, text, with_negatives(), own_negatives=True)
+  assert results == {
+    "composition/attribute": 0.5, "composition/attribute/pairs": 2,  # apple and cat; hat and bell
+    "composition/object": 0.0, "composition/object/pairs": 1,
+    "composition/relation": 1.0, "composition/relation/pairs": 1,
+    "composition/average": 0.5,
+    "composition/images": 3, "composition/examples": 4, "composition/rows": 5,
+  }  # fmt: skip

@@ -107,7 +107,7 @@ NEEDS = {
   "grounding": "a described region",
   "detection": "a described region",
   "region_classification": "a described region",
-  "composition": "a caption that names coloured objects",
+  "composition": "false captions .* or a caption that names coloured objects",
   "retrieval": "a caption",
 }
 

@@ -83,6 +83,25 @@ def test_what_the_data_cannot_serve_is_left_out_with_its_reason():
   assert sizing.available(with_outside, Data(), say=said.append).evals == ("retrieval:coco",)
 
 
+def test_a_run_with_negatives_evaluates_what_they_may_cost(scenes_dir, capsys):
+  """Asked for or not; where the data cannot, it says so."""
+  from grain_jax.data import dataset
+
+  said, data = [], dataset.open_dataset(scenes_dir)
+  config = mine(evals=())
+  config.data.update(dir=str(scenes_dir), negatives=4)
+  assert sizing.available(config, data, say=said.append).evals == ("zero_shot", "composition")
+  assert [line.split(": ")[1] for line in said] == ["zero_shot", "composition"]
+  config.evals = ("composition:sugarcrepe", "zero_shot:imagenet")
+  assert sizing.available(config, data, say=said.append).evals == tuple(config.evals)
+  said.clear()
+  config.evals = ("retrieval",)
+  assert sizing.available(config, Data(), say=said.append).evals == ("retrieval",)
+  assert len(said) == 2 and all(line.startswith("warning: a run with negatives") for line in said)
+  config.data.negatives = 0
+  assert sizing.available(config, data, say=said.append).evals == ("retrieval",)
+
+
 @pytest.mark.slow
 def test_validation_is_the_loss_of_the_model_without_dropout(scenes_dir, tmp_path):
   """Worked out once more by hand: the same batches, through the model and the objective."""
