@@ -26,6 +26,17 @@ _DECODER = json.JSONDecoder()
 _LONGEST_TOKEN = 32  # characters, of those that JSON's errors point at the beginning of
 
 
+class Place(NamedTuple):
+  """A place in a file between two of its lines, and what lies before it."""
+
+  offset: int = 0  # bytes
+  line: int = 0  # lines
+  row: int = 0  # rows of CSV
+
+
+_START = Place()
+
+
 class Line(NamedTuple):
   """A line of a file; decoded when asked, so that a reader may count a bad one and go on."""
 
@@ -81,11 +92,22 @@ def read_json(path: pathlib.Path, *, name: str = "") -> Any:
     raise ValueError(f"{name} is not JSON: {error}. Get or write it once more.") from None
 
 
-def iterate_lines(path: pathlib.Path, *, name: str = "") -> Iterator[Line]:
-  """The lines of a file that hold more than white space, not yet decoded."""
-  offset = 0
-  with _open(path, name or str(path)) as file:
-    for number, data in enumerate(file, start=1):
+def iterate_lines(
+  path: pathlib.Path, *, name: str = "", start: Place = _START, stop: int | None = None
+) -> Iterator[Line]:
+  """The lines of a file that hold more than white space, not yet decoded.
+
+  Args:
+    path: the file.
+    name: what errors call it; default: the path.
+    start: where the first of them begins.
+    stop: offset in bytes before which they begin; None: to the end of the file.
+  """
+  offset = start.offset
+  with _open(path, name or str(path), offset) as file:
+    for number, data in enumerate(file, start=start.line + 1):
+      if stop is not None and offset >= stop:
+        return
       if data.removeprefix(codecs.BOM_UTF8).strip():
         yield Line(number, offset, data.removesuffix(b"\n").removesuffix(b"\r"))
       offset += len(data)
@@ -162,18 +184,44 @@ def parse_member(data: bytes) -> tuple[str, Any]:
 
 
 def read_csv(
-  path: pathlib.Path, *, name: str = "", delimiter: str = ","
+  path: pathlib.Path,
+  *,
+  name: str = "",
+  delimiter: str = ",",
+  start: Place = _START,
+  stop: int | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
   """(number from 1, fields) of each row of a CSV file; an empty line is a row without fields.
 
   As Python's `csv` in its strict mode: elsewhere, a quote that is not closed takes in the rows
   after it without a word. A quote inside a field that does not begin with one is a character.
+
+  Args:
+    path: the file.
+    name: what errors call it; default: the path.
+    delimiter: between fields.
+    start: where the first row begins, of `csv_places`.
+    stop: the offset of a later place, before which the last row ends; None: the file's end.
   """
+  for number, fields, _ in csv_places(path, name=name, delimiter=delimiter, start=start, stop=stop):
+    yield number, fields
+
+
+def csv_places(
+  path: pathlib.Path,
+  *,
+  name: str = "",
+  delimiter: str = ",",
+  start: Place = _START,
+  stop: int | None = None,
+) -> Iterator[tuple[int, list[str], Place | None]]:
+  """`read_csv`, and where the row after each begins; None where that is within a line."""
   name = name or str(path)
-  reader = csv.reader(_csv_lines(path, name), delimiter=delimiter, strict=True)
-  number, line = 0, 1
+  lines = _CsvLines(path, name, start, stop)
+  reader = csv.reader(lines, delimiter=delimiter, strict=True)
+  number, line = start.row, start.line + 1
   while True:
-    number, line = number + 1, reader.line_num + 1
+    number, line = number + 1, start.line + reader.line_num + 1
     try:
       fields = next(reader)
     except StopIteration:
@@ -183,7 +231,7 @@ def read_csv(
         f"{name} is not CSV in UTF-8: {error} in row {number}, which begins in line {line}. Close "
         'each quote that opens there, and write a quote inside quotes twice ("").'
       ) from None
-    yield number, fields
+    yield number, fields, lines.place(number)
 
 
 def read_table(path: pathlib.Path, *, name: str = "") -> tuple[list[str], Iterator[Row]]:
@@ -199,18 +247,40 @@ def _row(number: int, columns: list[str], fields: list[str]) -> Row:
   return Row(number, dict(zip(columns, padded, strict=False)), surplus)
 
 
-def _csv_lines(path: pathlib.Path, name: str) -> Iterator[str]:
+class _CsvLines:
   """Lines with their ends; those of old Macs ("\\r") are ends too, as `csv` has them."""
-  offset = 0
-  with _open(path, name) as file:
-    for number, data in enumerate(file, start=1):
-      try:
-        text = _decode(data, offset=offset, number=number)
-      except ValueError as error:
-        raise ValueError(f"{name} is not CSV in UTF-8: {error}. Save it as UTF-8.") from None
-      offset += len(data)
-      text = text.removeprefix(_BOM) if number == 1 else text  # elsewhere it may be a field's
-      yield from io.StringIO(text, newline="") if "\r" in text else (text,)
+
+  def __init__(self, path: pathlib.Path, name: str, start: Place, stop: int | None):
+    self._path, self._name, self._start, self._stop = path, name, start, stop
+    self._offset, self._line = start.offset, start.line
+    self._whole = True  # all of the last line that ends with "\n" was handed out
+    self._lines = self._read()
+
+  def __iter__(self) -> Iterator[str]:
+    return self._lines
+
+  def place(self, row: int) -> Place | None:
+    """Where the next line begins, `row` rows before it; None inside of a line."""
+    return Place(self._offset, self._line, row) if self._whole else None
+
+  def _read(self) -> Iterator[str]:
+    with _open(self._path, self._name, self._offset) as file:
+      for data in file:
+        if self._stop is not None and self._offset >= self._stop:
+          return
+        self._line += 1
+        try:
+          text = _decode(data, offset=self._offset, number=self._line)
+        except ValueError as error:
+          raise ValueError(
+            f"{self._name} is not CSV in UTF-8: {error}. Save it as UTF-8."
+          ) from None
+        self._offset += len(data)
+        text = text.removeprefix(_BOM) if self._line == 1 else text  # elsewhere a field's
+        parts = list(io.StringIO(text, newline="")) if "\r" in text else [text]
+        for number, part in enumerate(parts, start=1):
+          self._whole = number == len(parts)
+          yield part
 
 
 def _decode(data: bytes, *, offset: int = 0, number: int = 0) -> str:
@@ -324,17 +394,17 @@ class _Window:
     return self._byte
 
 
-def _open(path: pathlib.Path, name: str) -> io.BufferedReader:
-  return io.BufferedReader(_Retried(pathlib.Path(path), name), _BUFFER)
+def _open(path: pathlib.Path, name: str, offset: int = 0) -> io.BufferedReader:
+  return io.BufferedReader(_Retried(pathlib.Path(path), name, offset), _BUFFER)
 
 
 class _Retried(io.RawIOBase):
   """A file's bytes; where the storage fails, it is opened and read again at the same place."""
 
-  def __init__(self, path: pathlib.Path, name: str):
+  def __init__(self, path: pathlib.Path, name: str, offset: int = 0):
     self._path, self._name = path, name
     self._file: io.RawIOBase | None = None
-    self._offset = 0
+    self._offset = offset
 
   def readable(self) -> bool:
     return True
