@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.init.model = ""  # a whole model to start from instead: towers, decoder, heads, scale
   c.init.lr_scale = 1.0  # of the learning rate of towers that init.image and init.text give
   c.init.adopt = False  # take the shape (depth, widths, heads, ...) of what is started from
+  c.init.keep = ()  # of the keys in keys.KEPT those that stay as this run has them
 
   c.data = ml_collections.ConfigDict()
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
@@ -249,14 +250,17 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
   """Shrinks any recipe: a small model, 40 steps of 32 images, the embedded scenes or other data.
 
   A recipe that starts from towers starts from those of the quickstart, one that starts from a whole
-  model from nothing.
+  model from nothing; so does one with a T5, which then reads CLIP's tokens.
   """
   small(c)
   c.init.model = ""
+  if c.model.text.kind == "t5":
+    c.init.update(image="", text="", adopt=False)
+    c.model.text.update(tokenizer="", vocab_size=49408)
+  elif c.init.image or c.init.text:
+    c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   if not (c.init.image or c.init.text):
     c.loss.anchor_teacher = "ema"  # random weights are nothing to hold on to
-  else:
-    c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   c.data.dir = "data/scenes"
   if c.data.negatives or c.data.negatives_per_region:
     c.data.dir = "data/scenes_negatives"

@@ -171,6 +171,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   if config.data.max_regions < 0:
     raise ValueError(f"config.data.max_regions = {config.data.max_regions} must not be negative.")
+  if others := [key for key in config.init.keep if key not in keys.KEPT]:
+    raise ValueError(
+      f"config.init.keep: {', '.join(others)} goes with the weights. What may be kept is "
+      f"{', '.join(keys.KEPT)}."
+    )
   m = config.model
   if not 0 <= m.image.patch_dropout < 1:
     raise ValueError(

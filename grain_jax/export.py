@@ -22,9 +22,10 @@ class Writer(Protocol):
 
 def writers() -> dict[str, Writer]:
   """Name -> writer. Imported when asked for: a wrong flag answers at once."""
-  from grain_jax.convert import grain_torch, hf_clip, native
+  from grain_jax.convert import clippy, grain_torch, hf_clip, native
 
   return {
+    "clippy": clippy.save,
     "grain_torch": grain_torch.save,
     "hf_clip": hf_clip.save,
     "safetensors": native.save,
@@ -37,7 +38,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   Args:
     workdir: folder of a run; with 'safetensors' also of a tower alone.
     format: one of `writers()`.
-    out: file (grain_torch) or folder to be, which must not exist.
+    out: file (clippy, grain_torch) or folder to be, which must not exist.
     step: of the checkpoint; the newest by default.
 
   Returns:
@@ -76,6 +77,6 @@ def main() -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
-  flags.DEFINE_string("format", None, "grain_torch, hf_clip or safetensors.", required=True)
+  flags.DEFINE_string("format", None, "clippy, grain_torch, hf_clip or safetensors.", required=True)
   flags.DEFINE_string("out", None, "File or folder to be written; must not exist.", required=True)
   cli.run(main)

@@ -47,7 +47,15 @@ CHOICES = {
 }
 
 # Keys whose values are words, which a command line may give as a,b.
-LISTS = frozenset({"evals", "optimizer.freeze"})
+LISTS = frozenset({"evals", "init.keep", "optimizer.freeze"})
+
+# Keys that `init.keep` may name: another value is another view of images or texts, not a shape.
+KEPT = (
+  "model.image.mean",
+  "model.image.std",
+  "model.image.interpolation",
+  "model.text.context",  # of a T5, whose positions are relative
+)
 
 # Keys that a run may change when it goes on: they do not touch the parameters, or only by the order
 # of sums (and accumulate by dropout's draws). A run that moves to fewer devices needs some to fit.
@@ -81,6 +89,7 @@ FREE_KEYS = frozenset(
     "evals",
     "init.adopt",
     "init.image",
+    "init.keep",
     "init.lr_scale",  # optimizer.lr_scale has it
     "init.model",
     "init.text",
@@ -135,6 +144,7 @@ ADDED = {
   "data.reduced_decode": False,
   "grounding.split": "val",
   "init.adopt": False,
+  "init.keep": (),
   "init.lr_scale": 1.0,
   "init.model": "",
   "loss.anchor": 0.0,

@@ -50,6 +50,8 @@ if __name__ == "__main__":
     "configuration or its name says.",
   )
   flags.DEFINE_string(
-    "tokenizer", None, "clippy: folder of the text tower's SentencePiece tokenizer."
+    "tokenizer",
+    None,
+    "clippy: folder of the text tower's SentencePiece tokenizer, for the whole model.",
   )
   cli.run(main)

@@ -42,12 +42,14 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
 }
 # Whose files may lack their tokenizer: their readers take the folder of one.
 _WITH_TOKENIZER = ("clippy",)
-# A file says for certain how it sees an image, which is no size of the model: it always holds.
-_PIXELS = (
+# What a file says for certain of how it sees an image or reads a text, which is no size of the
+# model: it always holds.
+_ALWAYS = (
   "model.image.mean",
   "model.image.std",
   "model.image.interpolation",
   "data.eval_resize",
+  "model.text.tokenizer",
 )
 
 
@@ -194,7 +196,7 @@ def _configure(found: foreign.ForeignCheckpoint, recipe: str | None) -> ml_colle
       config.data.max_regions = min(config.data.max_regions, config.model.num_queries)
   else:
     config = configs.resolve(configs.load(recipe))
-    for key in _PIXELS:
+    for key in _ALWAYS:
       if key in found.facts:
         configs.set_key(config, key, found.facts[key])
     if config.method != found.facts.get("method", config.method):

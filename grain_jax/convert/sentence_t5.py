@@ -20,7 +20,7 @@ _WEIGHTS = (
   "pytorch_model.bin.index.json",
 )
 _CONTEXT = 256  # max_seq_length of the published files, where the folder does not say it
-_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 _DENSE = "2_Dense.linear.weight"
 
 
@@ -30,7 +30,7 @@ def text_rules(prefix: str = "", dense: str = _DENSE) -> list[layout.Rule]:
   attention = {"query": "q", "key": "k", "value": "v", "out": "o"}
   relative = f"{prefix}encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
   rules = [
-    *layout.same("text_tower/token_embedding", f"{prefix}{_SHARED}"),
+    *layout.same("text_tower/token_embedding", f"{prefix}{SHARED}"),
     *layout.same("text_tower/relative_bias", relative),
     *layout.same(f"{ours}/norm1/scale", f"{theirs}.layer.0.layer_norm.weight"),
     *layout.same(f"{ours}/norm2/scale", f"{theirs}.layer.1.layer_norm.weight"),
@@ -90,13 +90,13 @@ def without_tied(state: layout.State, *, where: str, prefix: str = "") -> layout
     ValueError: its two copies differ; one line.
   """
   state = dict(state)
-  tied = state.pop(f"{prefix}{_TIED}", None)
+  tied = state.pop(f"{prefix}{TIED}", None)
   if tied is None:
     return state
-  shared = state.setdefault(f"{prefix}{_SHARED}", tied)
+  shared = state.setdefault(f"{prefix}{SHARED}", tied)
   if not np.array_equal(shared, tied):
     raise ValueError(
-      f"{where}: {prefix}{_SHARED} and {prefix}{_TIED} differ, and T5 has one token embedding."
+      f"{where}: {prefix}{SHARED} and {prefix}{TIED} differ, and T5 has one token embedding."
     )
   return state
 

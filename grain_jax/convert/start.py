@@ -62,8 +62,9 @@ def adopt(
 ) -> ml_collections.ConfigDict:
   """The configuration in the shape of what it starts from, where `config.init.adopt` asks for it.
 
-  The image size is adopted if it is 0: another one is kept, and positions are resized. A run that
-  has begun keeps the shape that it has, whether or not the folder is still there.
+  The image size is adopted if it is 0: another one is kept, and positions are resized. The keys of
+  `config.init.keep` are not adopted. A run that has begun keeps the shape that it has, whether or
+  not the folder is still there.
 
   Args:
     config: a whole configuration.
@@ -119,7 +120,8 @@ def _differences(ours: Any, theirs: Any, part: str) -> Iterator[tuple[str, Any, 
     shape = any(key == p or (p.endswith(".") and key.startswith(p)) for p in _SHAPE[part])
     if key == "model.text.tokenizer":  # the same in another folder is no other
       shape = shape and tokenizing.vocabulary_hash(ours) != tokenizing.vocabulary_hash(theirs)
-    if shape and key not in _NO_SHAPE and key in there and value != there[key]:
+    free = key in _NO_SHAPE or key in ours.init.keep
+    if shape and not free and key in there and value != there[key]:
       yield key, value, there[key]
 
 
