@@ -37,7 +37,7 @@ def write_json(path, values):
   path.write_text(json.dumps(values))
 
 
-def save_sentence_t5(folder, *, context):
+def save_sentence_t5(folder, *, context, outputs=20):
   """Writes what sentence-transformers does, without the empty 3_Normalize.
 
   Returns the modules with random weights: T5EncoderModel and the projection, torch's Linear.
@@ -46,7 +46,7 @@ def save_sentence_t5(folder, *, context):
     vocab_size=96, d_model=32, d_kv=8, d_ff=80, num_layers=3, num_heads=4,
     feed_forward_proj="relu",
   )  # fmt: skip
-  encoder, dense = transformers.T5EncoderModel(config), torch.nn.Linear(32, 20, bias=False)
+  encoder, dense = transformers.T5EncoderModel(config), torch.nn.Linear(32, outputs, bias=False)
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for p in [*encoder.parameters(), *dense.parameters()]:
@@ -61,7 +61,7 @@ def save_sentence_t5(folder, *, context):
   modes = {"mean_tokens": True, "cls_token": False, "max_tokens": False}
   pooling = {f"pooling_mode_{name}": value for name, value in modes.items()}
   write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": 32, **pooling})
-  features = {"in_features": 32, "out_features": 20, "bias": False}
+  features = {"in_features": 32, "out_features": outputs, "bias": False}
   identity = {"activation_function": "torch.nn.modules.linear.Identity"}
   write_json(folder / "2_Dense/config.json", {**features, **identity})
   weight = {"linear.weight": dense.weight.detach()}

@@ -20,6 +20,7 @@ _WEIGHTS = (
   "pytorch_model.bin.index.json",
 )
 _CONTEXT = 256  # max_seq_length of the published files, where the folder does not say it
+_UNLIMITED = 100_000  # a model_max_length above means that there is none
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 _DENSE = "2_Dense.linear.weight"
 
@@ -66,7 +67,7 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   transformer, dense = folders["Transformer"], folders["Dense"]
   _check_pooling(folders["Pooling"] / "config.json")
   facts = _facts(transformer / "config.json")
-  facts["model.text.context"] = _context(transformer / "sentence_bert_config.json")
+  facts["model.text.context"] = _context(transformer)
   facts["model.embed_dim"] = _dense_width(dense / "config.json", facts["model.text.width"])
   if not any((transformer / name).is_file() for name in sentencepiece.FILES):
     raise ValueError(
@@ -162,13 +163,21 @@ def _dense_width(path: pathlib.Path, width: int) -> int:
   return values["out_features"]
 
 
-def _context(path: pathlib.Path) -> int:
+def _context(folder: pathlib.Path) -> int:
+  """Longest text in tokens: the tokenizer's own where sentence-transformers (6) notes it there."""
+  path, tokenizer = folder / "sentence_bert_config.json", folder / "tokenizer_config.json"
   values = _read_object(path) if path.is_file() else {}
   if values.get("do_lower_case"):
     raise ValueError(f"{path}: do_lower_case is set; this tokenizer keeps the case of a text.")
-  context = values.get("max_seq_length") or _CONTEXT
+  context = values.get("max_seq_length")
+  if not context and tokenizer.is_file():
+    path = tokenizer
+    context = _read_object(path).get("model_max_length")
+    if isinstance(context, (int, float)) and context > _UNLIMITED:
+      context = None
+  context = context or _CONTEXT
   if not isinstance(context, int) or context < 2:
-    raise ValueError(f"{path}: max_seq_length = {context!r} is no number of tokens from 2 on.")
+    raise ValueError(f"{path}: longest text of {context!r} is no number of tokens from 2 on.")
   return context
 
 

@@ -242,8 +242,14 @@ def group_scores(patches: np.ndarray, count: int = GROUPS) -> np.ndarray:
   """Bottom-up grouping: the cosine of each patch with each of the image's principal components.
 
   The components are the centres of the groups and each patch belongs to the nearest (CLIPpy, sec.
-  3.5). The cosine is that of the centred features, those which PCA sees: they have no common part
-  that would favour one centre everywhere.
+  3.5). No code of it is published, and the paper leaves open, for which is chosen here:
+  normalisation before the SVD: patches as `encode_patches` gives them, of unit length, and not
+  rescaled after centring;
+  centring: by the mean of the image's patches, in the SVD and in the cosine alike, so that no
+  common part of all patches favours one centre everywhere;
+  signs: each component points to the patch furthest along it, and stands for one group: a patch on
+  its far side goes to another;
+  the number: 8 components of an image, or as many as its patches have dimensions.
 
   Args:
     patches: [h, w, E].

@@ -228,6 +228,21 @@ def test_what_this_tower_cannot_be_is_refused_in_a_line(copy, tmp_path, change, 
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+  ("noted", "want"), [(CONTEXT, CONTEXT), (10**30, 256), (None, 256), (1, None), ("x", None)]
+)
+def test_the_longest_text_may_stand_with_the_tokenizer(copy, tmp_path, noted, want):
+  """sentence-transformers 6 saves it there alone; 10^30 is how transformers says none."""
+  pieces.write_json(copy / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+  edit("tokenizer_config.json", model_max_length=noted)(copy)
+  if want is None:
+    with pytest.raises(ValueError, match="tokenizer_config.json: longest text of"):
+      convert.convert("sentence_t5", str(copy), out=str(tmp_path / "out"))
+  else:
+    config = convert.convert("sentence_t5", str(copy), out=str(tmp_path / "out"))
+    assert config.model.text.context == want
+
+
 @pytest.mark.parametrize(("option", "value"), [("recipe", "cc12m"), ("image_size", 32)])
 def test_options_of_whole_models_are_refused(folder, tmp_path, option, value):
   with pytest.raises(ValueError, match="gives the text tower alone"):

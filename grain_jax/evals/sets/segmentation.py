@@ -1,7 +1,8 @@
 """Segmentation by prompts on PASCAL VOC, ADE20K and COCO, and the reading of their masks.
 
 Every image is squashed to the model's square, whatever the model's own way of resizing, so that
-each patch has its place in the mask; masks keep their size.
+each patch has its place in the mask; masks keep their size. One set, `voc2012_clippy`, is measured
+as CLIPpy's notebook does instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from grain_jax import failures, places, textfiles
 from grain_jax.evals import retrieval, segmentation
@@ -39,6 +41,7 @@ class Set:
   title: str
   vocabulary: str  # its file of class names
   items: Callable[[Options, str], list[Item]]  # (options, name for messages) -> all of the split
+  as_clippy: bool = False  # measured by `_run_as_clippy`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +88,10 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
     `segmentation/NAME/miou`: the mean over classes of intersection over union, both counted over
     all pixels of the set; `.../pixel_accuracy`: fractions in [0, 1]. `.../classes`: how many are in
     the mean, for a class that occurs neither in a mask nor in a prediction is left out;
-    `.../examples`: images counted, of `.../rows`.
+    `.../examples`: images counted, of `.../rows`. `voc2012_clippy`: see `_run_as_clippy`.
   """
+  if SETS[name].as_clippy:
+    return _run_as_clippy(encoders, name, options)
   what = f"segmentation:{name}"
   words = load_vocabulary(SETS[name].vocabulary)
   items = items_of(name, options, family="segmentation")
@@ -107,6 +112,56 @@ def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | in
   }
 
 
+# The label of CLIPpy's notebook: its side in pixels, and what it adds to each union.
+_CLIPPY_SIDE, _CLIPPY_EPSILON = 224, float(np.finfo(np.float32).eps)
+
+
+def _run_as_clippy(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:
+  """VOC as the notebook of CLIPpy's released checkpoint measures it, and rightly beside it.
+
+  Published (github.com/kahnchana/clippy, src/evaluation, notebooks/evaluate.ipynb): split train;
+  the picture's middle, its shorter side at the model's, against the label squashed to 224 x 224
+  by nearest pixels, so that the two show different places where a picture is no square; scores
+  upsampled to 224 x 224; 21 classes and 39 more that stand for the background; the mean over all
+  21 of hits / (union + eps), in which a class that never occurs counts as 0.
+
+  Returns:
+    `segmentation/NAME/miou` and `.../pixel_accuracy`: as published; `.../miou_aligned` and
+    `.../pixel_accuracy_aligned`: of the same images as `run` measures other sets, pictures squashed
+    and masks in their size, absent classes left out; `.../classes`: how many occur;
+    `.../examples`: images counted, of `.../rows`.
+  """
+  what = f"segmentation:{name}"
+  words = load_vocabulary(SETS[name].vocabulary)
+  items = items_of(name, options, family="segmentation")
+  texts = retrieval.encode_texts(encoders.text, segmentation.photo_prompts(words.prompts))
+  counts = np.zeros((2,) + (len(words.classes),) * 2, np.int64)  # as published, aligned
+  examples = 0
+  views = (("center_crop", options.warn), ("squash", lambda line: None))  # said once
+  for row, (resize, warn) in enumerate(views):
+    for index, size, patches in patches_of(encoders, items, what, warn, resize=resize):
+      mask = words.read(items[index].mask, size)
+      if resize == "center_crop":
+        mask = np.asarray(
+          Image.fromarray(mask).resize((_CLIPPY_SIDE, _CLIPPY_SIDE), Image.Resampling.NEAREST)
+        )
+        examples += 1
+      predicted = words.owners[segmentation.label_map(patches @ texts.T, mask.shape)]
+      counts[row] += segmentation.confusion(mask, predicted, len(words.classes))
+  published, aligned = counts
+  hits = np.diagonal(published)
+  union = published.sum(axis=0) + published.sum(axis=1) - hits
+  return {
+    f"segmentation/{name}/miou": float(np.mean(hits / (union + _CLIPPY_EPSILON))),
+    f"segmentation/{name}/pixel_accuracy": segmentation.pixel_accuracy(published),
+    f"segmentation/{name}/miou_aligned": segmentation.mean_iou(aligned),
+    f"segmentation/{name}/pixel_accuracy_aligned": segmentation.pixel_accuracy(aligned),
+    f"segmentation/{name}/classes": int(np.isfinite(segmentation.iou(published)).sum()),
+    f"segmentation/{name}/examples": examples,
+    f"segmentation/{name}/rows": len(items),
+  }
+
+
 def items_of(name: str, options: Options, *, family: str) -> list[Item]:
   """The images and masks of a set, the first `options.limit` of them; ValueError if none."""
   items = SETS[name].items(options, f"{family}:{name}")
@@ -114,9 +169,16 @@ def items_of(name: str, options: Options, *, family: str) -> list[Item]:
 
 
 def patches_of(
-  encoders: Encoders, items: Sequence[Item], what: str, warn: Callable[[str], None]
+  encoders: Encoders,
+  items: Sequence[Item],
+  what: str,
+  warn: Callable[[str], None],
+  *,
+  resize: str = "squash",
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
   """(index of the item, (height, width) of its image, patches [h, w, E]) of what can be read.
+
+  `resize` is one of `transforms.RESIZES`.
 
   Raises:
     ValueError: none of them can be read.
@@ -125,7 +187,7 @@ def patches_of(
   for batch in images_lib.batches(
     (item.image for item in items),
     size=encoders.size,
-    resize="squash",
+    resize=resize,
     interpolation=encoders.interpolation,
     batch_size=encoders.batch_size,
     unreadable=unreadable,
@@ -199,13 +261,13 @@ def load_vocabulary(name: str) -> Vocabulary:
   )
 
 
-def _voc(options: Options, what: str) -> list[Item]:
+def _voc(options: Options, what: str, *, split: str = "val") -> list[Item]:
   how = (
     "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 "
     "and unpack it in DIR/voc2012."
   )
   root = _inside(options, ("voc2012", "VOCdevkit/VOC2012"), "ImageSets", what=what, how=how)
-  listing = root / "ImageSets" / "Segmentation" / "val.txt"
+  listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
   if not listing.exists():
     raise ValueError(f"{what}: there is no {listing}. {how}")
   keys = textfiles.read_text(listing).split()
@@ -262,6 +324,12 @@ def _pairs(images: pathlib.Path, masks: pathlib.Path, *, what: str, how: str) ->
 
 SETS: Mapping[str, Set] = {
   "voc2012": Set("PASCAL VOC 2012, val: 20 objects and background", "voc2012", _voc),
+  "voc2012_clippy": Set(
+    "PASCAL VOC 2012, train, as the notebook of CLIPpy's released checkpoint measures it",
+    "voc2012",
+    functools.partial(_voc, split="train"),
+    as_clippy=True,
+  ),
   "ade20k": Set("ADE20K (SceneParse150), validation: 150 classes", "ade20k", _ade),
   "coco_stuff": Set("COCO-Stuff, val2017: 80 things and 91 stuff classes", "coco_stuff", _coco),
   "coco_object": Set("COCO-Object, val2017: 80 things and background", "coco_object", _coco),

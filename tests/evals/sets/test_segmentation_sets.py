@@ -72,7 +72,7 @@ def index_of(name, prompt):
   return segmentation_sets.load_vocabulary(name).prompts.index(prompt)
 
 
-def make_voc(root, pairs, *, inside="VOCdevkit/VOC2012"):
+def make_voc(root, pairs, *, inside="VOCdevkit/VOC2012", split="val"):
   """pairs: (image, mask, instances), each u8 [H, W]."""
   base = root / "voc2012" / inside
   keys = [f"2007_{i:06d}" for i in range(len(pairs))]
@@ -80,7 +80,7 @@ def make_voc(root, pairs, *, inside="VOCdevkit/VOC2012"):
     save(base / "JPEGImages" / f"{key}.jpg", red(picture))
     save_palette(base / "SegmentationClass" / f"{key}.png", mask)
     save_palette(base / "SegmentationObject" / f"{key}.png", instances)
-  listing = base / "ImageSets" / "Segmentation" / "val.txt"
+  listing = base / "ImageSets" / "Segmentation" / f"{split}.txt"
   listing.parent.mkdir(parents=True)
   listing.write_text("".join(f"{key}\n" for key in keys))
   return base
@@ -219,8 +219,10 @@ def test_a_limit_takes_the_first(tmp_path):
   assert found["segmentation/voc2012/examples"] == found["segmentation/voc2012/rows"] == 2
 
 
-@pytest.mark.parametrize("family", [segmentation_sets, grouping_sets])
-@pytest.mark.parametrize("name", segmentation_sets.SETS)
+@pytest.mark.parametrize(
+  ("family", "name"),
+  [(family, name) for family in (segmentation_sets, grouping_sets) for name in family.SETS],
+)
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, family, name):
   for root, match in ((None, "give --datasets=DIR"), (tmp_path, f"no {tmp_path}")):
     with pytest.raises(ValueError, match=match) as error:
