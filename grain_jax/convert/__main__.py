@@ -52,6 +52,7 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "tokenizer",
     None,
-    "clippy: folder of the text tower's SentencePiece tokenizer, for the whole model.",
+    "clippy: folder of the text tower's SentencePiece tokenizer, for the whole model; by default "
+    "its image tower alone.",
   )
   cli.run(main)
