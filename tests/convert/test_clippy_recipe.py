@@ -14,9 +14,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import grain_jax
 from grain_jax import config as configs
-from grain_jax import trees
+from grain_jax import tokenizing, trees
 from grain_jax.convert import convert, start
-from grain_jax.models import grain
+from grain_jax.models import grain, t5
 from grain_jax.training import loop
 
 
@@ -107,3 +107,13 @@ def test_it_trains_at_twice_the_size_with_most_patches_left_out(folders, scenes_
   want = np.asarray(grain.normalize(tokens.max(axis=1)))
   assert_allclose(model.encode_image(image), want, atol=1e-5)
   assert model.encode_patches(image).shape == (2, 6, 6, 128)
+
+
+def test_runlocal_asks_for_no_file_and_is_a_small_max_pooled_t5():
+  config = configs.resolve(configs.load("configs/clippy_cc12m.py:runlocal"))
+  configs.check(config)
+  assert start.chosen(config) == {} and not config.model.text.tokenizer
+  assert tokenizing.make(config).vocabulary_size == config.model.text.vocab_size
+  model = grain.build(config)
+  assert isinstance(model.text_tower, t5.T5Encoder)
+  assert (model.pool, model.projects_images, model.embed_dim) == ("max", False, 128)
