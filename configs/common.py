@@ -58,7 +58,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.model = ml_collections.ConfigDict()
   c.model.embed_dim = 512  # of the joint space (E)
-  c.model.pool = "default"  # image embedding: query | class | max | mean | default, by the method
+  c.model.pool = "default"  # image embedding: query | class | max | mean | map (attention pooling,
+  # SigLIP's) | default, by the method
   c.model.pool_includes_class = True  # max and mean see the class token too
   c.model.projects_images = True  # off: the pooled token itself, where widths agree (CLIPpy)
   c.model.auxiliary_pool = "none"  # a second image embedding for loss.auxiliary: none | max | mean
@@ -82,10 +83,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.heads = 0  # of attention; 0: the variant's
   c.model.image.patch = 0  # side of a patch in pixels; 0: the variant's
   c.model.image.mlp_ratio = 4.0  # hidden units of the MLP, in widths
-  c.model.image.activation = "gelu"  # gelu (exact) | quick_gelu
+  c.model.image.activation = "gelu"  # gelu (exact) | gelu_tanh (SigLIP's) | quick_gelu
   c.model.image.qk_norm = True  # LayerNorm on each head's queries and keys
   c.model.image.norm_eps = 1e-6  # of its LayerNorms
   c.model.image.pre_norm = False  # LayerNorm after the embeddings, as CLIP has it
+  c.model.image.class_token = True  # before the patches; SigLIP has none
   c.model.image.patch_dropout = 0.0  # part of the patches that training does not see, below 1
   c.model.image.stem = "linear"  # patch embedding: linear (published) | hmlp (a small network)
   c.model.image.patch_bias = True  # bias of the patch embedding; CLIP has none
@@ -96,15 +98,16 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.image.interpolation = "bicubic"  # of images brought to that size: bicubic | bilinear
 
   c.model.text = ml_collections.ConfigDict()
-  c.model.text.kind = "clip"  # clip (causal, last token) | t5 (T5 encoder, mean; Sentence-T5)
-  c.model.text.tokenizer = ""  # folder of a SentencePiece tokenizer (T5's); empty: CLIP's
+  c.model.text.kind = "clip"  # clip (causal, last token) | t5 (T5 encoder, mean; Sentence-T5) |
+  # siglip (sees both ways, last token of a text padded to the context: a text takes so many)
+  c.model.text.tokenizer = ""  # folder of a SentencePiece tokenizer (T5's, SigLIP's); or CLIP's
   c.model.text.width = 512  # of a token
   c.model.text.depth = 12  # blocks
   c.model.text.heads = 8  # of attention
   c.model.text.mlp_ratio = 4.0  # hidden units of the MLP, in widths
   c.model.text.context = 77  # longest text in tokens; longer ones are cut
   c.model.text.vocab_size = 49408  # rows of the token embedding; CLIP's vocabulary has so many
-  c.model.text.activation = "quick_gelu"  # gelu (exact) | quick_gelu (CLIP's) | relu (T5's)
+  c.model.text.activation = "quick_gelu"  # quick_gelu (CLIP) | gelu (exact) | gelu_tanh | relu (T5)
   c.model.text.norm_eps = 1e-5  # of its LayerNorms or RMSNorms
 
   c.model.decoder = ml_collections.ConfigDict()

@@ -192,6 +192,13 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"config.model.pool = 'query' needs a query decoder, and config.method = {config.method!r} "
       "has none. Choose class, max or mean."
     )
+  if not m.image.class_token and (
+    m.pool == "class" or (m.pool == "default" and config.method == "clip")
+  ):
+    raise ValueError(
+      f"config.model.pool = {m.pool!r} takes the class token, and config.model.image.class_token = "
+      "False: there is none. Choose map, max or mean."
+    )
   if config.loss.contrast == "sigmoid" and not m.logit_bias:
     raise ValueError(
       "config.loss.contrast = 'sigmoid' needs a learned bias: set config.model.logit_bias=True "

@@ -93,6 +93,10 @@ def make(
 
   def token_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Embeddings f32 [N, E] of texts given as ids i32 [N, L] and mask, a row each."""
+    if tokenizer.pads:  # these pads are part of the text
+      room = [(0, 0), (0, tokenizer.context - ids.shape[1])]
+      ids = np.pad(np.where(mask, ids, tokenizer.pad), room, constant_values=tokenizer.pad)
+      mask = np.ones_like(ids, bool)
     length, lengths = config.data.row_length, mask.sum(axis=1)
     room = [(0, 0), (0, length - ids.shape[1])]
     tokens, segments = (np.pad(x.astype(np.int32), room) for x in (np.where(mask, ids, 0), mask))

@@ -133,19 +133,22 @@ class Tokenizer:
 
   Args:
     context: longest text in tokens, start and end included; longer ones are cut, the end kept.
+    pads: every text is padded to the context, with pads that are tokens like others (SigLIP).
   """
 
-  def __init__(self, context: int = 77):
+  pad = PAD  # id
+
+  def __init__(self, context: int = 77, *, pads: bool = False):
     if context < 2:
       raise ValueError(
         f"context = {context}: a text needs a start and an end token. Use at least 2 (CLIP: 77)."
       )
-    self.context = context
+    self.context, self.pads = context, pads
     self._cache = TextCache()
 
   def with_context(self, context: int) -> Tokenizer:
     """The same tokenizer for longer or shorter texts."""
-    return Tokenizer(context)
+    return Tokenizer(context, pads=self.pads)
 
   @property
   def vocabulary_size(self) -> int:
@@ -162,10 +165,11 @@ class Tokenizer:
     """Hex sha256 of the vocabulary and all that decides which ids a text gets."""
     digest = hashlib.sha256(VOCABULARY.read_bytes())
     digest.update(f"|{_CLEAN_VERSION}|context={self.context}|pad={PAD}".encode())
+    digest.update(b"|padded" if self.pads else b"")
     return digest.hexdigest()
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """Ids of one text with start and end, cut to the context: i32 [n], read-only."""
+    """Ids of one text with start and end, cut or padded to the context: i32 [n], read-only."""
     ids = self._cache.get(text)
     return self._encode_missing([text])[0] if ids is None else ids
 
@@ -182,18 +186,23 @@ class Tokenizer:
   def _encode_missing(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
     strings = [t.decode("utf-8", "replace") if isinstance(t, bytes) else t for t in texts]
     encodings = _backend().encode_batch_fast([clean(s) for s in strings], add_special_tokens=False)
+    return self._keep(texts, [[START, *e.ids[: self.context - 2], END] for e in encodings])
+
+  def _keep(self, texts: Sequence[str | bytes], found: Iterable[list[int]]) -> list[np.ndarray]:
+    """Read-only arrays of the ids of each text, padded if need be; in the cache too."""
     result = []
-    for encoding in encodings:
-      ids = np.array([START, *encoding.ids[: self.context - 2], END], np.int32)
+    for text, numbers in zip(texts, found, strict=True):
+      if self.pads:
+        numbers += [self.pad] * (self.context - len(numbers))
+      ids = np.array(numbers, np.int32)
       ids.flags.writeable = False
       result.append(ids)
-    for text, ids in zip(texts, result, strict=True):
       self._cache.put(text, ids)
     return result
 
   def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-    """Ids of each text, a row each, padded with 0: i32 [texts, context]."""
-    rows = np.full((len(texts), self.context), PAD, np.int32)
+    """Ids of each text, a row each, padded (CLIP: with 0): i32 [texts, context]."""
+    rows = np.full((len(texts), self.context), self.pad, np.int32)
     for row, ids in zip(rows, self.encode_batch(texts), strict=True):
       row[: len(ids)] = ids
     return rows

@@ -12,22 +12,25 @@ from grain_jax import sentencepiece
 from grain_jax import tokenizer as tokenizers
 
 FOLDER = "tokenizer"  # within the folder of a model, named so in its config.json
-# Files of a tokenizer that are copied; `sentencepiece.FILES` and what other libraries want.
-_COPIED = (*sentencepiece.FILES, "tokenizer_config.json", "special_tokens_map.json")
+# Files of a tokenizer that are copied.
+_COPIED = (*sentencepiece.FILES, *sentencepiece.SETTINGS)
 
 
 def make(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
-  """The tokenizer that `config.model.text` names.
+  """The tokenizer that `config.model.text` names; for the tower of kind 'siglip' it pads.
 
   Raises:
     ValueError: there is none in the folder named, or it has more tokens than the text tower; one
       line.
   """
   text = config.model.text
+  pads = text.kind == "siglip"
   if text.tokenizer:
-    made: tokenizers.Tokenizer = sentencepiece.SentencePiece(text.tokenizer, text.context)
+    made: tokenizers.Tokenizer = sentencepiece.SentencePiece(
+      text.tokenizer, text.context, pads=pads
+    )
   else:
-    made = tokenizers.Tokenizer(text.context)
+    made = tokenizers.Tokenizer(text.context, pads=pads)
   if made.vocabulary_size > text.vocab_size:
     name = text.tokenizer or "CLIP's tokenizer"
     raise ValueError(

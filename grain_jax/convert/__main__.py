@@ -6,7 +6,9 @@ from absl import flags
 
 from grain_jax import cli
 
-_FORMATS = "grain_torch, hf_clip, open_clip, ce_clip, clippy, dino, sentence_t5, safetensors"
+_FORMATS = (
+  "grain_torch, hf_clip, open_clip, ce_clip, clippy, dino, sentence_t5, siglip, safetensors"
+)
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "tokenizer",
     None,
-    "clippy: folder of the text tower's SentencePiece tokenizer, for the whole model; by default "
-    "its image tower alone.",
+    "clippy, siglip: folder of the text tower's SentencePiece tokenizer; by default the "
+    "checkpoint's own, or none: then texts are taken as token ids alone.",
   )
   cli.run(main)

@@ -24,6 +24,7 @@ from grain_jax.convert import (
   resize,
   run_folder,
   sentence_t5,
+  siglip,
   staging,
   towers,
 )
@@ -38,10 +39,11 @@ FORMATS: dict[str, Callable[[pathlib.Path], foreign.ForeignCheckpoint]] = {
   "clippy": clippy.load,
   "dino": dino.load,
   "sentence_t5": sentence_t5.load,
+  "siglip": siglip.load,
   "safetensors": native.load,
 }
 # Whose files may lack their tokenizer: their readers take the folder of one.
-_WITH_TOKENIZER = ("clippy",)
+_WITH_TOKENIZER = ("clippy", "siglip")
 # What a file says for certain of how it sees an image or reads a text, which is no size of the
 # model: it always holds.
 _ALWAYS = (
@@ -129,10 +131,21 @@ def _read(
   params = layout.read(found.rules(config), found.state, abstract, where=found.where)
   if recipe is not None:
     _check_facts(found, config, recipe)
+  _hold_logit_scale(config, params)
   size = image_size or found.image_size
   if size is not None:
     resize.images(params, config, size=size)
   return config, params, found.part
+
+
+def _hold_logit_scale(config: ml_collections.ConfigDict, params: Any) -> None:
+  """Raises the limit of the logit scale above a published one, which it would clamp at once.
+
+  By as much as leaves room to grow: who has such a scale had no such limit.
+  """
+  scale = float(params.get("logit_scale", 0.0))
+  if scale > config.model.logit_scale_max:
+    config.model.logit_scale_max = scale + 1.0
 
 
 def _check_options_of_tower(

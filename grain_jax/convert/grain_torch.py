@@ -152,7 +152,10 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     f"config.model.text.tokenizer = {config.model.text.tokenizer!r}": bool(
       config.model.text.tokenizer
     ),
-    "config.model.text.kind = 't5'": config.model.text.kind != "clip",
+    f"config.model.text.kind = {config.model.text.kind!r}": config.model.text.kind != "clip",
+    "config.model.image.class_token = False": not image.class_token,
+    "config.model.image.activation = 'gelu_tanh'": image.activation == "gelu_tanh",
+    "config.model.text.activation = 'gelu_tanh'": config.model.text.activation == "gelu_tanh",
     "config.model.decoder.memory_positions = True": (
       config.method == "grain" and config.model.decoder.memory_positions
     ),

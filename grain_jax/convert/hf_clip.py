@@ -180,7 +180,12 @@ def _check_expressible(config: ml_collections.ConfigDict) -> None:
     f"config.model.text.tokenizer = {config.model.text.tokenizer!r} (it has CLIP's)": bool(
       config.model.text.tokenizer
     ),
-    "config.model.text.kind = 't5' (its text tower is CLIP's)": config.model.text.kind != "clip",
+    f"config.model.text.kind = {config.model.text.kind!r} (its text tower is CLIP's)": (
+      config.model.text.kind != "clip"
+    ),
+    "config.model.image.class_token = False (it has one)": not image.class_token,
+    "config.model.image.activation = 'gelu_tanh'": image.activation == "gelu_tanh",
+    "config.model.text.activation = 'gelu_tanh'": config.model.text.activation == "gelu_tanh",
   }
   stand = [reason for reason, applies in reasons.items() if applies]
   if stand:

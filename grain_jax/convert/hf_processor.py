@@ -1,4 +1,4 @@
-"""How the image processors of `transformers` (CLIP, ViT) see an image: their file, both ways."""
+"""How image processors of `transformers` (CLIP, ViT, SigLIP) see images: their file, both ways."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ VIT = Kind(
   mean=(0.5,) * 3,
   std=(0.5,) * 3,
   resample=2,
+  crops=False,
+)
+SIGLIP = Kind(
+  ("SiglipImageProcessor", "SiglipFeatureExtractor"),
+  mean=(0.5,) * 3,
+  std=(0.5,) * 3,
+  resample=3,
   crops=False,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,20 +12,21 @@ import numpy as np
 
 
 def position_embedding(embedding: np.ndarray, side: int) -> np.ndarray:
-  """The class token's position, and those of the patches on a grid of `side` x `side`.
+  """The class token's position, if any, and those of the patches on a grid of `side` x `side`.
 
   Bicubic with antialiasing: torch's `interpolate(mode='bicubic', antialias=True,
   align_corners=False)`, which OpenCLIP uses when it loads a checkpoint at another size.
 
   Args:
-    embedding: [1 + patches, D], the class token's first.
+    embedding: [1 + patches, D], the class token's first; or [patches, D] of a tower without.
     side: patches along each side of the new grid.
 
   Returns:
-    [1 + side^2, D].
+    [1 + side^2, D]; or [side^2, D].
   """
-  first, grid = embedding[:1], embedding[1:]
-  old = round(len(grid) ** 0.5)
+  old = math.isqrt(len(embedding))
+  others = len(embedding) - old**2  # 1 + a square is never a square
+  first, grid = embedding[:others], embedding[others:]
   if old == side:
     return embedding
   grid = jax.image.resize(

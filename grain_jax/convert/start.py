@@ -88,6 +88,9 @@ def adopt(
     for key, here, there in _differences(config, theirs, part):
       configs.set_key(config, key, there)
       adopted.append(f"{key.removeprefix('model.')} {_short(there)} (was {_short(here)})")
+    if part == "model" and theirs.model.logit_scale_max > config.model.logit_scale_max:
+      config.model.logit_scale_max = theirs.model.logit_scale_max  # it would be clamped at once
+      adopted.append(f"logit_scale_max {config.model.logit_scale_max:.4g}")
     if not config.model.image.size and part != "text":
       config.model.image.size = theirs.model.image.size
       adopted.append(f"image.size {theirs.model.image.size}")
@@ -144,6 +147,18 @@ def _check_shape(ours: Any, theirs: Any, part: str, *, where: str) -> None:
   )
 
 
+def _check_logit_scale(ours: Any, theirs: Any, found: Any, *, where: str) -> None:
+  """Raises one line where the first update would clamp the scale of what is started from."""
+  scale, largest = float(found["logit_scale"]), ours.model.logit_scale_max
+  if scale > largest + 1e-4:
+    wanted = max(theirs.model.logit_scale_max, scale)
+    raise ValueError(
+      f"{where}: its logit_scale is {scale:.4f}, above config.model.logit_scale_max = {largest}, "
+      "to which the first update would clamp it. Give "
+      f"--config.model.logit_scale_max={wanted:.4f}, or --config.init.adopt."
+    )
+
+
 def start_from(
   config: ml_collections.ConfigDict, params: Any, *, say: Callable[[str], None] = logging.warning
 ) -> Any:
@@ -167,6 +182,8 @@ def start_from(
     except ValueError as error:
       raise ValueError(f"config.init.{part}: {error}") from error
     _check_shape(config, theirs, part, where=where)
+    if part == "model":
+      _check_logit_scale(config, theirs, found, where=where)
     if part != "text":
       _warn_of_another_view(config, theirs, where=where)
     params, resized = _take(config, params, found, part, where=where)

@@ -29,10 +29,14 @@ LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _positions(key: Array, shape: tuple[int, int]) -> Array:
-  """Initial positions of the memory: the class token's zero, then the patches' 2-D sine-cosine."""
+  """Initial positions of the memory: the class token's zero, then the patches' 2-D sine-cosine.
+
+  A square of tokens has no class token.
+  """
   del key
   tokens, width = shape
-  return jnp.concatenate([jnp.zeros((1, width)), vit.sincos_positions(math.isqrt(tokens), width)])
+  side = math.isqrt(tokens)
+  return jnp.concatenate([jnp.zeros((tokens - side**2, width)), vit.sincos_positions(side, width)])
 
 
 class DecoderLayer(nn.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax.models import decoder, t5, text, vit
+from grain_jax.models import decoder, pooling, t5, text, vit
 
 Array = jax.Array
 
@@ -37,27 +37,6 @@ class Output:
   logit_bias: Array  # []: added to them by SigLIP's loss; 0 where the model has none
 
 
-def pool_tokens(tokens: Array, pool: str, *, includes_class: bool) -> Array:
-  """One vector of an image's tokens: [..., 1 + patches, D], class token first -> [..., D].
-
-  Args:
-    tokens: of the image tower.
-    pool: 'class' token, or 'max' or 'mean' over tokens (CLIPpy, arXiv 2210.09996, sec. 3.2).
-    includes_class: 'max' and 'mean' see the class token too.
-  """
-  if pool == "class":
-    return tokens[..., 0, :]
-  seen = tokens if includes_class else tokens[..., 1:, :]
-  if pool == "mean":
-    return jnp.mean(seen, axis=-2)
-  # The gradient of `jnp.max` asks which entries equal the largest, and is 0/0 where none does: a
-  # compiler may have computed them twice, with other rounding. The place of the largest has no such
-  # question; the first one of equals takes it all, as of torch.max.
-  place = jnp.argmax(jax.lax.stop_gradient(seen), axis=-2)
-  here = jnp.arange(seen.shape[-2])[:, None] == place[..., None, :]
-  return jnp.sum(jnp.where(here, seen, 0), axis=-2)
-
-
 def normalize(x: Array) -> Array:
   """x / |x| over the last axis in float32; a zero vector stays zero."""
   x = x.astype(jnp.float32)
@@ -79,15 +58,17 @@ class Grain(nn.Module):
   pool_includes_class: bool = True
   projects_images: bool = True
   auxiliary_pool: str = "none"  # of a second embedding of an image, projected: 'max' or 'mean'
+  pooling: pooling.AttentionPooling | None = None  # where `pool` is 'map'
+  text_bias: bool = False  # of the projection of texts
   dtype: Any = jnp.float32
 
   def setup(self):
     normal, dim = nn.initializers.normal, self.embed_dim
 
-    def project(width: int) -> nn.Dense:
-      return nn.Dense(dim, use_bias=False, kernel_init=normal(width**-0.5), dtype=self.dtype)
+    def project(width: int, *, bias: bool = False) -> nn.Dense:
+      return nn.Dense(dim, use_bias=bias, kernel_init=normal(width**-0.5), dtype=self.dtype)
 
-    self.text_projection = project(self.text_tower.width)
+    self.text_projection = project(self.text_tower.width, bias=self.text_bias)
     pooled = self.pool != "query"
     if self.projects_images:
       of = self.image_tower if pooled else self.query_decoder
@@ -138,13 +119,24 @@ class Grain(nn.Module):
     )
 
   def encode_tokens(self, image: Array, *, train: bool = False) -> Array:
-    """u8 [B, H, W, 3] -> tokens of the image tower [B, 1 + patches, D], class token first.
+    """u8 [B, H, W, 3] -> tokens of the image tower [B, 1 + patches, D], class token (if any) first.
 
     In training fewer of them, by `config.model.image.patch_dropout`.
     """
     x = image.astype(jnp.float32) / 255.0
     x = (x - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
     return self.image_tower(x, train=train)
+
+  def _pool(self, tokens: Array) -> Array:
+    """[B, L, D] -> [B, D]."""
+    if self.pooling is not None:
+      return self.pooling(tokens)
+    return pooling.pool_tokens(
+      tokens,
+      self.pool,
+      includes_class=self.pool_includes_class,
+      class_token=self.image_tower.class_token,
+    )
 
   def _project(self, pooled: Array) -> Array:
     """[..., D] -> [..., E], L2-normalised."""
@@ -154,7 +146,12 @@ class Grain(nn.Module):
     """Tokens [B, 1 + patches, D] -> the second embedding [B, E], or [B, 0]."""
     if self.auxiliary_pool == "none":
       return jnp.zeros((len(tokens), 0))
-    pooled = pool_tokens(tokens, self.auxiliary_pool, includes_class=self.pool_includes_class)
+    pooled = pooling.pool_tokens(
+      tokens,
+      self.auxiliary_pool,
+      includes_class=self.pool_includes_class,
+      class_token=self.image_tower.class_token,
+    )
     return normalize(self.auxiliary_projection(pooled))
 
   def encode_regions(self, image: Array) -> tuple[Array, Array, Array]:
@@ -164,7 +161,7 @@ class Grain(nn.Module):
   def _encode_regions(self, tokens: Array, *, train: bool = False) -> tuple[Array, Array, Array]:
     pooled = None
     if self.pool != "query":
-      pooled = pool_tokens(tokens, self.pool, includes_class=self.pool_includes_class)
+      pooled = self._pool(tokens)
     if self.query_decoder is None:
       batch = len(tokens)
       nothing = jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
@@ -183,17 +180,22 @@ class Grain(nn.Module):
 
     Where the image's embedding, or its auxiliary one, is pooled from tokens a patch's token takes
     the projection that the pooled one takes (as CLIPpy, arXiv 2210.09996, reads patches). Else it
-    is what a region query makes of an image of which it sees that token alone.
+    is what a region query, or attention pooling, makes of an image of which it sees that token
+    alone.
     """
     side = self.image_tower.size // self.image_tower.patch
     tokens = self.encode_tokens(image)
+    first = int(self.image_tower.class_token)
     if self.auxiliary_pool != "none":
-      patches = self.auxiliary_projection(tokens[:, 1:])
-    elif self.pool != "query":
-      patches = self._project(tokens[:, 1:])
-    else:
+      patches = self.auxiliary_projection(tokens[:, first:])
+    elif self.pool == "query":
       x = self.query_decoder(tokens, alone=True)[-1, :, 0]
-      patches = self.region_projection(x).reshape(*tokens.shape[:2], -1)[:, 1:]
+      patches = self.region_projection(x).reshape(*tokens.shape[:2], -1)[:, first:]
+    else:
+      seen = tokens[:, first:]
+      if self.pooling is not None:
+        seen = self.pooling(seen.reshape(-1, 1, seen.shape[-1])).reshape(seen.shape)
+      patches = self._project(seen)
     return normalize(patches).reshape(len(image), side, side, -1)
 
   def encode_text(self, tokens: Array, segments: Array, positions: Array, ends: Array) -> Array:
@@ -236,6 +238,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     position_init=m.image.position_init,
     pre_norm=m.image.pre_norm,
     patch_bias=m.image.patch_bias,
+    class_token=m.image.class_token,
     stem=m.image.stem,
     patch_dropout=m.image.patch_dropout,
     **common,
@@ -254,7 +257,19 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
   if m.text.kind == "t5":  # positions are relative: the context is the tokenizer's alone
     text_tower = t5.T5Encoder(**of_text)
   else:
-    text_tower = text.TextTransformer(context=m.text.context, **of_text)
+    causal = m.text.kind != "siglip"
+    text_tower = text.TextTransformer(context=m.text.context, causal=causal, **of_text)
+  attention_pooling = None
+  if m.pool == "map":
+    attention_pooling = pooling.AttentionPooling(
+      width=m.image.width,
+      heads=m.image.heads,
+      hidden=round(m.image.width * m.image.mlp_ratio),
+      activation=m.image.activation,
+      norm_eps=m.image.norm_eps,
+      fused=m.attention,
+      dtype=jnp.dtype(m.dtype),
+    )
   query_decoder = None
   if config.method == "grain":
     query_decoder = decoder.QueryDecoder(
@@ -282,5 +297,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     pool_includes_class=m.pool_includes_class,
     projects_images=m.projects_images,
     auxiliary_pool=m.auxiliary_pool,
+    pooling=attention_pooling,
+    text_bias=m.text.kind == "siglip",
     dtype=jnp.dtype(m.dtype),
   )

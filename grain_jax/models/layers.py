@@ -48,6 +48,7 @@ def quick_gelu(x: Array) -> Array:
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
   "quick_gelu": quick_gelu,
   "relu": jax.nn.relu,
 }

@@ -1,4 +1,4 @@
-"""CLIP's text tower on packed rows: several texts stand in one row and do not see each other."""
+"""CLIP's and SigLIP's text tower on packed rows: the texts of one row do not see each other."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from grain_jax.models import layers
 Array = jax.Array
 
 
+def packed_mask(segments: Array) -> Array:
+  """Block-diagonal mask of packed rows: bool [B, 1, L, L] from segments [B, L]."""
+  return segments[:, None, :, None] == segments[:, None, None, :]
+
+
 def packed_causal_mask(segments: Array) -> Array:
-  """Block-diagonal causal mask of packed rows: bool [B, 1, L, L] from segments [B, L]."""
+  """`packed_mask` of which a token sees itself and what stands before it."""
   length = segments.shape[-1]
-  same = segments[:, None, :, None] == segments[:, None, None, :]
-  return same & jnp.tril(jnp.ones((length, length), bool))
+  return packed_mask(segments) & jnp.tril(jnp.ones((length, length), bool))
 
 
 class TextTransformer(nn.Module):
   """Causal transformer; the feature of a text is its last token's (Radford et al., 2021).
+
+  Not `causal` it is SigLIP's (Zhai et al., ICCV 2023): tokens see those behind them too, and each
+  text comes padded to the context, pads that are tokens like others (`tokenizing.make` pads).
 
   Initialised as CLIP does: tokens 0.02, positions 0.01, attention width^-0.5, residual outputs
   width^-0.5 (2 depth)^-0.5, first MLP layer (2 width)^-0.5.
@@ -35,6 +42,7 @@ class TextTransformer(nn.Module):
   mlp_ratio: float
   activation: str
   norm_eps: float
+  causal: bool = True
   unroll: int = 1
   remat: str = "none"
   fused: str = "xla"
@@ -59,7 +67,8 @@ class TextTransformer(nn.Module):
     x = (jnp.take(embedding, tokens, axis=0) + jnp.take(position, positions, axis=0)).astype(
       self.dtype
     )
-    x = self._blocks(layers.shard_batch(x), packed_causal_mask(segments), ends)
+    mask = packed_causal_mask(segments) if self.causal else packed_mask(segments)
+    x = self._blocks(layers.shard_batch(x), mask, ends)
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
   def _blocks(self, x: Array, mask: Array, ends: Array) -> Array:

@@ -71,7 +71,8 @@ class VisionTransformer(nn.Module):
   """Class token and patch tokens after the final LayerNorm.
 
   With `pre_norm` and without `patch_bias` it is CLIP's image tower (Radford et al., 2021), whose
-  final LayerNorm sees the class token alone; for that token it is the same.
+  final LayerNorm sees the class token alone; for that token it is the same. Without `class_token`
+  it is SigLIP's (Zhai et al., ICCV 2023): the patches alone.
 
   Initialised as timm does: normal (`init_std`, 0.02; timm's truncation is at +-2, a hundred of
   these) for weights and positions, 1e-6 for the class token, zero biases; the patch embedding as
@@ -91,6 +92,7 @@ class VisionTransformer(nn.Module):
   position_init: str = "normal"
   pre_norm: bool = False
   patch_bias: bool = True
+  class_token: bool = True
   stem: str = "linear"
   patch_dropout: float = 0.0  # part of the patches that training does not see
   unroll: int = 1
@@ -107,7 +109,8 @@ class VisionTransformer(nn.Module):
       train: with patch dropout (needs an rng named 'dropout').
 
     Returns:
-      [B, 1 + (size / patch)^2, width], the class token first; of the patches those that are kept.
+      [B, 1 + (size / patch)^2, width], the class token (if there is one) first; of the patches
+      those that are kept.
     """
     batch, side = image.shape[0], self.size // self.patch
     init = nn.initializers.normal(self.init_std)
@@ -127,9 +130,10 @@ class VisionTransformer(nn.Module):
         dtype=self.dtype,
         name="patch_embedding",
       )(x)
-    cls = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
-    x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
-    positions = self.param("position_embedding", self._positions, (1 + side * side, self.width))
+    if self.class_token:
+      cls = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
+      x = jnp.concatenate([jnp.tile(cls, (batch, 1, 1)).astype(self.dtype), x], axis=1)
+    positions = self.param("position_embedding", self._positions, (x.shape[1], self.width))
     x = x + positions.astype(self.dtype)
     if train and self.patch_dropout:
       x = self._keep_some(x)
@@ -163,12 +167,13 @@ class VisionTransformer(nn.Module):
 
     The draw is of the global batch, so that it does not depend on the sharding.
     """
-    batch, patches = x.shape[0], x.shape[1] - 1
+    first = int(self.class_token)
+    batch, patches = x.shape[0], x.shape[1] - first
     kept = max(1, round(patches * (1 - self.patch_dropout)))
     draw = jax.random.uniform(self.make_rng("dropout"), (batch, patches))
     chosen = jnp.sort(jnp.argsort(draw, axis=1)[:, :kept], axis=1)
     return jnp.concatenate(
-      [x[:, :1], jnp.take_along_axis(x[:, 1:], chosen[..., None], axis=1)], axis=1
+      [x[:, :first], jnp.take_along_axis(x[:, first:], chosen[..., None], axis=1)], axis=1
     )
 
   def _positions(self, key: Array, shape: tuple[int, int]) -> Array:
@@ -176,4 +181,4 @@ class VisionTransformer(nn.Module):
     if self.position_init == "normal":
       return nn.initializers.normal(0.02)(key, shape)
     grid = sincos_positions(self.size // self.patch, self.width)
-    return jnp.concatenate([jnp.zeros((1, self.width)), grid])
+    return jnp.concatenate([jnp.zeros((int(self.class_token), self.width)), grid])

@@ -100,12 +100,26 @@ def _counts(shared: Shared, total: Array) -> dict[str, Pair]:
   """What a batch lost, beside its loss."""
   batch, one, texts = shared.batch, jnp.ones(()), 1 + shared.num_regions
   missing = batch["region_mask"] & ~batch["text_mask"][:, 1:texts]
-  # As long as the context: truncated, but for the few texts of exactly that length.
-  last = jnp.take_along_axis(batch["positions"], batch["ends"], axis=1) + 1
-  full = (last >= shared.config.model.text.context) & batch["text_mask"]
+  full = _full(batch, shared.config) & batch["text_mask"]
   return {
     "loss": (total, one),
     "dropped_texts": (jnp.sum(missing, dtype=jnp.float32), one),
     "truncated_texts": (jnp.sum(full, dtype=jnp.float32), one),
     "bad_examples": (jnp.sum(~batch["example_mask"], dtype=jnp.float32), one),
   }
+
+
+def _full(batch: dict[str, Array], config: ml_collections.ConfigDict) -> Array:
+  """Which texts are as long as the context: truncated, but for the few of exactly that length.
+
+  Of texts that are padded to it those that do not end in two pads, or in an end and the same pad:
+  where the pad is no end, one token short counts too. Bool [B, T].
+  """
+  context = config.model.text.context
+  last = jnp.take_along_axis(batch["positions"], batch["ends"], axis=1) + 1
+  full = last >= context
+  if config.model.text.kind != "siglip" or context < 2:
+    return full
+  columns = jnp.stack([batch["ends"], jnp.maximum(batch["ends"] - 1, 0)])
+  end, before = (jnp.take_along_axis(batch["tokens"], at, axis=1) for at in columns)
+  return full & (end != before)

@@ -18,7 +18,8 @@ def text_tower_flops(
 
   A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
   last layer only the token at the end of each text is computed, from keys and values of all; of T5
-  all of them, for their mean. The gradient costs as much again twice.
+  all of them, for their mean. SigLIP's texts have as many tokens as the context, of which the pads
+  are part. The gradient costs as much again twice.
 
   Args:
     config: a resolved configuration.
@@ -28,6 +29,8 @@ def text_tower_flops(
   t, regions = config.model.text, config.data.max_regions
   hidden = round(t.width * t.mlp_ratio)
   lengths = [caption] + [description] * (regions if config.method == "grain" else 0)
+  if t.kind == "siglip":
+    lengths = [t.context] * len(lengths)
   per_token = 8 * t.width**2 + 4 * t.width * hidden
   layer = sum(n * per_token + 4 * n**2 * t.width for n in lengths)
   if t.kind == "t5":
