@@ -1,4 +1,4 @@
-"""A tiny SentencePiece tokenizer as `transformers` saves T5's, and a tiny Sentence-T5."""
+"""Tiny SentencePiece tokenizers as `transformers` has T5's and SigLIP's, a tiny Sentence-T5."""
 
 import json
 
@@ -30,6 +30,13 @@ def save(folder, *, size=80, texts=TEXTS):
   t5 = transformers.T5Tokenizer(vocab=[tuple(piece) for piece in vocabulary], extra_ids=2)
   t5.save_pretrained(folder)
   return t5
+
+
+def save_siglip(folder, **settings):
+  """SigLIP's: tokenizer.json of a small vocabulary, and the class in tokenizer_config.json."""
+  save(folder, texts=[text.lower().replace(",", "") for text in TEXTS])
+  values = {"tokenizer_class": "SiglipTokenizer", "eos_token": "</s>", "pad_token": "</s>"}
+  write_json(folder / "tokenizer_config.json", {**values, **settings})
 
 
 def write_json(path, values):
