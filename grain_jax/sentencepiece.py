@@ -181,7 +181,7 @@ class SentencePiece(tokenizer.Tokenizer):
     return self._backend.get_vocab()  # with added tokens
 
   def with_context(self, context: int) -> SentencePiece:
-    return SentencePiece(self.folder, context, pads=self.pads)
+    return SentencePiece(self.folder, context)
 
   @functools.cached_property
   def vocabulary_size(self) -> int:

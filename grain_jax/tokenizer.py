@@ -147,8 +147,8 @@ class Tokenizer:
     self._cache = TextCache()
 
   def with_context(self, context: int) -> Tokenizer:
-    """The same tokenizer for longer or shorter texts."""
-    return Tokenizer(context, pads=self.pads)
+    """The same tokenizer for longer or shorter texts, without pads: it tells how long they are."""
+    return Tokenizer(context)
 
   @property
   def vocabulary_size(self) -> int:

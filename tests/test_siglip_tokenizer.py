@@ -17,6 +17,7 @@ from tokenizers import models, normalizers, trainers
 
 from grain_jax import config as configs
 from grain_jax import sentencepiece, tokenizing
+from grain_jax.evals.sets import retrieval
 
 CONTEXT = 12
 PUNCTUATION = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
@@ -146,7 +147,8 @@ def test_the_tower_decides_whether_texts_are_padded(tiny, folder, tmp_path):
   short = bare.encode("A dog!")
   assert_array_equal(made.encode("A dog!"), np.pad(short, (0, 12 - len(short)), constant_values=1))
   assert made.hash != bare.hash and made.vocabulary_hash == bare.vocabulary_hash
-  assert made.with_context(5).encode("dog").shape == (5,)
+  texts = ["the garden of a photo " * 9, "dog", "a dog"]
+  assert retrieval.truncated(texts, CONTEXT, made) == 1  # by another context, whose texts are bare
   assert_array_equal(made.tokenize(["A dog!"])[0], made.encode("a dog"))
   run = tmp_path / "run"
   run.mkdir()

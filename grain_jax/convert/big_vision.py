@@ -1,7 +1,9 @@
 """SigLIP as big_vision saves it: an .npz in the names of flax's own layers.
 
 Attention's kernels are [D, heads, D / heads] and [heads, D / heads, D] there. The blocks of a tower
-are `encoderblock_{i}`, or, scanned, one `encoderblock` whose arrays have a leading layer axis.
+are `encoderblock_{i}`, or, scanned, one `encoderblock` whose arrays have a leading layer axis. The
+file says how many patches there are, not what the image has beyond them (So400m/14 at 384 pixels:
+27 patches of 14 are 378).
 """
 
 from __future__ import annotations

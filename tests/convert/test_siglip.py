@@ -226,6 +226,11 @@ def edit_weights(function):
   return change
 
 
+def of_26_pixels(folder):
+  edit("config.json", "vision_config", image_size=26)(folder)
+  edit("preprocessor_config.json", size={"height": 26, "width": 26})(folder)
+
+
 def other_vocabulary(folder):
   siglip.make(vocabulary=20).save_pretrained(folder)
 
@@ -238,6 +243,7 @@ def other_vocabulary(folder):
     (edit("config.json", "vision_config", hidden_act="relu"), "hidden_act (image) is 'relu'"),
     (edit("config.json", "vision_config", num_channels=1), "num_channels is 1"),
     (edit("config.json", "vision_config", vision_use_head=False), "vision_use_head is False"),
+    (of_26_pixels, "does not divide into patches of 8"),
     (edit("config.json", "vision_config", num_attention_heads=5), "width = 48 does not divide"),
     (edit("config.json", "text_config", num_attention_heads=5), "width = 32 does not divide"),
     (edit("config.json", "text_config", projection_size=32), "projection_size is 32"),
