@@ -94,12 +94,22 @@ def adopt(
     if not config.model.image.size and part != "text":
       config.model.image.size = theirs.model.image.size
       adopted.append(f"image.size {theirs.model.image.size}")
-    if part != "image" and config.data.row_length < config.model.text.context:
-      config.data.row_length = config.model.text.context
-      adopted.append(f"data.row_length {config.data.row_length}: a full caption")
+    room, what = _least_row(config)
+    if part != "image" and config.data.row_length < room:
+      config.data.row_length = room
+      adopted.append(f"data.row_length {room}: {what}")
     if adopted and not begun.is_file():
       say(f"config.init.{part} = {folder} is adopted: {', '.join(adopted)}")
   return config
+
+
+def _least_row(config: ml_collections.ConfigDict) -> tuple[int, str]:
+  """(tokens that a row must have at least, what they are)."""
+  data, context = config.data, config.model.text.context
+  if config.model.text.kind != "siglip":
+    return context, "a full caption"
+  texts = 1 + data.negatives + data.max_regions * (1 + data.negatives_per_region)
+  return texts * context, f"{texts} texts of {context} each, pads included"
 
 
 def _scaled(config: ml_collections.ConfigDict, parts: Iterable[str]) -> ml_collections.ConfigDict:

@@ -181,12 +181,13 @@ def test_a_run_starts_from_the_model_or_from_its_towers(tiny, run, tmp_path):
   for name, folders in starts.items():
     config = configs.resolve(tiny)
     config.init.update(**folders, adopt=True)
-    if name == "model":
-      config.method, config.data.max_regions = "clip", 0
+    config.method, config.data.max_regions = ("clip", 0) if name == "model" else ("grain", 5)
+    config.model.num_queries = 5
     config = configs.resolve(start.adopt(config, tmp_path / "run", say=lambda line: None))
     config.model.image.size = 24
     configs.check(config)
     assert not config.model.image.class_token and config.model.text.kind == "siglip"
+    assert config.data.row_length == (64 if name == "model" else (1 + 5) * siglip.CONTEXT)
     fresh = jax.device_put(drawn.params(config))
     got = dict(trees.named_leaves(start.start_from(config, fresh, say=lambda line: None)))
     before = dict(trees.named_leaves(fresh))
