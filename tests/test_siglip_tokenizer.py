@@ -160,8 +160,10 @@ def test_the_tower_decides_whether_texts_are_padded(tiny, folder, tmp_path):
 
 def test_clips_and_t5s_texts_are_padded_too(tiny, tmp_path):
   tiny.model.text.update(kind="siglip", context=CONTEXT)
-  ids = tokenizing.make(tiny).encode("a dog")
+  made = tokenizing.make(tiny)
+  ids = made.encode("a dog")
   assert ids.shape == (CONTEXT,) and ids[0] == 49406 and (ids[4:] == 0).all()
+  assert retrieval.truncated(["dog " * 11, "dog " * 10, "dog"], CONTEXT, made) == 1
   pieces.save(tmp_path / "t5")
   tiny.model.text.tokenizer = str(tmp_path / "t5")
   ids = tokenizing.make(tiny).encode("a dog")

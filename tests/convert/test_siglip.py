@@ -203,7 +203,7 @@ def test_a_start_that_would_clamp_the_scale_is_refused_unless_adopted(run, tmp_p
   config.init.model = str(run)
   config.model.logit_scale_max = 4.6052
   with pytest.raises(ValueError, match="logit_scale is 4.7622, above .* would clamp it"):
-    start.start_from(config, drawn.params(config), say=lambda line: None)
+    start.start_from(config, jax.device_put(drawn.params(config)), say=lambda line: None)
   config.init.adopt, said = True, []
   adopted = start.adopt(config, tmp_path / "run", say=said.append)
   assert adopted.model.logit_scale_max > 4.7623 and "logit_scale_max" in said[0]
