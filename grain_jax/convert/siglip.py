@@ -162,7 +162,9 @@ def _facts(path: pathlib.Path) -> dict[str, Any]:
   import transformers  # slow to import
 
   try:
-    config = transformers.SiglipConfig.from_dict(values)
+    # CLIP's ids are the class's defaults, of which it warns; texts are the tokenizer's affair here.
+    texts = {**(values.get("text_config") or {}), "bos_token_id": None, "eos_token_id": None}
+    config = transformers.SiglipConfig.from_dict({**values, "text_config": texts})
     image, text = config.vision_config, config.text_config
     facts = {
       "model.embed_dim": text.projection_size,

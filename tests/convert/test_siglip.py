@@ -115,6 +115,21 @@ def test_what_the_files_say_and_what_holds_of_all(run):
   assert "image_projection" not in params and params["text_projection"]["bias"].shape == (48,)
 
 
+def test_what_config_json_omits_is_as_transformers_has_it(copy, run, tmp_path):
+  """The hub's files say what differs alone; without a processor's file images are the same."""
+  values = json.loads((copy / "config.json").read_text())
+  for part in ("text_config", "vision_config"):
+    for key in ("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "num_channels"):
+      values[part].pop(key, None)
+  (copy / "config.json").write_text(json.dumps(values))
+  (copy / "preprocessor_config.json").unlink()
+  convert.convert("siglip", str(copy / "model.safetensors"), out=str(tmp_path / "out"))
+  (config, params, _), (want, theirs, _) = stock.run_of(tmp_path / "out"), stock.run_of(run)
+  config.model.text.tokenizer = want.model.text.tokenizer
+  assert configs.to_json(config) == configs.to_json(want)
+  stock.assert_equal_trees(params, theirs)
+
+
 def test_an_update_does_not_clamp_the_published_scale(run):
   config, params, _ = stock.run_of(run)
   assert params["logit_scale"] == np.float32(np.log(117.0)) and params["logit_scale"] > 4.7
