@@ -91,7 +91,7 @@ class Model:
     return self.module.apply(variables, *args, **kwargs)
 
   def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
-    """Token ids with start and end, zero-padded: i32 [N, context] (77 as published).
+    """Token ids with start and end, padded (CLIP: with 0): i32 [N, context] (77 as published).
 
     Longer texts are cut to the context, the end token kept.
     """
