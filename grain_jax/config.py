@@ -292,7 +292,7 @@ def with_folder(
 ) -> ml_collections.ConfigDict:
   """The configuration of a folder's config.json with the path of the tokenizer in that folder."""
   name = config.model.text.tokenizer
-  if name and not pathlib.PurePath(name).is_absolute():
+  if name not in ("", "none") and not pathlib.PurePath(name).is_absolute():
     config.model.text.tokenizer = str(folder / name)
   return config
 

@@ -121,7 +121,7 @@ def open_encoders(
     grain.build(config),
     meshes.replicate(params, mesh),
     mesh=mesh,
-    tokenizer=tokenizing.make(config),
+    tokenizer=tokenizing.make_or_ids(config),
     on_batch=on_batch,
     announce=distributed.process_index() == 0,
   )
@@ -135,7 +135,7 @@ def fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
   """
   digest = hashlib.blake2b(digest_size=16)
   model = config.model.to_dict()
-  model["text"]["tokenizer"] = tokenizing.make(config).hash  # whatever folder it is in
+  model["text"]["tokenizer"] = tokenizing.make_or_ids(config).hash  # whatever folder it is in
   digest.update(json.dumps(model, sort_keys=True, default=str).encode())
   digest.update(config.method.encode())
   for name, leaf in trees.named_leaves(params):

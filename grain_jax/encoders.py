@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grain_jax import tokenizer as tokenizers
-from grain_jax import trees
+from grain_jax import tokenizing, trees
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import SINGLE_PROCESS, ProcessShard
 from grain_jax.models import grain
@@ -95,7 +95,10 @@ def make(
     """Embeddings f32 [N, E] of texts given as ids i32 [N, L] and mask, a row each."""
     if tokenizer.pads:  # these pads are part of the text
       room = [(0, 0), (0, tokenizer.context - ids.shape[1])]
-      ids = np.pad(np.where(mask, ids, tokenizer.pad), room, constant_values=tokenizer.pad)
+      known = tokenizer.hash != tokenizing.NONE  # else the pads are what was given
+      ids = np.pad(
+        np.where(mask, ids, tokenizer.pad) if known else ids, room, constant_values=tokenizer.pad
+      )
       mask = np.ones_like(ids, bool)
     length, lengths = config.data.row_length, mask.sum(axis=1)
     room = [(0, 0), (0, length - ids.shape[1])]

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from grain_jax import encoders, schema, tokenizing
-from grain_jax.convert import weights
+from grain_jax.convert import towers, weights
 from grain_jax.data import transforms
 from grain_jax.evals import zero_shot
 from grain_jax.evals.inputs import given_images
@@ -55,10 +55,20 @@ class Model:
     params: its parameters, a tree of arrays on the device.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, params: Any, *, source: str = ""):
-    """`source` says where the parameters come from, for `repr`."""
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    params: Any,
+    *,
+    source: str = "",
+    part: str | None = None,
+  ):
+    """`source` says where the parameters come from, for `repr`; `part`: the tower they are of."""
     self.config = config
-    self.tokenizer = tokenizing.make(config)
+    self._part = part
+    if part is not None:  # which Flax asks for and no tower reads
+      params = {**params, "logit_scale": np.float32(0)}
+    self.tokenizer = tokenizing.make_or_ids(config)
     self.module = grain.build(config)
     device = jax.local_devices()[0]
     alone = ml_collections.ConfigDict(config.to_dict())
@@ -86,6 +96,14 @@ class Model:
       parts.append(self._source)
     return f"<grain_jax model, {self.config.method}: {'; '.join(parts)}>"
 
+  def _needs(self, part: str, what: str) -> None:
+    """Raises where a tower alone is asked for what the other one does."""
+    if self._part not in (None, part):
+      raise ValueError(
+        f"{what}: {self._source} holds the {self._part} tower of a model alone. Train with "
+        f"--config.init.{self._part}=FOLDER --config.init.adopt, and load the run."
+      )
+
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """`module.apply`, Flax's: `apply({"params": params}, images, method="encode_image")`."""
     return self.module.apply(variables, *args, **kwargs)
@@ -99,6 +117,7 @@ class Model:
 
   def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
     """N texts -> f32 [N, E], L2-normalised."""
+    self._needs("text", "encode_text")
     texts = _texts(texts, "texts")
     if not texts:
       return np.zeros((0, self.config.model.embed_dim), np.float32)
@@ -115,6 +134,7 @@ class Model:
     Raises:
       ValueError: shapes, ids or mask are of no texts of this model; one line.
     """
+    self._needs("text", "encode_token_ids")
     ids, mask = np.asarray(ids), np.asarray(mask)
     m = self.config.model.text
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or mask.shape != ids.shape:
@@ -144,6 +164,7 @@ class Model:
 
   def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images -> f32 [N, E], L2-normalised; what is an image stands in the class."""
+    self._needs("image", "encode_image")
     pixels = self.preprocess(images)
     if not len(pixels):
       return np.zeros((0, self.config.model.embed_dim), np.float32)
@@ -152,6 +173,7 @@ class Model:
 
   def encode_patches(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
     """N images, squashed -> their patches in the space of the texts, f32 [N, rows, columns, E]."""
+    self._needs("image", "encode_patches")
     pixels = self._pixels(images, "squash")  # patches are of the whole image
     if not len(pixels):
       side = self.config.model.image.size // self.config.model.image.patch
@@ -229,11 +251,16 @@ class Model:
 def load(path: str | pathlib.Path, *, step: int | None = None) -> Model:
   """A model from a folder: workdir, imported checkpoint or export; see `weights.load`.
 
+  Of the folder of a tower alone (an imported DINO, Sentence-T5) it does what that tower can.
+
   What it compiles is kept in the user's cache folder; see `grain_jax.runtime.compile_cache`.
   """
   if not isinstance(path, str | os.PathLike):
     raise ValueError(f"load: path is {_kind(path)}. Give the folder of a run or of weights.")
   compile_cache.use()
+  if part := towers.find(path):
+    _, config, params = towers.load(path)
+    return Model(config, params, source=str(path), part=part)
   config, params, found = weights.open_checkpoint(path, step=step)
   source = str(path) if found is None else f"step {found:,} of {path}"
   return Model(config, params, source=source)

@@ -5,15 +5,53 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 
 import ml_collections
+import numpy as np
 
 from grain_jax import sentencepiece
 from grain_jax import tokenizer as tokenizers
 
+NONE = "none"  # in the place of its folder: a text tower whose tokenizer is not there
 FOLDER = "tokenizer"  # within the folder of a model, named so in its config.json
 # Files of a tokenizer that are copied.
 _COPIED = (*sentencepiece.FILES, *sentencepiece.SETTINGS)
+
+
+class IdsAlone(tokenizers.Tokenizer):
+  """Of a text tower whose tokenizer is not there: texts are given as ids, or not at all."""
+
+  pad = 1  # SigLIP's; nothing else is padded
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Iterable[str | bytes]) -> list[np.ndarray]:
+    raise ValueError(_NOT_THERE)
+
+  @property
+  def vocabulary_hash(self) -> str:
+    return NONE
+
+  @property
+  def hash(self) -> str:
+    return NONE
+
+
+_NOT_THERE = (
+  f"config.model.text.tokenizer = {NONE!r}: the tokenizer of this text tower was not beside its "
+  "weights. Import them again with --tokenizer=FOLDER or with its files beside them, or train with "
+  "--config.model.text.tokenizer=FOLDER; load(...).encode_token_ids takes ids without it."
+)
+
+
+def make_or_ids(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
+  """`make`, or `IdsAlone` where the tokenizer is not there."""
+  text = config.model.text
+  if text.tokenizer == NONE:
+    return IdsAlone(text.context, pads=text.kind == "siglip")
+  return make(config)
 
 
 def make(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
@@ -24,6 +62,8 @@ def make(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
       line.
   """
   text = config.model.text
+  if text.tokenizer == NONE:
+    raise ValueError(_NOT_THERE)
   pads = text.kind == "siglip"
   if text.tokenizer:
     made: tokenizers.Tokenizer = sentencepiece.SentencePiece(
@@ -44,6 +84,8 @@ def make(config: ml_collections.ConfigDict) -> tokenizers.Tokenizer:
 def vocabulary_hash(config: ml_collections.ConfigDict) -> str:
   """Of all that decides the ids of a text but the context; where the folder is gone, its name."""
   text = config.model.text
+  if text.tokenizer == NONE:
+    return NONE
   if not text.tokenizer:
     return tokenizers.Tokenizer(text.context).vocabulary_hash
   try:
@@ -68,7 +110,7 @@ def into_folder(
       `folder`; one line.
   """
   source = config.model.text.tokenizer
-  if not source:
+  if source in ("", NONE):
     return config
   sentencepiece.find_file(source)
   target = pathlib.Path(folder) / FOLDER

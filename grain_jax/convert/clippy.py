@@ -2,17 +2,16 @@
 
 OpenCLIP's training checkpoint, or its bare state dict: a DINO ViT in timm's names under
 'visual.trunk', a Sentence-T5 under 'text' ('text.0.auto_model', or 'text.0.model' from
-sentence-transformers 6 on), its projection 'text.2.linear', the logit scale. With a tokenizer,
-which the file lacks, it is a whole model; without one its image tower is read, and how many arrays
-are left out is said. By convention: heads of 64, GELU and ReLU, eps 1e-6, OpenAI's pixels and crop,
-the maximum over all tokens, texts of 256 tokens (what `SentenceTransformer.encode` cuts them to:
-T5's positions are relative, so that training, padded to 77, fixes no length).
+sentence-transformers 6 on), its projection 'text.2.linear', the logit scale. The tokenizer,
+which the file lacks, comes by --tokenizer; without one texts are given as token ids. A file that
+has the image tower alone gives that. By convention: heads of 64, GELU and ReLU, eps 1e-6, OpenAI's
+pixels and crop, the maximum over all tokens, texts of 256 tokens (what `SentenceTransformer.encode`
+cuts them to: T5's positions are relative, so that training, padded to 77, fixes no length).
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -21,12 +20,12 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import sentencepiece
+from grain_jax import sentencepiece, tokenizing
 from grain_jax.convert import foreign, layout, sentence_t5, state_dicts, timm_vit
 from grain_jax.models import t5
 
 _TRUNK = "visual.trunk."
-_OTHERS = r"text\..*|logit_scale"
+_SCALE = "logit_scale"
 _TEXT, _NEWER = "text.0.auto_model.", "text.0.model."  # by the version of sentence-transformers
 _DENSE = "text.2.linear.weight"
 _CONTEXT = 256
@@ -63,7 +62,7 @@ def rules(config: ml_collections.ConfigDict, *, text: str = _TEXT) -> list[layou
 
 
 def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignCheckpoint:
-  """Reads a checkpoint: whole with a tokenizer, else its image tower.
+  """Reads a checkpoint: the whole model, or the image tower where it has no other.
 
   Args:
     path: the file.
@@ -77,16 +76,9 @@ def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignChe
   if isinstance(weights.get("state_dict"), Mapping):
     weights = weights["state_dict"]
   state = state_dicts.arrays(weights, where=str(path))
-  if tokenizer is not None:
+  if tokenizer is not None or any(key.startswith("text.") for key in state):
     return _whole(state, tokenizer, where=str(path))
-  others = [key for key in state if key not in state_dicts.without(state, _OTHERS)]
-  if others:
-    logging.getLogger(__name__).warning(
-      "%s: %d arrays beside the image tower are left out: %s; --tokenizer=FOLDER, of "
-      "sentence-t5-base, imports the whole model",
-      path, len(others), layout.few(others),
-    )  # fmt: skip
-  return image_tower(state_dicts.without(state, _OTHERS), where=str(path))
+  return image_tower(state_dicts.without(state, _SCALE), where=str(path))
 
 
 def image_tower(state: layout.State, *, where: str) -> foreign.ForeignCheckpoint:
@@ -97,6 +89,8 @@ def image_tower(state: layout.State, *, where: str) -> foreign.ForeignCheckpoint
     where: the file, for errors.
   """
   facts, assumed = _image(state, where)
+  pooled = {"model.pool": "max", "model.projects_images": False}
+  facts |= {**pooled, "model.embed_dim": facts["model.image.width"]}
   return foreign.ForeignCheckpoint(
     where,
     state,
@@ -115,7 +109,7 @@ def _image(state: layout.State, where: str) -> tuple[dict[str, Any], dict[str, A
   return {**facts, "model.image.stem": "linear"}, {**_ASSUMED, **heads}
 
 
-def _whole(state: layout.State, tokenizer: str, *, where: str) -> foreign.ForeignCheckpoint:
+def _whole(state: layout.State, tokenizer: str | None, *, where: str) -> foreign.ForeignCheckpoint:
   """Both towers, the projection of texts and the logit scale."""
   facts, assumed = _image(state, where)
   newer = any(key.startswith(_NEWER) for key in state)
@@ -123,14 +117,18 @@ def _whole(state: layout.State, tokenizer: str, *, where: str) -> foreign.Foreig
   state = sentence_t5.without_tied(state, where=where, prefix=text)
   if state.get("logit_scale") is not None and state["logit_scale"].shape == (1,):
     state["logit_scale"] = state["logit_scale"].reshape(())
-  shapes = foreign.Shapes(state, where, "CLIPpy with a Sentence-T5, which --tokenizer asks for")
-  facts |= {**_text_facts(shapes, text), **_FACTS, "model.text.tokenizer": tokenizer}
+  shapes = foreign.Shapes(state, where, "CLIPpy with a Sentence-T5")
+  chosen = tokenizing.NONE if tokenizer is None else tokenizer
+  facts |= {**_text_facts(shapes, text), **_FACTS, "model.text.tokenizer": chosen}
   if facts["model.embed_dim"] != facts["model.image.width"]:
     raise ValueError(
       f"{where}: {_DENSE} has {facts['model.embed_dim']} outputs and the image tower a width of "
       f"{facts['model.image.width']}. CLIPpy projects no images: the two are equal."
     )
-  _check_tokenizer(tokenizer, facts["model.text.vocab_size"], where=where)
+  if tokenizer is None:
+    foreign.warn_without_tokenizer(f"{where} has no tokenizer, as all of CLIPpy's (it is T5's)")
+  else:
+    _check_tokenizer(tokenizer, facts["model.text.vocab_size"], where=where)
   return foreign.ForeignCheckpoint(
     where, state, functools.partial(rules, text=text), facts, {**assumed, **_ASSUMED_OF_TEXT}
   )

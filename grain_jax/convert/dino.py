@@ -32,7 +32,7 @@ _PIXELS = {
   "model.image.interpolation": "bicubic",
   "data.eval_resize": "center_crop",
 }
-_FIXED = {"model.image.stem": "linear"}
+_FIXED = {"model.image.stem": "linear", "model.pool": "class", "model.projects_images": False}
 _ASSUMED = {"method": "clip", "data.max_regions": 0, **_PIXELS}
 # Of a ViTModel's blocks: the names on disk, and those that transformers has from version 5 on.
 _ON_DISK = {
@@ -79,8 +79,9 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
     "model.image.activation": "gelu",
     "model.image.norm_eps": 1e-6,
   }
+  facts |= {**_FIXED, "model.embed_dim": facts["model.image.width"]}
   return foreign.ForeignCheckpoint(
-    str(path), state, lambda config: timm_vit.rules(), {**facts, **_FIXED}, assumed, part="image"
+    str(path), state, lambda config: timm_vit.rules(), facts, assumed, part="image"
   )
 
 
@@ -118,7 +119,7 @@ def _load_vit(
     where=str(path),
     state=_without(state, _VIT_HEADS, path),
     rules=lambda config: _vit_rules(on_disk=on_disk),
-    facts={**facts, **_FIXED, **pixels},
+    facts={**facts, **_FIXED, **pixels, "model.embed_dim": facts["model.image.width"]},
     assumed=_ASSUMED,
     part="image",
   )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from grain_jax import tokenizer
+from grain_jax import sentencepiece, tokenizer, tokenizing
 from grain_jax.convert import layout
 
 # Pixels of OpenAI's CLIP (Radford et al., 2021), in [0, 1], and how it sees an image.
@@ -73,6 +75,23 @@ class Shapes:
         "patches."
       )
     return side * patch
+
+
+def tokenizer_in(folder: pathlib.Path) -> str:
+  """The folder, for `config.model.text.tokenizer`; where it has none, a warning and 'none'."""
+  if any((folder / name).is_file() for name in sentencepiece.FILES):
+    return str(folder)
+  warn_without_tokenizer(f"{folder} has no {' or '.join(sentencepiece.FILES)}")
+  return tokenizing.NONE
+
+
+def warn_without_tokenizer(why: str) -> None:
+  """Warns that a text tower is imported that takes token ids alone."""
+  logging.getLogger(__name__).warning(
+    "%s: the model takes texts as token ids alone. With the tokenizer (--tokenizer=FOLDER, or its "
+    "files beside the weights) it reads texts.",
+    why,
+  )
 
 
 def words(text: str) -> frozenset[str]:

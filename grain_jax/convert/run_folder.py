@@ -36,7 +36,7 @@ def write(
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     meta = {
       "config": written.to_dict(),
-      "tokenizer": tokenizing.make(config).hash,
+      "tokenizer": tokenizing.make_or_ids(config).hash,
       "step": 0,
       "source": source,
     }

@@ -8,7 +8,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from grain_jax import sentencepiece
 from grain_jax.convert import foreign, layout, state_dicts
 from grain_jax.models import t5
 
@@ -69,12 +68,7 @@ def load(path: pathlib.Path) -> foreign.ForeignCheckpoint:
   facts = _facts(transformer / "config.json")
   facts["model.text.context"] = _context(transformer)
   facts["model.embed_dim"] = _dense_width(dense / "config.json", facts["model.text.width"])
-  if not any((transformer / name).is_file() for name in sentencepiece.FILES):
-    raise ValueError(
-      f"--input: {transformer} has no tokenizer ({' or '.join(sentencepiece.FILES)}). Fetch it "
-      "from where the weights come from."
-    )
-  facts["model.text.tokenizer"] = str(transformer)
+  facts["model.text.tokenizer"] = foreign.tokenizer_in(transformer)
   state = without_tied(_read_weights(transformer), where=str(transformer))
   projection = _read_weights(dense)
   state |= {f"2_Dense.{key}": value for key, value in projection.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from grain_jax import sentencepiece
+from grain_jax import sentencepiece, tokenizing
 from grain_jax.convert import big_vision, foreign, hf_processor, layout, state_dicts
 
 _WEIGHTS = (
@@ -56,13 +56,11 @@ def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignChe
     ValueError: neither, or a model that this one cannot be; one line.
   """
   if path.suffix == ".npz" and path.is_file():
-    if tokenizer is None:
-      raise ValueError(
-        f"--input={path}: big_vision's files have no tokenizer. Give the folder of one with "
-        "--tokenizer, such as that of the same model on the Hugging Face hub."
-      )
     found = big_vision.read(path)
-    facts = {**found.facts, **_FIXED, "model.text.tokenizer": _check_tokenizer(tokenizer)}
+    if tokenizer is None:
+      foreign.warn_without_tokenizer(f"{path} has none, as all files of big_vision")
+    chosen = tokenizing.NONE if tokenizer is None else _check_tokenizer(tokenizer)
+    facts = {**found.facts, **_FIXED, "model.text.tokenizer": chosen}
     return foreign.ForeignCheckpoint(str(path), found.state, found.rules, facts, _ASSUMED)
   if path.is_file() and path.suffix not in _FILES:
     raise ValueError(
@@ -91,12 +89,8 @@ def _load_folder(path: pathlib.Path, tokenizer: str | None) -> foreign.ForeignCh
     if not found:
       raise ValueError(f"--input={path} has none of {', '.join(_WEIGHTS)}.")
     path = path / found[0]
-  if tokenizer is None and not any((folder / name).is_file() for name in sentencepiece.FILES):
-    raise ValueError(
-      f"--input: {folder} has no tokenizer ({' or '.join(sentencepiece.FILES)}). Fetch it from "
-      "where the weights come from, or give its folder with --tokenizer."
-    )
-  facts["model.text.tokenizer"] = _check_tokenizer(tokenizer or str(folder))
+  chosen = tokenizer or foreign.tokenizer_in(folder)
+  facts["model.text.tokenizer"] = chosen if chosen == tokenizing.NONE else _check_tokenizer(chosen)
   pixels = hf_processor.read(folder, size=facts["model.image.size"], kind=hf_processor.SIGLIP)
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
   return foreign.ForeignCheckpoint(

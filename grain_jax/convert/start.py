@@ -133,6 +133,8 @@ def _differences(ours: Any, theirs: Any, part: str) -> Iterator[tuple[str, Any, 
     shape = any(key == p or (p.endswith(".") and key.startswith(p)) for p in _SHAPE[part])
     if key == "model.text.tokenizer":  # the same in another folder is no other
       shape = shape and tokenizing.vocabulary_hash(ours) != tokenizing.vocabulary_hash(theirs)
+      # The user's for weights that came without: whether it is theirs nobody can tell.
+      shape = shape and not (there[key] == tokenizing.NONE and value)
     free = key in _NO_SHAPE or key in ours.init.keep
     if shape and not free and key in there and value != there[key]:
       yield key, value, there[key]

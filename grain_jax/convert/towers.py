@@ -71,7 +71,7 @@ def write(
     ValueError: the folder is there, or the tokenizer does not fit the tower; one line.
   """
   if part == "text":
-    tokenizing.make(config)
+    tokenizing.make_or_ids(config)
   with staging.staged(out) as folder:
     folder.mkdir()
     written = tokenizing.into_folder(config, folder) if part == "text" else config

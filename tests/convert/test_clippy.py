@@ -5,7 +5,6 @@ import logging
 import math
 
 import jax
-import numpy as np
 import pieces
 import pytest
 import stock_models as stock
@@ -138,24 +137,41 @@ def test_at_full_size_there_are_the_published_keys_and_parameters():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["bare", "wrapped", "images alone"])
-def test_without_a_tokenizer_it_is_the_trunk(tmp_path, rng, caplog, name, form):
-  model, gone = published(name), {}
-  if form == "images alone":
-    gone = {k: None for k in model.state_dict() if not k.startswith("visual.")}
-  file = save(model, tmp_path / "clippy_5k.pt", wrapped=form == "wrapped", **gone)
+def test_without_a_tokenizer_it_takes_token_ids(tokenizer, tmp_path, rng, caplog, name):
+  """All else is as with one; a text is one line that says what is missing."""
+  model, out = published(name), tmp_path / "run"
+  file = save(model, tmp_path / "clippy_5k.pt", wrapped=name == "new")
   with caplog.at_level(logging.WARNING):
-    convert.convert("clippy", file, out=str(tmp_path / "run"))
-  said = ("30 arrays", f"text.0.{NAMES[name]}.", "--tokenizer=FOLDER", "whole model")
-  assert all((words in caplog.text) != bool(gone) for words in said), caplog.text
-  config, params, _ = weights.open_part(tmp_path / "run", "image")
+    convert.convert("clippy", file, out=str(out))
+  assert "texts as token ids alone" in caplog.text and "--tokenizer=FOLDER" in caplog.text
+  ours, image = grain_jax.load(out), stock.images(rng, 24)
+  stock.assert_close(ours.encode_image(image), model.encode_image(stock.pixels(ours.config, image)))
+  rows = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)(
+    TEXTS, padding=True, truncation=True, max_length=256, return_tensors="np"
+  )
+  found = ours.encode_token_ids(rows["input_ids"], rows["attention_mask"])
+  stock.assert_close(found, model.encode_text(TEXTS, tokenizer))
+  with pytest.raises(ValueError, match="was not beside its weights. .*--tokenizer=FOLDER") as error:
+    ours.encode_text("a dog")
+  assert "\n" not in str(error.value)
+  for folder in (out, tmp_path / "again"):  # it is carried on as it is
+    assert configs.read(folder / "config.json").model.text.tokenizer == "none"
+    if folder == out:
+      export.export(str(out), format="safetensors", out=str(tmp_path / "again"))
+
+
+def test_images_alone_are_a_tower(tmp_path, rng):
+  model = published()
+  gone = {k: None for k in model.state_dict() if not k.startswith("visual.")}
+  convert.convert("clippy", save(model, tmp_path / "x.pt", **gone), out=str(tmp_path / "run"))
+  _, params, _ = weights.open_part(tmp_path / "run", "image")
   assert list(params) == ["image_tower"]
-  assert_allclose(config.model.image.mean, OPENAI_CLIP_MEAN)
-  assert_allclose(config.model.image.std, OPENAI_CLIP_STD)
-  image = stock.images(rng, 24)
-  want = model.visual["trunk"](stock.pixels(config, image)).detach().numpy()
-  params = {**params, "logit_scale": np.float32(0)}  # which flax asks for
-  stock.assert_close(stock.ours(config, params, "encode_tokens", image), want)
+  ours, image = grain_jax.load(tmp_path / "run"), stock.images(rng, 24)
+  pixels = stock.pixels(ours.config, image)
+  assert_allclose(ours.config.model.image.mean, OPENAI_CLIP_MEAN)
+  assert_allclose(ours.config.model.image.std, OPENAI_CLIP_STD)
+  stock.assert_close(ours.encode_image(image), model.encode_image(pixels))
+  stock.assert_close(ours.encode_patches(image), model.encode_patches(pixels))
 
 
 TOWER = "text__0__auto_model__"
@@ -210,7 +226,7 @@ def test_images_alone_with_a_tokenizer_and_tokenizers_that_do_not_fit(tokenizer,
   many = save(model, tmp_path / "many.pt", **tables)
   (tmp_path / "empty").mkdir()
   for file, folder, words in (
-    (images, tokenizer, ["lacks text.0.auto_model.shared.weight", "--tokenizer asks for"]),
+    (images, tokenizer, ["with a Sentence-T5", "lacks text.0.auto_model.shared.weight"]),
     (whole, str(tmp_path / "empty"), ["--tokenizer=", "has no tokenizer.json or spiece.model"]),
     (whole, str(tmp_path / "none"), ["--tokenizer=", "has no tokenizer.json or spiece.model"]),
     (few, tokenizer, ["--tokenizer=", "few.pt 30"]),

@@ -88,11 +88,6 @@ def test_a_key_that_goes_with_the_weights_is_not_kept(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  raises=FloatingPointError,
-  reason="with XLA's optimisation off, as in tests, the gradient of grain.pool_tokens' jnp.max is "
-  "0 / 0: tokens are computed twice, rounded otherwise, and none equals the maximum",
-)
 def test_it_trains_at_twice_the_size_with_most_patches_left_out(folders, scenes_dir, tmp_path):
   config = recipe(
     folders, model__image__size=48, model__image__patch_dropout=0.8, batch_size=8, steps=3,

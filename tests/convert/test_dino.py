@@ -56,6 +56,17 @@ def imported(path, out):
   return config, trees.map_with_name(lambda name, x: np.asarray(x), params)
 
 
+def test_the_folder_of_the_tower_embeds_images(dino, tmp_path, rng):
+  """As `load` gives it: the class token, and the patches, L2-normalised."""
+  imported(save(tmp_path / "dino.pth", dino.state_dict()), tmp_path / "run")
+  model, image = grain_jax.load(tmp_path / "run"), stock.images(rng, 24)
+  want = dino(stock.pixels(model.config, image)).detach()
+  stock.assert_close(model.encode_image(image), stock.unit(want[:, 0]))
+  stock.assert_close(
+    model.encode_patches(image).reshape(len(image), 9, -1), stock.unit(want[:, 1:])
+  )
+
+
 def tokens(config, params, image):
   """All tokens after the final LayerNorm, of the tower's parameters alone."""
   params = {**params, "logit_scale": np.float32(0)}  # which flax asks for
@@ -175,7 +186,8 @@ def test_a_tower_alone_is_no_model(dino, tmp_path):
     overwrite=False, labels="", regions=False, batch_size=None,
   )  # fmt: skip
   for call in (
-    lambda: grain_jax.load(folder),
+    lambda: grain_jax.load(folder).encode_text("a dog"),
+    lambda: grain_jax.load(folder).encode_token_ids([[1]], [[1]]),
     lambda: evaluate.evaluate(folder),
     lambda: export.export(folder, format="hf_clip", out=str(out)),
     lambda: embed._main(flags),

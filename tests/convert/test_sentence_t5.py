@@ -90,6 +90,23 @@ def test_texts_embed_as_in_sentence_transformers(imported, model, folder):
   assert (config.model.text.context, config.model.embed_dim) == (CONTEXT, 20)
 
 
+def test_the_folder_of_the_tower_embeds_texts(imported, model, folder, copy, tmp_path, caplog):
+  """As `load` gives it; without its tokenizer, which is said, by token ids."""
+  want = encode(model, folder, TEXTS)
+  assert_allclose(grain_jax.load(imported).encode_text(TEXTS), want, atol=1e-5)
+  (copy / "tokenizer.json").unlink()
+  convert.convert("sentence_t5", str(copy), out=str(tmp_path / "ids"))
+  assert "takes texts as token ids alone" in caplog.text
+  rows = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+    TEXTS, padding=True, truncation=True, max_length=CONTEXT, return_tensors="np"
+  )
+  ours = grain_jax.load(tmp_path / "ids")
+  found = ours.encode_token_ids(rows["input_ids"], rows["attention_mask"])
+  assert_allclose(found, want, atol=1e-5)
+  with pytest.raises(ValueError, match="the tokenizer of this text tower was not beside"):
+    ours.tokenize(TEXTS)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_files_are_read_as_float32(copy, model, tmp_path, dtype):
   half = [model[0].state_dict(), {"linear.weight": model[1].weight.data}]
@@ -149,8 +166,8 @@ def test_another_tokenizer_than_the_towers_is_named(tiny, imported, tmp_path):
 
 def test_where_a_whole_model_is_wanted_a_line_says_what_it_is(imported, tiny, tmp_path):
   want = "holds the text tower of a model alone: train with --config.init.text="
-  with pytest.raises(ValueError, match=want):
-    grain_jax.load(imported)
+  with pytest.raises(ValueError, match="encode_image: .* holds the text tower of a model alone"):
+    grain_jax.load(imported).encode_image(np.zeros((8, 8, 3), np.uint8))
   for call in (
     lambda: weights.load_run(imported),
     lambda: export.export(str(imported), format="hf_clip", out=str(tmp_path / "x")),
@@ -215,7 +232,6 @@ def with_fewer_rows(folder):
     (with_module_elsewhere, "is not within the folder"),
     (with_two_embeddings, "differ, and T5 has one token embedding"),
     (with_fewer_rows, "vocab_size = 20 is fewer than"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
     (lambda folder: (folder / "modules.json").unlink(), "modules.json does not exist"),
     (lambda folder: shutil.rmtree(folder / "2_Dense"), "2_Dense"),
   ],

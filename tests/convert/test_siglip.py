@@ -275,7 +275,6 @@ def other_vocabulary(folder):
       edit_weights(lambda s: {k: v for k, v in s.items() if "probe" not in k}),
       "lacks vision_model.head.probe",
     ),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
     (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
     (lambda folder: (folder / "model.safetensors").unlink(), "has none of model.safetensors"),
   ],
@@ -312,7 +311,7 @@ def test_files_of_neither_kind_and_lacking_tokenizers_are_a_line(folder, tmp_pat
   npz.write_bytes(b"PK\x03\x04 nothing")
   other.write_text("nothing")
   for path, tokenizer, said in (
-    (npz, None, "--tokenizer"),
+    (npz, None, "truncated or not an .npz"),
     (npz, str(folder), "truncated or not an .npz"),
     (other, None, "is neither a folder of a SiglipModel"),
     (folder, str(tmp_path), "there is no tokenizer.json or spiece.model"),
@@ -329,3 +328,14 @@ def test_bfloat16_differs_by_its_rounding_alone(run, rng):
   config.model.dtype = "bfloat16"
   got = grain.build(config).apply({"params": params}, image, method="encode_image")
   assert np.abs(np.asarray(got) - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_without_its_tokenizer_it_takes_token_ids(copy, folder, run, tmp_path, caplog):
+  """The pads given are those that are seen, whichever id they have."""
+  (copy / "tokenizer.json").unlink()
+  convert.convert("siglip", str(copy), out=str(tmp_path / "ids"))
+  assert "takes texts as token ids alone" in caplog.text
+  texts = ["a photo of a dog", "A red Cat"]
+  ids = ids_of(folder, texts)
+  found = grain_jax.load(tmp_path / "ids").encode_token_ids(ids, np.ones_like(ids, bool))
+  assert_allclose(found, grain_jax.load(run).encode_text(texts), atol=1e-6)
