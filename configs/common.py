@@ -143,9 +143,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.anchor_teacher = "initial"  # that copy: initial (weights at the start) | ema (their mean)
   c.loss.anchor_decay = 0.9996  # of that mean
   c.loss.image_grounded = 0.0  # weight of images against their own false captions (DeGLA: 0.1)
-  c.loss.text_grounded = (
-    0.0  # weight of captions against theirs, by the copy's caption (DeGLA: 0.1)
-  )
+  c.loss.text_grounded = 0.0  # weight of captions against theirs, by the copy's caption (0.1)
   c.loss.chunk = 8192  # columns of the contrastive logits in memory at a time; 0: all
   c.loss.precision = "auto"  # of contrastive products: bfloat16 | float32 | auto: f32 on CPUs
   c.loss.mask_duplicates = True  # equal texts in a batch are no negatives of each other
