@@ -13,17 +13,13 @@ import csv
 import io
 import json
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from grain_jax import failures
 
 _BOM = "\ufeff"
-_BUFFER = 1 << 20  # bytes of a read
-_JSON_SPACE = re.compile(r"[ \t\n\r]*").match
-_DECODER = json.JSONDecoder()
-_LONGEST_TOKEN = 32  # characters, of those that JSON's errors point at the beginning of
+BUFFER = 1 << 20  # bytes of a read
 
 
 class Place(NamedTuple):
@@ -49,14 +45,6 @@ class Line(NamedTuple):
     return _decode(self.data, offset=self.offset, number=self.number).removeprefix(_BOM)
 
 
-class Member(NamedTuple):
-  """A member of a JSON object, and where it lies in its file: from its key's first quote."""
-
-  key: str
-  offset: int  # in bytes
-  length: int  # in bytes, to the end of its value
-
-
 class Row(NamedTuple):
   """A row of a CSV file with a header."""
 
@@ -73,7 +61,7 @@ def read_text(path: pathlib.Path, *, name: str = "") -> str:
     name: what errors call it, such as '--texts=a.txt'; default: the path.
   """
   name = name or str(path)
-  with _open(path, name) as file:
+  with open_binary(path, name) as file:
     data = file.read()
   try:
     return _decode(data).removeprefix(_BOM)
@@ -84,7 +72,7 @@ def read_text(path: pathlib.Path, *, name: str = "") -> str:
 def read_json(path: pathlib.Path, *, name: str = "") -> Any:
   """The content of a JSON file; see `read_text`."""
   name = name or str(path)
-  with _open(path, name) as file:
+  with open_binary(path, name) as file:
     data = file.read()
   try:
     return parse_json(_decode(data).removeprefix(_BOM))
@@ -104,7 +92,7 @@ def iterate_lines(
     stop: offset in bytes before which they begin; None: to the end of the file.
   """
   offset = start.offset
-  with _open(path, name or str(path), offset) as file:
+  with open_binary(path, name or str(path), offset) as file:
     for number, data in enumerate(file, start=start.line + 1):
       if stop is not None and offset >= stop:
         return
@@ -140,47 +128,6 @@ def parse_json(text: str) -> Any:
     return json.loads(text)
   except RecursionError:
     raise ValueError("it is nested too deeply") from None
-
-
-def iterate_json_object(path: pathlib.Path, *, name: str = "") -> Iterator[Member]:
-  """The members of a JSON file that is one object {key: value, ...}, of any size.
-
-  Held in memory are a few megabytes, or the longest member if that is more. What is such a file,
-  and what is wrong with one, is as `read_json` has it.
-
-  Raises:
-    ValueError: one line with the place, after the members before it.
-  """
-  name = name or str(path)
-  with _open(path, name) as file:
-    try:
-      window = _Window(file)
-      if window.skip_space() != "{":
-        content = read_json(path, name=name)  # it may be no JSON at all
-        raise _NoObject(f"{name} holds a {type(content).__name__}, not an object {{key: value}}")
-      window.at += 1
-      more, first = window.skip_space() != "}", True
-      while more:
-        yield window.next_member(first=first)
-        more, first = window.text[window.at] == ",", False
-        window.at += more
-      window.at += 1  # the brace that closes it
-      if window.skip_space():
-        raise window.error("Extra data", window.at)
-    except _NoObject as error:
-      raise ValueError(f"{error}. Give the right file.") from None
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{name} is not JSON: {error.msg}. Get or write it once more.") from None
-    except UnicodeError as error:
-      raise ValueError(f"{name} is not JSON: {error}. Get or write it once more.") from None
-
-
-def parse_member(data: bytes) -> tuple[str, Any]:
-  """(key, value) of the bytes that a `Member` lies in."""
-  text = data.decode("utf-8")
-  key, end = json.decoder.scanstring(text, 1)
-  colon = _JSON_SPACE(text, end).end()
-  return key, _DECODER.raw_decode(text, _JSON_SPACE(text, colon + 1).end())[0]
 
 
 def read_csv(
@@ -264,7 +211,7 @@ class _CsvLines:
     return Place(self._offset, self._line, row) if self._whole else None
 
   def _read(self) -> Iterator[str]:
-    with _open(self._path, self._name, self._offset) as file:
+    with open_binary(self._path, self._name, self._offset) as file:
       for data in file:
         if self._stop is not None and self._offset >= self._stop:
           return
@@ -293,109 +240,18 @@ def _decode(data: bytes, *, offset: int = 0, number: int = 0) -> str:
     ) from None
 
 
-class _NoObject(Exception):
-  """JSON, but no object."""
+def open_binary(path: pathlib.Path, name: str = "", offset: int = 0) -> io.BufferedReader:
+  """The bytes of a file from an offset on; where the storage fails, they are read again.
 
+  Args:
+    path: the file.
+    name: what errors call it; default: the path.
+    offset: in bytes.
 
-class _Window:
-  """A part of a long JSON text; what lies before `at` goes when more is read."""
-
-  def __init__(self, file: io.BufferedReader):
-    self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
-    self.text, self.at = "", 0
-    self._read = 0  # bytes read
-    self._byte, self._mark = 0, 0  # the byte that text[_mark] begins at
-    self._before = self._lines = 0  # characters and lines before the text
-    self._column = 0  # characters of its line before it
-    if self.more() and self.text.startswith(_BOM):
-      self._byte, self.text = len(codecs.BOM_UTF8), self.text[1:]
-
-  def more(self) -> bool:
-    """Reads as much again as there is left, and no less than `_BUFFER`; whether there was any."""
-    self._byte, self._mark = self._byte_of(self.at), 0
-    gone, self.text, self.at = self.text[: self.at], self.text[self.at :], 0
-    self._before += len(gone)
-    self._lines += gone.count("\n")
-    self._column = len(gone) - gone.rfind("\n") - 1 + ("\n" not in gone) * self._column
-    data = self._file.read(max(_BUFFER, len(self.text)))
-    waiting = len(self._decoder.getstate()[0])
-    try:
-      self.text += self._decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:
-      line = 1 + self._lines + self.text.count("\n") + error.object.count(b"\n", 0, error.start)
-      place = self._read - waiting + error.start
-      bad = error.object[error.start]
-      raise UnicodeError(f"not UTF-8: byte 0x{bad:02x} at byte {place} (line {line})") from None
-    self._read += len(data)
-    return bool(data)
-
-  def skip_space(self) -> str:
-    """Moves to the next character that is none; '' at the end."""
-    while True:
-      self.at = _JSON_SPACE(self.text, self.at).end()
-      if self.at < len(self.text) or not self.more():
-        return self.text[self.at : self.at + 1]
-
-  def next_member(self, *, first: bool) -> Member:
-    """The member at `at`, which moves on to the "," or "}" behind it."""
-    self.skip_space()
-    while True:
-      try:
-        key, end, after = self._parse()
-      except RecursionError:
-        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
-      except json.JSONDecodeError as error:
-        # Of a member that is only cut off here, no error but this one is so far from the end.
-        cut_off = "Unterminated" in error.msg or len(self.text) - error.pos < _LONGEST_TOKEN
-        if not cut_off or not self.more():
-          raise self._json_error(first) from None
-        continue
-      offset = self._byte_of(self.at)
-      length = self._byte_of(end) - offset
-      self.at = after
-      return Member(key, offset, length)
-
-  def _parse(self) -> tuple[str, int, int]:
-    """(key, end of the value, place of what follows it)."""
-    text, at = self.text, self.at
-    if text[at : at + 1] != '"':
-      raise json.JSONDecodeError("no key", text, at)
-    key, end = json.decoder.scanstring(text, at + 1)
-    colon = _JSON_SPACE(text, end).end()
-    if text[colon : colon + 1] != ":":
-      raise json.JSONDecodeError("no colon", text, colon)
-    _, end = _DECODER.raw_decode(text, _JSON_SPACE(text, colon + 1).end())
-    after = _JSON_SPACE(text, end).end()
-    if text[after : after + 1] not in (",", "}") or after == len(text):
-      raise json.JSONDecodeError("no end", text, after)
-    return key, end, after
-
-  def _json_error(self, first: bool) -> json.JSONDecodeError:
-    """What `json` says of the member at `at`."""
-    before = "{" if first else '{"":0,'
-    try:
-      json.loads(before + self.text[self.at :])
-    except json.JSONDecodeError as error:
-      return self.error(error.msg, self.at + error.pos - len(before))
-    return self.error("Expecting ',' delimiter", self.at)
-
-  def error(self, message: str, at: int) -> json.JSONDecodeError:
-    """With the place in the file, as `json` words it."""
-    lines = self.text.count("\n", 0, at)
-    column = at - self.text.rfind("\n", 0, at) if lines else self._column + at + 1
-    place = f"line {1 + self._lines + lines} column {column} (char {self._before + at})"
-    return json.JSONDecodeError(f"{message}: {place}", "", 0)
-
-  def _byte_of(self, at: int) -> int:
-    """The place in the file of text[at]; never before the one asked for last."""
-    passed = self.text[self._mark : at]
-    self._byte += len(passed) if passed.isascii() else len(passed.encode("utf-8"))
-    self._mark = at
-    return self._byte
-
-
-def _open(path: pathlib.Path, name: str, offset: int = 0) -> io.BufferedReader:
-  return io.BufferedReader(_Retried(pathlib.Path(path), name, offset), _BUFFER)
+  Raises:
+    ValueError: it cannot be read; one line.
+  """
+  return io.BufferedReader(_Retried(pathlib.Path(path), name or str(path), offset), BUFFER)
 
 
 class _Retried(io.RawIOBase):

@@ -25,6 +25,7 @@ LEVELS = (
     "keys",
     "cli",
     "helptext",
+    "jsonfiles",
     "recipes",
     "places",
     "schema",

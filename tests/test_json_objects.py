@@ -29,7 +29,7 @@ def test_an_object_read_in_pieces_is_jsons(
   tmp_path, monkeypatch, content, separators, escaped, size
 ):
   """Keys that come twice and NaN included, whatever byte a piece ends at."""
-  monkeypatch.setattr(textfiles, "_BUFFER", size)
+  monkeypatch.setattr(textfiles, "BUFFER", size)
   comma, colon = separators
   dumped = [
     json.dumps(key) + colon + json.dumps(value, ensure_ascii=escaped, separators=separators)
@@ -49,7 +49,7 @@ def test_an_object_read_in_pieces_is_jsons(
 @example(data=None, size=3)
 def test_an_object_that_is_broken_is_told_as_json_tells_it(tmp_path, monkeypatch, data, size):
   """A good object with a piece cut out, put in or changed: the error of `read_json`, or none."""
-  monkeypatch.setattr(textfiles, "_BUFFER", size)
+  monkeypatch.setattr(textfiles, "BUFFER", size)
   text = '{"ä": [1, 2.5e3, "x\\u00e9"],\n "b": {"c": null}, "b": true,\n"d": "y"}\n'
   if data is not None:
     start = data.draw(st.integers(0, len(text)))

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from grain_jax import failures, textfiles
+from grain_jax import failures, jsonfiles
 
 _CACHE = 64 << 20  # bytes of an index that stay in memory
 _BATCH = 20_000  # entries sorted and inserted together: neighbours in the tree, a page at a time
@@ -64,7 +64,7 @@ class MemberIndex:
     )
     batch: list[tuple[int, int, int, int]] = []
     for number, path in enumerate(files):
-      for member in textfiles.iterate_json_object(path):
+      for member in jsonfiles.iterate_object(path):
         if self._first[number] is None:
           self._first[number] = member.key
         batch.append((_hash(_nfc(member.key)), number, member.offset, member.length))
@@ -90,7 +90,7 @@ class MemberIndex:
     found: dict[int, Any] = {}
     near: dict[int, Any] = {}
     for file, offset, length in rows:
-      name, value = textfiles.parse_member(self._files[file].read(offset, length))
+      name, value = jsonfiles.parse_member(self._files[file].read(offset, length))
       if name == key:
         found[file] = value
       elif _nfc(name) == _nfc(key):  # another one may have the same hash
