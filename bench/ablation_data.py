@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from grain_jax import schema
-from grain_jax.data import build, sources
+from grain_jax.data import build
+from grain_jax.data.scenes import scenes
+from grain_jax.data.sources import scenes as scenes_source
 
 MISSING = 0.3  # part of the regions that the spoilt annotations lack
 JITTER = 0.1  # each side of their boxes moves by up to this part of the box's extent
@@ -77,25 +79,18 @@ def build_all(settings: Any, folder: pathlib.Path, *, say: Callable[[str], None]
     folder: to build in.
     say: takes lines of progress.
   """
-  whole = sources.scenes(settings)
+  whole = scenes_source.source(settings)
   for name, change in VARIANTS.items():
 
     def read(change: Any = change) -> Iterator[tuple[str, dict[str, Any]]]:
-      if change is None:
-        yield from whole.read()
-        return
-      later: list[tuple[str, dict[str, Any]]] = []
+      for split in scenes.SPLITS:
+        drawn = scenes.iterate(settings, split)
+        if split == "train":
+          drawn = change(drawn, np.random.default_rng(settings.seed))
+        for record in drawn:
+          yield split, record
 
-      def training() -> Iterator[dict[str, Any]]:
-        for split, record in whole.read():
-          if split == "train":
-            yield record
-          else:
-            later.append((split, record))
-
-      for record in change(training(), np.random.default_rng(settings.seed)):
-        yield "train", record
-      yield from later
-
-    source = dataclasses.replace(whole, read=read, settings={**whole.settings, "variant": name})
+    source = dataclasses.replace(whole, settings={**whole.settings, "variant": name})
+    if change is not None:
+      source = dataclasses.replace(source, read=read, blocks=None, recipe=None)
     build.build(source, folder / name, say=say)

@@ -37,6 +37,7 @@ from absl import flags
 from PIL import Image, ImageFilter
 
 from grain_jax import cli
+from grain_jax.data.sources import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = ("ours", "ours_whole", "torch", "torch_reduced")
@@ -66,7 +67,7 @@ def draw(index: int, width: int, height: int) -> bytes:
 def make_data(folder: pathlib.Path, *, images: int, width: int, height: int) -> None:
   """`files/` with JPEGs and records.json for the peer, `shards/` for us: the same records."""
   from grain_jax import schema
-  from grain_jax.data import build, sources
+  from grain_jax.data import build
 
   rng, records = np.random.default_rng(0), []
   files = folder / "files"
@@ -95,7 +96,7 @@ def make_data(folder: pathlib.Path, *, images: int, width: int, height: int) -> 
         schema.RECORD_NEGATIVES: [],
       }
     )
-  source = sources.Source(
+  source = base.Source(
     name="bench", read=lambda: (("train", r) for r in records), about={}, settings={}
   )
   build.build(source, folder / "shards", shard_size=128, workers=1, say=lambda line: None)

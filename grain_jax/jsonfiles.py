@@ -1,4 +1,4 @@
-"""JSON files of any size that are one object {key: value, ...}: member by member, by their place."""
+"""JSON files of any size that are one object {key: value}: member by member, by their place."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Window:
       self._byte, self.text = len(codecs.BOM_UTF8), self.text[1:]
 
   def more(self) -> bool:
-    """Reads as much again as there is left, and no less than `textfiles.BUFFER`; whether there was any."""
+    """Reads as much as is left, or `textfiles.BUFFER` if that is more; whether there was any."""
     self._byte, self._mark = self._byte_of(self.at), 0
     gone, self.text, self.at = self.text[: self.at], self.text[self.at :], 0
     self._before += len(gone)

@@ -30,7 +30,7 @@ class Place(NamedTuple):
   row: int = 0  # rows of CSV
 
 
-_START = Place()
+START = Place()
 
 
 class Line(NamedTuple):
@@ -81,7 +81,7 @@ def read_json(path: pathlib.Path, *, name: str = "") -> Any:
 
 
 def iterate_lines(
-  path: pathlib.Path, *, name: str = "", start: Place = _START, stop: int | None = None
+  path: pathlib.Path, *, name: str = "", start: Place = START, stop: int | None = None
 ) -> Iterator[Line]:
   """The lines of a file that hold more than white space, not yet decoded.
 
@@ -135,7 +135,7 @@ def read_csv(
   *,
   name: str = "",
   delimiter: str = ",",
-  start: Place = _START,
+  start: Place = START,
   stop: int | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
   """(number from 1, fields) of each row of a CSV file; an empty line is a row without fields.
@@ -159,7 +159,7 @@ def csv_places(
   *,
   name: str = "",
   delimiter: str = ",",
-  start: Place = _START,
+  start: Place = START,
   stop: int | None = None,
 ) -> Iterator[tuple[int, list[str], Place | None]]:
   """`read_csv`, and where the row after each begins; None where that is within a line."""
@@ -181,10 +181,16 @@ def csv_places(
     yield number, fields, lines.place(number)
 
 
-def read_table(path: pathlib.Path, *, name: str = "") -> tuple[list[str], Iterator[Row]]:
+def read_table(
+  path: pathlib.Path, *, name: str = "", start: Place = START, stop: int | None = None
+) -> tuple[list[str], Iterator[Row]]:
   """(columns of the first row, the rows after it that are not empty); see `read_csv`."""
   rows = (row for row in read_csv(path, name=name) if row[1])
   _, columns = next(rows, (0, []))
+  if start != START or stop is not None:
+    rows = (row for row in read_csv(path, name=name, start=start, stop=stop) if row[1])
+    if start == START:
+      next(rows, None)
   return columns, (_row(number, columns, fields) for number, fields in rows)
 
 

@@ -12,7 +12,9 @@ from bench import kills
 from grain_jax import config as configs
 from grain_jax import embed, export, places
 from grain_jax.convert import convert, weights
-from grain_jax.data import build, dataset, sources
+from grain_jax.data import build, dataset
+from grain_jax.data.sources import folder as folder_source
+from grain_jax.data.sources import published as published_source
 from grain_jax.evals import linear_probe, zero_shot
 from grain_jax.evals.inputs import files, options
 from grain_jax.training import loop
@@ -69,9 +71,9 @@ def listed(folder):
     ("--input", lambda c, d: convert.convert("hf_clip", BUCKET, out=str(d / "x"))),
     ("--out", lambda c, d: convert.convert("hf_clip", str(d), out=BUCKET)),
     ("--out", lambda c, d: build.build(None, BUCKET)),
-    ("--input", lambda c, d: sources.folder(BUCKET)),
-    ("--annotations", lambda c, d: sources.folder(str(d), annotations=BUCKET)),
-    ("--images", lambda c, d: sources.published(BUCKET, captions="x")),
+    ("--input", lambda c, d: folder_source.source(BUCKET)),
+    ("--annotations", lambda c, d: folder_source.source(str(d), annotations=BUCKET)),
+    ("--images", lambda c, d: published_source.source(BUCKET, captions="x")),
     ("--images", lambda c, d: files.find(BUCKET)),
     ("--images=", lambda c, d: files.find(listed(d))),
     ("--out", lambda c, d: embed.output(BUCKET, overwrite=False).__enter__()),

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grain_jax import places
-from grain_jax.data import build, dataset, sources
+from grain_jax.data import build, dataset
+from grain_jax.data.sources import folder as folder_source
+from grain_jax.data.sources import published as published_source
 from grain_jax.evals import composition
 from grain_jax.evals.inputs import files, given_images
 from grain_jax.evals.inputs import images as images_lib
@@ -72,17 +74,17 @@ def built(root, source):
 
 def build_jsonl(root, name):
   write_lines(root / "annotations.jsonl", {"image": name, "caption": "c"})
-  return built(root, sources.folder(root))
+  return built(root, folder_source.source(root))
 
 
 def build_absolute(root, name):
   write_lines(root / "annotations.jsonl", {"image": str(root / name), "caption": "c"})
-  return built(root, sources.folder(root))
+  return built(root, folder_source.source(root))
 
 
 def build_csv(root, name):
   (root / "annotations.csv").write_text(f"image,caption\n{name},c\n", encoding="utf-8")
-  return built(root, sources.folder(root))
+  return built(root, folder_source.source(root))
 
 
 def build_published(root, name):
@@ -93,7 +95,7 @@ def build_published(root, name):
   boxes = [{"description": "d", "bbox": [0, 0, 96, 96], "score": 1}]
   (root / "b.json").write_text(json.dumps({other: boxes}))
   (root / "t.json").write_text(json.dumps({other: "a longer one"}, ensure_ascii=False), "utf-8")
-  source = sources.published(
+  source = published_source.source(
     root, captions=root / "c.csv", boxes=[root / "b.json"], generated=[root / "t.json"]
   )
   assert built(root, source) == 1

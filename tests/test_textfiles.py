@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from grain_jax import failures, textfiles
 from grain_jax.convert import state_dicts
-from grain_jax.data import sources
+from grain_jax.data import records
+from grain_jax.data.sources import base
+from grain_jax.data.sources import folder as folder_source
+from grain_jax.data.sources import published as published_source
 from grain_jax.evals import zero_shot
 from grain_jax.evals.inputs import annotations, files, instances
 from grain_jax.evals.inputs.options import Options
@@ -34,7 +37,7 @@ def dump(value):
 
 
 def build_json(path):
-  return [(r["key"], r["captions"]) for _, r in sources.folder(path.parent).read()]
+  return [(r["key"], r["captions"]) for _, r in base.iterate(folder_source.source(path.parent))]
 
 
 def grounding_json(path):
@@ -120,7 +123,11 @@ def test_every_reader_of_json_lines_names_the_line_that_is_wrong(tmp_path, caplo
   name, read = JSON_LINES[reader]
   path = write(tmp_path, name, dump(entry()) + b"\n\n" + BAD_LINES[case] + b"\n")
   if reader == "build":  # counted
-    refused = [r for _, r in sources.folder(path.parent).read() if isinstance(r, sources.Refused)]
+    refused = [
+      r
+      for _, r in base.iterate(folder_source.source(path.parent))
+      if isinstance(r, records.Refused)
+    ]
     assert refused[0] == ("line 3", "records", "not_json")
   elif reader == "metrics":  # a killed run leaves half a line: counted
     assert len(read(path)) == 1 and "first 3." in caplog.text
@@ -131,11 +138,11 @@ def test_every_reader_of_json_lines_names_the_line_that_is_wrong(tmp_path, caplo
 
 
 def build_csv(path):
-  return [(r["key"], r["captions"]) for _, r in sources.folder(path.parent).read()]
+  return [(r["key"], r["captions"]) for _, r in base.iterate(folder_source.source(path.parent))]
 
 
 def published_csv(path):
-  found = sources.published(path.parent, captions=path).read()
+  found = base.iterate(published_source.source(path.parent, captions=path))
   return [(r["key"], r["captions"]) for _, r in found]
 
 
@@ -231,7 +238,7 @@ def test_a_field_in_no_column_is_counted_or_refused(tmp_path):
   """A comma outside quotes: the caption would end there."""
   rows = (("0.jpg", "a dog, brown"), ("1.jpg", "b,"))
   path = write_csv(tmp_path, "build", rows)
-  refused, good = [record for _, record in sources.folder(path.parent).read()]
+  refused, good = [record for _, record in base.iterate(folder_source.source(path.parent))]
   assert refused == ("row 2", "records", "malformed") and good["captions"] == ["b"]
   with pytest.raises(ValueError, match="row 2: ' brown' is in no column"):
     embed_csv(write_csv(tmp_path, "embed", rows))
@@ -312,7 +319,7 @@ def test_storage_that_fails_within_a_file_costs_nothing(tmp_path, monkeypatch):
       return super().readinto(buffer)
 
   monkeypatch.setattr(failures, "RETRY_DELAYS", (0.0,))
-  monkeypatch.setattr(textfiles, "_BUFFER", 50)
+  monkeypatch.setattr(textfiles, "BUFFER", 50)
   monkeypatch.setattr(pathlib.Path, "open", lambda path, mode, buffering: Failing(path, mode))
   assert list(textfiles.read_json_lines(path)) == expected and len(opened) > 100
   assert all(file.closed for file in opened)

@@ -246,9 +246,9 @@ def open_dataset(directory: str | pathlib.Path) -> Dataset:
 def _open(path: pathlib.Path, how: str) -> Dataset:
   file = path / MANIFEST
   if not file.is_file():
-    parts = sorted(p.name for p in path.parent.glob(path.name + ".tmp-*"))
-    if parts:
-      why = f"only an unfinished build ({', '.join(parts)}) lies beside it"
+    part = path.with_name(f"{path.name}.part")  # of `grain_jax.data.build`
+    if part.exists():
+      why = f"only an unfinished build ({part.name}) lies beside it"
     elif path.exists():
       why = f"it has no {MANIFEST}, so it is half-built or something else"
     else:

@@ -8,8 +8,9 @@ import pytest
 from bench import ablation, ablation_data, expectations
 from bench import comparison as runs
 from grain_jax import config as configs
-from grain_jax.data import dataset, sources
+from grain_jax.data import dataset
 from grain_jax.data.scenes import scenes
+from grain_jax.data.sources import scenes as scenes_source
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
@@ -141,7 +142,7 @@ def test_scenes_without_negatives_are_no_plain_variant(tmp_path):
   some = scenes.SceneSettings(train=4, val=1, concepts=8, objects_per_class=1, image_size=32)
   from grain_jax.data import build
 
-  build.build(sources.scenes(some), tmp_path / "plain")
+  build.build(scenes_source.source(some), tmp_path / "plain")
   with pytest.raises(ValueError, match="overwrite"):
     ablation_data.build_all(
       scenes.SceneSettings(

@@ -17,7 +17,8 @@ import grain_jax
 from grain_jax import config as configs
 from grain_jax import embed, export
 from grain_jax.convert import convert, hf_processor, start
-from grain_jax.data import build, dataset, examples, sources, transforms
+from grain_jax.data import build, dataset, examples, transforms
+from grain_jax.data.sources import base
 from grain_jax.evals import built
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.options import Options
@@ -93,7 +94,7 @@ def seen_by_all_roads(config, params, files, tmp_path):
     {RECORD_KEY: p.name, RECORD_IMAGE: jpeg(p), RECORD_CAPTIONS: ["a"], RECORD_REGIONS: []}
     for p in files
   ]
-  source = sources.Source(
+  source = base.Source(
     name="x", read=lambda: iter([("val", r) for r in records]), about={}, settings={}
   )
   build.build(source, tmp_path / "data", shard_size=8, workers=1, say=lambda line: None)
@@ -221,7 +222,7 @@ def test_training_resizes_by_the_models_interpolation(files, tiny, tmp_path, res
   picture = Image.open(files[0])
   encoded = jpeg(files[0])
   record = {RECORD_KEY: "a", RECORD_IMAGE: encoded, RECORD_CAPTIONS: ["a"], RECORD_REGIONS: []}
-  source = sources.Source(name="x", read=lambda: iter([("train", record)]), about={}, settings={})
+  source = base.Source(name="x", read=lambda: iter([("train", record)]), about={}, settings={})
   build.build(source, tmp_path / "data", shard_size=8, workers=1, say=lambda line: None)
   data = dataset.open_dataset(tmp_path / "data")
   made = examples.Examples(data, "train", tiny, training=True)

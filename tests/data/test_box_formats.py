@@ -9,7 +9,8 @@ import toy_data
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from grain_jax.data import box_formats, build, build_flags, dataset, decoding, records
+from grain_jax.data import box_formats, build, dataset, decoding, records
+from grain_jax.data.building import flags as build_flags
 
 SIDES = st.integers(2, 2000)
 FORMATS = st.sampled_from(box_formats.FORMATS)

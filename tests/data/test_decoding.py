@@ -13,7 +13,8 @@ from PIL import Image
 import grain_jax
 from grain_jax import config as configs
 from grain_jax import embed, evaluate, inference
-from grain_jax.data import dataset, examples, sources
+from grain_jax.data import dataset, examples
+from grain_jax.data.sources import folder as folder_source
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
@@ -189,7 +190,7 @@ def test_boxes_lie_on_the_upright_picture(tmp_path, config):
     '"box": [0.1, 0.5, 0.4, 0.9]}]}\n'
   )
   out = tmp_path / "d"
-  toy_data.build.build(sources.folder(root), out, shard_size=4, workers=1, say=toy_data.quiet)
+  toy_data.build.build(folder_source.source(root), out, shard_size=4, workers=1, say=toy_data.quiet)
   reader = examples.Examples(dataset.open_dataset(out), "train", config, training=True)
   image = reader.chunk(np.arange(1), 0).arrays[0][0]
   white = image[..., 0] > 127
@@ -263,7 +264,7 @@ def test_the_limit_of_a_build_is_its_flags(tmp_path):
   for i, side in enumerate((10, 11)):
     Image.new("RGB", (side, 10)).save(root / f"{i}.png")
   (root / "annotations.csv").write_text("image,caption\n0.png,a\n1.png,b\n")
-  source = sources.folder(root, max_pixels=100)
+  source = folder_source.source(root, max_pixels=100)
   manifest = toy_data.build.build(source, tmp_path / "d", allow_dropped=0.5, say=toy_data.quiet)
   train = manifest["splits"]["train"]
   assert train["records"] == 1 and train["dropped"]["records"] == {

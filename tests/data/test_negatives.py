@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax import schema, tokenizer
-from grain_jax.data import build, dataset, pipeline, sources
+from grain_jax.data import build, dataset, pipeline
 from grain_jax.data.scenes import scenes
+from grain_jax.data.sources import scenes as scenes_source
 
 TOKENS = tokenizer.Tokenizer(77)
 
@@ -17,7 +18,7 @@ def data(tmp_path_factory):
   """Scenes with false texts; not to be written to."""
   out = tmp_path_factory.mktemp("negatives") / "data"
   some = scenes.SceneSettings(negatives=True, train=16, val=1, concepts=12, objects_per_class=1)
-  build.build(sources.scenes(some, workers=1), out, workers=1)
+  build.build(scenes_source.source(some), out, workers=1)
   return str(out)
 
 

@@ -15,7 +15,8 @@ import pytest
 import toy_data
 
 from grain_jax import cli
-from grain_jax.data import build_flags, dataset, records, shards
+from grain_jax.data import dataset, records, shards
+from grain_jax.data.building import flags as build_flags
 
 
 class Handle:

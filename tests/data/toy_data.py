@@ -7,7 +7,8 @@ from PIL import Image
 
 from configs import common
 from grain_jax import schema
-from grain_jax.data import build, sources
+from grain_jax.data import build
+from grain_jax.data.sources import base
 
 COLORS = {
   "red": (220, 30, 30),
@@ -53,7 +54,7 @@ def source(records, *, name="toy", **options):
   """A source of (split, record) pairs, or of records of the split train."""
   pairs = [r if isinstance(r, tuple) else ("train", r) for r in records]
   options = {"about": {}, "settings": {"records": len(pairs)}, **options}
-  return sources.Source(name=name, read=lambda: iter(pairs), **options)
+  return base.Source(name=name, read=lambda: iter(pairs), **options)
 
 
 def quiet(line):

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from grain_jax import config as configs
-from grain_jax.data import build, dataset, sources
+from grain_jax.data import build, dataset
+from grain_jax.data.sources import folder as folder_source
 from grain_jax.runtime import metrics
 from grain_jax.training import loop, preconditions, steps
 
@@ -23,7 +24,7 @@ def captions_only(tmp_path_factory):
     Image.fromarray(np.full((32, 32, 3), 9 * i, np.uint8)).save(root / f"{i}.jpg")
   rows = "".join(f"{i}.jpg,grey number {i}\n" for i in range(COUNT))
   (root / "annotations.csv").write_text("image,caption\n" + rows)
-  build.build(sources.folder(root), root / "out", say=lambda line: None)
+  build.build(folder_source.source(root), root / "out", say=lambda line: None)
   return root / "out"
 
 

@@ -12,8 +12,9 @@ from numpy.testing import assert_allclose
 from bench import kills
 from grain_jax import config as configs
 from grain_jax import trees
-from grain_jax.data import build, sources
+from grain_jax.data import build
 from grain_jax.data.scenes import scenes
+from grain_jax.data.sources import scenes as scenes_source
 from grain_jax.models import grain
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import loop, steps
@@ -94,7 +95,7 @@ def data(tmp_path_factory):
   some = scenes.SceneSettings(
     negatives=True, train=24, val=2, concepts=12, objects_per_class=1, image_size=32
   )
-  build.build(sources.scenes(some, workers=1), out, workers=1)
+  build.build(scenes_source.source(some), out, workers=1)
   return str(out)
 
 

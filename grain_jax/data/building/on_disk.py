@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from grain_jax import failures, jsonfiles
 
+_MEMBERS = "members.sqlite"
 _CACHE = 64 << 20  # bytes of an index that stay in memory
 _BATCH = 20_000  # entries sorted and inserted together: neighbours in the tree, a page at a time
 
@@ -25,6 +26,7 @@ class SeenKeys:
   """Tells keys that were met before from new ones, by 64 bits of a hash."""
 
   def __init__(self, folder: pathlib.Path):
+    (folder / "seen_keys.sqlite").unlink(missing_ok=True)
     self._database = _create(
       folder / "seen_keys.sqlite", "CREATE TABLE seen (hash INTEGER PRIMARY KEY)"
     )
@@ -45,7 +47,22 @@ class MemberIndex:
   It is the objects that `json.loads` gives: of a key that a file has twice, the last value.
   """
 
-  def __init__(self, folder: pathlib.Path, files: Sequence[pathlib.Path]):
+  def __init__(self, database: sqlite3.Connection, files: Sequence[pathlib.Path]):
+    """See `make` and `open`."""
+    self._files = [_File(path) for path in files]
+    self._first: list[str | None] = [None] * len(files)
+    self._database = database
+
+  @classmethod
+  def open(cls, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> MemberIndex:
+    """The index that `make` wrote into the folder, of the same files, to be looked up."""
+    address = f"{(folder / _MEMBERS).resolve().as_uri()}?nolock=1&mode=ro"
+    with _told():
+      database = sqlite3.connect(address, uri=True, check_same_thread=False)
+    return cls(database, files)
+
+  @classmethod
+  def make(cls, folder: pathlib.Path, files: Sequence[pathlib.Path]) -> MemberIndex:
     """Reads all files once.
 
     Args:
@@ -55,13 +72,13 @@ class MemberIndex:
     Raises:
       ValueError: a file that is no JSON object, in one line.
     """
-    self._files = [_File(path) for path in files]
-    self._first: list[str | None] = [None] * len(files)
-    self._database = _create(
-      folder / "members.sqlite",
+    (folder / _MEMBERS).unlink(missing_ok=True)
+    database = _create(
+      folder / _MEMBERS,
       "CREATE TABLE members (hash INTEGER, file INTEGER, offset INTEGER, length INTEGER, "
       "PRIMARY KEY (hash, file, offset)) WITHOUT ROWID",
     )
+    self = cls(database, files)
     batch: list[tuple[int, int, int, int]] = []
     for number, path in enumerate(files):
       for member in jsonfiles.iterate_object(path):
@@ -71,6 +88,9 @@ class MemberIndex:
         if len(batch) == _BATCH:
           self._insert(batch)
     self._insert(batch)
+    with _told():
+      database.execute("COMMIT")
+    return self
 
   def first_key(self, file: int) -> str | None:
     """The first key of a file; None where it has none."""

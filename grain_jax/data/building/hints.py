@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from grain_jax import places, schema
-from grain_jax.data import box_formats, decoding, folder_lines, records, sources, tally
+from grain_jax.data import box_formats, decoding, records
+from grain_jax.data.building import tally
+from grain_jax.data.sources import base, folder_lines
 
 _SAMPLE = 5_000  # boxes that are looked at of those kept, and as many of those dropped
 _MISSING = 1_000  # missing images that are looked for elsewhere
@@ -37,7 +39,7 @@ class _Box(NamedTuple):
 class Hints:
   """Collects evidence while a build runs."""
 
-  def __init__(self, source: sources.Source):
+  def __init__(self, source: base.Source):
     self._source = source
     self._boxes: list[_Box] = []
     self._sampled = {True: 0, False: 0}  # boxes by whether they were dropped
@@ -46,11 +48,42 @@ class Hints:
     self._duplicates = 0
     self._refused: dict[str, int] = {}  # records that could not be read, by reason
     self._splits: dict[str, int] = {}
+    self._oddities = folder_lines.Oddities()
 
-  def add(self, split: str, given: Any, checked: records.Checked, *, duplicate: bool) -> None:
+  def take(self) -> dict[str, Any]:
+    """The evidence, as JSON, with what the source found odd in its annotations."""
+    oddities = self._source.oddities
+    return {
+      "boxes": [[list(box.numbers), list(box.size), box.why] for box in self._boxes],
+      "missing": list(map(str, self._missing)),
+      "lost_images": self._lost_images,
+      "refused": self._refused,
+      "splits": self._splits,
+      "oddities": None if oddities is None else oddities.take(),
+    }
+
+  def merge(self, taken: Mapping[str, Any]) -> None:
+    """Adds the evidence of another part of the source, after its own."""
+    for numbers, size, why in taken["boxes"]:
+      if self._sampled[bool(why)] < _SAMPLE:
+        self._boxes.append(_Box(tuple(numbers), tuple(size), why))
+        self._sampled[bool(why)] += 1
+    room = _MISSING - len(self._missing)
+    self._missing += [pathlib.Path(path) for path in taken["missing"][:room]]
+    self._lost_images += taken["lost_images"]
+    for own, theirs in ((self._refused, taken["refused"]), (self._splits, taken["splits"])):
+      for name, count in theirs.items():
+        own[name] = own.get(name, 0) + count
+    if taken["oddities"] is not None:
+      self._oddities.merge(taken["oddities"])
+
+  def duplicate(self) -> None:
+    """Takes in that a record has the key of an earlier one."""
+    self._duplicates += 1
+
+  def add(self, split: str, given: Any, checked: records.Checked) -> None:
     """Takes in a record as the source gave it and as it was checked."""
     self._splits[split] = self._splits.get(split, 0) + 1
-    self._duplicates += duplicate
     if isinstance(given, records.Refused):
       if given.what == "records":
         self._refused[given.why] = self._refused.get(given.why, 0) + 1
@@ -74,7 +107,7 @@ class Hints:
 
   def lines(self) -> list[str]:
     """The hints, those on keys and values first."""
-    found = [] if self._source.oddities is None else list(_oddities(self._source.oddities))
+    found = list(_oddities(self._oddities))
     found += [line for line in (self._box_line(), *self._record_lines()) if line]
     found += missing_images(self._missing, self._lost_images)
     return [tally.one_line(line) for line in found]
@@ -85,7 +118,7 @@ class Hints:
         f"{self._duplicates:,} lines repeat an image of an earlier line: one line holds all "
         "captions of an image (in CSV, lines of one image stand next to each other)"
       )
-    if (count := self._refused.get(sources.OUTSIDE, 0)) >= _ENOUGH:
+    if (count := self._refused.get(base.OUTSIDE, 0)) >= _ENOUGH:
       yield f"{count:,} paths lead out of the folder: another --input, or --allow_outside?"
     if self._splits.get("train"):
       return

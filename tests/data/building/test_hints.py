@@ -10,7 +10,9 @@ import toy_data
 from hypothesis import strategies as st
 from PIL import Image
 
-from grain_jax.data import build, dataset, folder_lines, hints, preview, records, sources, tally
+from grain_jax.data import build, dataset, records
+from grain_jax.data.building import block, hints, preview, tally
+from grain_jax.data.sources import base, folder_lines
 
 COUNT = 20
 SIZES = ((64, 40), (40, 64), (80, 48))  # (width, height)
@@ -242,7 +244,7 @@ def test_missing_images_are_looked_for_before_any_is_read(root, capsys, name, mo
   def read_nothing(*_, **__):
     raise AssertionError("a record was checked")
 
-  monkeypatch.setattr(build.records, "check", read_nothing)
+  monkeypatch.setattr(block.records, "check", read_nothing)
   made = entries(lambda entry, i: entry.update(image=PATHS[name](entry["image"])))
   code, _, (line,) = run(root, made, capsys, *PIXELS)
   assert code == 2 and "20 of 20 images (missing_image 20) cannot be used" in line
@@ -366,7 +368,7 @@ def test_whatever_json_a_line_holds_is_kept_or_counted(line, regions, captions, 
   """No line ends a build: what of it is kept can be written, what is not is counted and shown."""
   line |= {"regions": regions, "captions": captions or ["c"]}
   oddities = folder_lines.Oddities()
-  source = sources.Source(
+  source = base.Source(
     "toy", {}, iter, {}, box_format=way, box_units=units, flags_for_boxes=True,
     oddities=oddities,
   )  # fmt: skip
@@ -378,7 +380,7 @@ def test_whatever_json_a_line_holds_is_kept_or_counted(line, regions, captions, 
     checked = records.check(given, box_format=way, box_units=units)
   guesses, page, counts = hints.Hints(source), preview.Preview(), tally.Tally(1.0)
   for _ in range(3):
-    guesses.add("train", given, checked, duplicate=False)
+    guesses.add("train", given, checked)
     page.add("train", given, checked, checked.dropped)
   for what, why in checked.dropped:
     counts.drop("train", what, why, "k")

@@ -12,13 +12,14 @@ import heapq
 import html
 import io
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from grain_jax import schema
-from grain_jax.data import decoding, records, tally
+from grain_jax.data import decoding, records
+from grain_jax.data.building import tally
 
 NAME = "preview.html"
 _COUNT = 24  # images
@@ -77,7 +78,9 @@ class _Shown(NamedTuple):
 class Preview:
   """Chooses images while a build runs, whatever their number, and writes the page at its end."""
 
-  def __init__(self) -> None:
+  def __init__(self, share: float = 1.0) -> None:
+    """`share`: of the records of a part of the source, among which its images are chosen."""
+    self._least = -int(share * 2**64)
     self._heap: list[tuple[int, int, _Shown]] = []  # by falling hash
     self._count = 0
     self._examples: dict[tuple[str, str], list[Losses]] = {}  # (kind, reason) -> the first ones
@@ -104,9 +107,8 @@ class Preview:
   def _offer(self, split: str, record: Mapping[str, Any], lost: list[str]) -> None:
     name = f"{_SEED}\0{split}\0{record[schema.RECORD_KEY]}".encode()
     order = -int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
-    if len(self._heap) == _COUNT and order <= self._heap[0][0]:
+    if order < self._least or (len(self._heap) == _COUNT and order <= self._heap[0][0]):
       return
-    self._count += 1
     try:
       jpeg, size = _thumbnail(record[schema.RECORD_IMAGE])
     except ValueError as error:  # of a source whose images are not decoded by `records.check`
@@ -120,8 +122,39 @@ class Preview:
       record[schema.RECORD_REGIONS],
       lost,
     )
+    self._push(order, shown)
+
+  def _push(self, order: int, shown: _Shown) -> None:
+    if len(self._heap) == _COUNT and order <= self._heap[0][0]:
+      return
+    self._count += 1
     push = heapq.heappush if len(self._heap) < _COUNT else heapq.heapreplace
     push(self._heap, (order, self._count, shown))
+
+  def take(self) -> dict[str, Any]:
+    """What was chosen, as JSON."""
+    ordered = sorted(self._heap, key=lambda entry: entry[1])
+    images = [
+      [order, {**shown._asdict(), "jpeg": base64.b64encode(shown.jpeg).decode()}]
+      for order, _, shown in ordered
+    ]
+    return {"images": images, "examples": [[*k, v] for k, v in self._examples.items()]}
+
+  def merge(self, taken: Mapping[str, Any], *, without: Collection[str] = ()) -> None:
+    """Adds what was chosen of another part of the source, but for records of these keys."""
+    for order, values in taken["images"]:
+      shown = _Shown(**{**values, "jpeg": base64.b64decode(values["jpeg"])})
+      if shown.key not in without:
+        self._push(order, shown)
+    for kind, why, theirs in taken["examples"]:
+      examples = self._examples.setdefault((kind, why), [])
+      examples += [Losses(key, texts) for key, texts in theirs][: _EXAMPLES - len(examples)]
+
+  def duplicate(self, key: str) -> None:
+    """Takes in that a record has the key of an earlier one."""
+    examples = self._examples.setdefault(("records", tally.DUPLICATE_KEY), [])
+    if len(examples) < _EXAMPLES:
+      examples.append(Losses(tally.printable(key), []))
 
   def write(
     self,

@@ -1,6 +1,6 @@
 """Lines of an annotation file of one's own, and what in them is spelled otherwise than is read.
 
-The format stands at the head of `grain_jax.data.sources`.
+The format stands at the head of `sources.folder`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,26 @@ class Oddities:
   def _count(counts: dict[Any, list[Any]], name: Any, first: str) -> None:
     counts.setdefault(name, [0, first])[0] += 1
 
+  def take(self) -> dict[str, Any]:
+    """What was counted since it was last taken, as JSON."""
+    found = {
+      "keys": [[*key, count, first] for key, (count, first) in self.keys.items()],
+      "values": [[words, count, first] for words, (count, first) in self.values.items()],
+    }
+    self.keys.clear()
+    self.values.clear()
+    return found
+
+  def merge(self, taken: Mapping[str, Any]) -> None:
+    """Adds what another one has counted."""
+    for where, name, meant, count, first in taken["keys"]:
+      key = Key(where, name, meant)
+      if key not in self.keys and len(self.keys) >= _MOST_KEYS:
+        key = Key(where, _EVERY_KEY, "")
+      self.keys.setdefault(key, [0, first])[0] += count
+    for words, count, first in taken["values"]:
+      self.values.setdefault(words, [0, first])[0] += count
+
 
 def check_file(file: pathlib.Path) -> None:
   """Raises the line for a file that is JSON or text, but not lines of JSON in UTF-8."""
@@ -98,11 +118,48 @@ def _head(file: pathlib.Path) -> bytes:
     return opened.read(4096)
 
 
+def blocks(file: pathlib.Path, size: int) -> Iterator[dict[str, Any]]:
+  """Parts of a file for `read`, of so many lines or a few more: one image's lines stay together."""
+  start, count = textfiles.Place(), 0
+  if not _is_csv(file):
+    for line in textfiles.iterate_lines(file):
+      if count == size:
+        place = textfiles.Place(line.offset, line.number - 1)
+        yield {"start": list(start), "stop": place.offset}
+        start, count = place, 0
+      count += 1
+  else:
+    columns, _ = textfiles.read_table(file)
+    at = columns.index("image") if "image" in columns else 0
+    before: tuple[textfiles.Place | None, str | None] = (None, None)
+    for _, fields, after in textfiles.csv_places(file):
+      image = fields[at] if at < len(fields) else None
+      if count >= size and before[0] is not None and image != before[1]:
+        yield {"start": list(start), "stop": before[0].offset}
+        start, count = before[0], 0
+      before, count = (after, image), count + 1
+  if count:
+    yield {"start": list(start), "stop": None}
+
+
 def read(
-  file: pathlib.Path, oddities: Oddities | None = None
+  file: pathlib.Path,
+  oddities: Oddities | None = None,
+  *,
+  block: Mapping[str, Any] | None = None,
 ) -> Iterator[Mapping[str, Any] | records.Refused]:
-  """The lines of a JSONL or CSV file; what cannot be read is a `records.Refused` in its place."""
-  return _csv_lines(file, oddities) if _is_csv(file) else _json_lines(file)
+  """The lines of a JSONL or CSV file; what cannot be read is a `records.Refused` in its place.
+
+  Args:
+    file: JSONL or CSV.
+    oddities: takes what is spelled otherwise.
+    block: the part of the file, one of `blocks`; None: all of it.
+  """
+  start = textfiles.Place() if block is None else textfiles.Place(*block["start"])
+  stop = None if block is None else block["stop"]
+  if _is_csv(file):
+    return _csv_lines(file, oddities, start, stop)
+  return _json_lines(file, start, stop)
 
 
 def find(root: pathlib.Path) -> pathlib.Path:
@@ -226,8 +283,11 @@ def _is_csv(file: pathlib.Path) -> bool:
   return file.suffix.lower() == ".csv"
 
 
-def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | records.Refused]:
-  for line in textfiles.iterate_lines(file):  # what is no JSON or UTF-8 costs its line alone
+def _json_lines(
+  file: pathlib.Path, start: textfiles.Place, stop: int | None
+) -> Iterator[Mapping[str, Any] | records.Refused]:
+  # What is no JSON or UTF-8 costs its line alone.
+  for line in textfiles.iterate_lines(file, start=start, stop=stop):
     try:
       entry = textfiles.parse_json(line.text())
     except ValueError:
@@ -237,9 +297,9 @@ def _json_lines(file: pathlib.Path) -> Iterator[Mapping[str, Any] | records.Refu
 
 
 def _csv_lines(
-  file: pathlib.Path, oddities: Oddities | None
+  file: pathlib.Path, oddities: Oddities | None, start: textfiles.Place, stop: int | None
 ) -> Iterator[Mapping[str, Any] | records.Refused]:
-  columns, rows = textfiles.read_table(file)
+  columns, rows = textfiles.read_table(file, start=start, stop=stop)
   if not {"image", "caption"} <= set(columns):
     raise ValueError(
       f"{file} has the columns {columns}: image and caption are needed{_meant(columns)}. Write "

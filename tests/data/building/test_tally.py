@@ -8,7 +8,9 @@ import pytest
 import toy_data
 from hypothesis import strategies as st
 
-from grain_jax.data import build, build_flags, dataset, sources, tally
+from grain_jax.data import build, dataset, records
+from grain_jax.data.building import flags as build_flags
+from grain_jax.data.building import tally
 
 REGION = {"description": "a red box", "box": (0.1, 0.2, 0.5, 0.6), "score": 0.5, "negatives": []}
 OUTSIDE = {**REGION, "box": (0, 0, 2, 1)}
@@ -91,7 +93,7 @@ def test_a_split_that_vanishes_is_an_error_however_small(tmp_path):
 
 def test_published_descriptions_without_a_box_are_shown_and_not_limited(tmp_path):
   rows = [toy_data.record(0, regions=1)]
-  rows += [("train", sources.Refused("r0", "regions", "description_without_box"))] * 9
+  rows += [("train", records.Refused("r0", "regions", "description_without_box"))] * 9
   toy_data.built(tmp_path / "d", rows, allow_dropped=0)
   entry = dataset.open_dataset(tmp_path / "d").manifest["kept_and_dropped"]["regions"]
   assert entry == {"kept": 1, "dropped": 9, "reasons": {"description_without_box": 9}}
@@ -103,7 +105,7 @@ def test_a_long_build_says_early_that_it_will_fail(tmp_path):
   with pytest.raises(ValueError, match="1,500 of 1,500 regions"):
     build.build(toy_data.source(rows), tmp_path / "d", workers=1, say=said.append)
   (early,) = [line for line in said if line.startswith("of the first")]
-  assert early.startswith("of the first 1,000 regions 1,000 were dropped, more than")
+  assert early.startswith("of the first 1,500 regions 1,500 were dropped, more than")
 
 
 def test_the_table(tmp_path):

@@ -8,7 +8,11 @@ import pytest
 import toy_data
 from PIL import Image
 
-from grain_jax.data import build, build_flags, dataset, decoding, sources
+from grain_jax.data import build, dataset, decoding, records, sources
+from grain_jax.data.building import flags as build_flags
+from grain_jax.data.sources import base
+from grain_jax.data.sources import folder as folder_source
+from grain_jax.data.sources import published as published_source
 
 
 def folder(tmp_path, *, count=3):
@@ -42,7 +46,7 @@ def test_folder_with_jsonl(tmp_path):
       {"image": "2.jpg", "caption": "c", "negatives": [{"caption": "n", "kind": "object"}, "x"]},
     )
   )
-  opened = build_quietly(sources.folder(root, licence="own"), tmp_path / "out")
+  opened = build_quietly(folder_source.source(root, licence="own"), tmp_path / "out")
   assert opened.num_records("train") == 3 and opened.num_records("val") == 1
   first = opened.parse("train", 0)
   assert first.key == b"0.jpg" and first.captions == [b"first", b"second"]
@@ -80,7 +84,7 @@ def test_texts_that_cannot_be_written_cost_themselves_alone(tmp_path):
   ]
   text = b"\xef\xbb\xbf" + lines(*entries).encode() + b'{"image": "2.jpg", "caption": "caf\xe9"}\n'
   (root / "annotations.jsonl").write_bytes(text)
-  opened = build_quietly(sources.folder(root, val_fraction=0.01), tmp_path / "out")
+  opened = build_quietly(folder_source.source(root, val_fraction=0.01), tmp_path / "out")
   assert opened.num_records("train") == 2
   assert opened.parse("train", 0).captions == [b"kept"]
   assert opened.parse("train", 1).descriptions == [b"a red box"] * 2
@@ -115,11 +119,11 @@ def test_a_path_that_leads_out_of_the_folder_is_refused_and_counted(tmp_path):
   table = tmp_path / "captions.csv"
   table.write_text("path,title\n" + "".join(f"{x},c\n" for x in inside + outside))
   for source in (sources.folder, functools.partial(sources.published, captions=table)):
-    read = [record for _, record in source(root).read()]
-    refused = [record for record in read if isinstance(record, sources.Refused)]
+    read = [record for _, record in base.iterate(source(root))]
+    refused = [record for record in read if isinstance(record, records.Refused)]
     assert refused == [(x, "records", "outside_the_folder") for x in outside]
-    read = [record for _, record in source(root, allow_outside=True).read()]
-    assert not any(isinstance(record, sources.Refused) for record in read)
+    read = [record for _, record in base.iterate(source(root, allow_outside=True))]
+    assert not any(isinstance(record, records.Refused) for record in read)
     assert source(root).settings != source(root, allow_outside=True).settings
   flags = ["--source=folder", f"--input={root}", f"--out={tmp_path / 'out'}", "--allow_outside"]
   source = build_flags.source(build_flags.parse(flags, description=""))
@@ -131,24 +135,24 @@ def test_csv_that_is_none_is_one_line_with_its_name(tmp_path):
   file = root / "annotations.csv"
   file.write_bytes(b"image,caption\n0.jpg,caf\xe9\n")
   with pytest.raises(ValueError, match=rf"^{file} is not CSV in UTF-8: .*0xe9"):
-    list(sources.folder(root).read())
+    list(base.iterate(folder_source.source(root)))
   file.write_text("image,caption\n0.jpg," + 140_000 * "x" + "\n")
   with pytest.raises(ValueError, match=rf"^{file} is not CSV in UTF-8: field larger"):
-    list(sources.folder(root).read())
+    list(base.iterate(folder_source.source(root)))
 
 
 def test_a_row_without_a_caption_is_counted(tmp_path):
   root = folder(tmp_path)
   (root / "captions_pooled.csv").write_text("filepath,title\n0.jpg,zero\n1.jpg\n2.jpg,two\n")
-  read = list(sources.published(root, captions=root / "captions_pooled.csv").read())
-  refused = [record for _, record in read if isinstance(record, sources.Refused)]
+  read = list(base.iterate(published_source.source(root, captions=root / "captions_pooled.csv")))
+  refused = [record for _, record in read if isinstance(record, records.Refused)]
   assert refused == [("row 3", "records", "malformed")] and len(read) == 3
 
 
 def test_folder_with_csv_and_a_part_for_val(tmp_path):
   root = folder(tmp_path)
   (root / "annotations.csv").write_text('image,caption\n0.jpg,a\n0.jpg,"b, c"\n1.jpg,d\n2.jpg,e\n')
-  got = [r for _, r in sources.folder(root).read()]
+  got = [r for _, r in base.iterate(folder_source.source(root))]
   assert [(r["key"], r["captions"]) for r in got] == [
     ("0.jpg", ["a", "b, c"]),
     ("1.jpg", ["d"]),
@@ -157,22 +161,23 @@ def test_folder_with_csv_and_a_part_for_val(tmp_path):
   (root / "annotations.csv").write_text(
     "image,caption\n" + "".join(f"{i}.jpg,c\n" for i in range(2000))
   )
-  split = {r["key"]: s for s, r in sources.folder(root, val_fraction=0.25).read()}
+  split = {r["key"]: s for s, r in base.iterate(folder_source.source(root, val_fraction=0.25))}
   assert 400 < sum(s == "val" for s in split.values()) < 600
-  assert split == {r["key"]: s for s, r in sources.folder(root, val_fraction=0.25).read()}
+  again = base.iterate(folder_source.source(root, val_fraction=0.25))
+  assert split == {r["key"]: s for s, r in again}
   (root / "annotations.csv").write_text("file,text\n")
   with pytest.raises(ValueError, match="has the columns .*image and caption are needed"):
-    list(sources.folder(root).read())
+    list(base.iterate(folder_source.source(root)))
 
 
 def test_changed_annotations_are_other_settings(tmp_path):
   (tmp_path / "annotations.csv").write_text("image,caption\n")
-  before = sources.folder(tmp_path).settings
-  assert before == sources.folder(tmp_path).settings
+  before = folder_source.source(tmp_path).settings
+  assert before == folder_source.source(tmp_path).settings
   os.utime(tmp_path / "annotations.csv", (1, 1))
-  assert before != sources.folder(tmp_path).settings
+  assert before != folder_source.source(tmp_path).settings
   (tmp_path / "annotations.csv").write_text("image,caption\n0.jpg,a\n")
-  assert before != sources.folder(tmp_path).settings
+  assert before != folder_source.source(tmp_path).settings
 
 
 def test_published_files(tmp_path):
@@ -186,7 +191,7 @@ def test_published_files(tmp_path):
   ]
   (root / "bboxes_a_pooled.json").write_text(json.dumps({"0.jpg": boxes, "2.jpg": []}))
   (root / "desc_a.json").write_text(json.dumps({"0.jpg": ["left half", "unseen"], "1.jpg": ["x"]}))
-  source = sources.published(
+  source = published_source.source(
     root,
     captions=root / "captions_pooled.csv",
     generated=[root / "captions_a_pooled.json"],
@@ -211,9 +216,11 @@ def test_published_files(tmp_path):
 def test_published_files_of_different_datasets(tmp_path):
   (tmp_path / "c.csv").write_text("0.jpg,zero\n")
   (tmp_path / "b.json").write_text(json.dumps({"cc3m/0.jpg": []}))
-  source = sources.published(tmp_path, captions=tmp_path / "c.csv", boxes=[tmp_path / "b.json"])
+  source = published_source.source(
+    tmp_path, captions=tmp_path / "c.csv", boxes=[tmp_path / "b.json"]
+  )
   with pytest.raises(ValueError, match="no path of .* stands in the box files.*'cc3m/0.jpg'"):
-    list(source.read())
+    list(base.iterate(source))
   (tmp_path / "b.json").write_text("[")
   with pytest.raises(ValueError, match="b.json is not JSON"):
-    list(source.read())
+    list(base.iterate(source))

@@ -9,7 +9,8 @@ import signal
 import pytest
 import toy_data
 
-from grain_jax.data import build, dataset, inputs
+from grain_jax.data import build, dataset
+from grain_jax.data.building import inputs
 
 
 @pytest.fixture(autouse=True)

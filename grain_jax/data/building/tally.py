@@ -25,12 +25,12 @@ class Tally:
     self._totals = {kind: [0, 0] for kind in _KINDS}  # kept, dropped and within the limit's count
     self._warned: set[str] = set()
 
-  def keep(self, split: str, record: Mapping[str, Any]) -> None:
+  def keep(self, split: str, counts: Mapping[str, int]) -> None:
+    """Takes in a record that is kept: how many of each kind it is."""
     kept = self._kept.setdefault(split, dict.fromkeys(_KINDS, 0))
     for kind in _KINDS:
-      count = 1 if kind == "records" else len(record[kind])
-      kept[kind] += count
-      self._totals[kind][0] += count
+      kept[kind] += counts[kind]
+      self._totals[kind][0] += counts[kind]
 
   def drop(self, split: str, kind: str, why: str, key: str) -> None:
     losses = self.dropped.setdefault(split, {name: {} for name in _KINDS})

@@ -10,7 +10,8 @@ import pytest
 import toy_data
 from PIL import Image
 
-from grain_jax.data import build, dataset, decoding, preview
+from grain_jax.data import build, dataset, decoding
+from grain_jax.data.building import preview
 
 VOID = {"meta", "img", "rect", "br"}
 

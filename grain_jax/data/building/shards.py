@@ -1,0 +1,197 @@
+"""From finished blocks to shards: which record goes where, a shard written, TFDS's metadata."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from grain_jax.data import dataset, records
+from grain_jax.data.building import block as block_lib
+from grain_jax.data.building import hints as hints_lib
+from grain_jax.data.building import on_disk, preview, tally
+from grain_jax.data.sources import base
+
+_READ = 256  # records read at a time
+
+
+class Run(NamedTuple):
+  """Neighbouring records of a split in a block's folder."""
+
+  block: int
+  start: int
+  stop: int
+
+
+class Plan:
+  """Takes in the facts of all blocks in their order: which records stay, and their shards.
+
+  A record whose key came before is dropped and counted.
+  """
+
+  def __init__(
+    self,
+    keys: on_disk.SeenKeys,
+    *,
+    shard_size: int,
+    counts: tally.Tally,
+    hints: hints_lib.Hints,
+    page: preview.Preview,
+  ):
+    self._keys, self._size = keys, shard_size
+    self._counts, self._hints, self._page = counts, hints, page
+    self.shards: dict[str, list[list[Run]]] = {}  # of each split
+    self.totals: dict[str, collections.Counter[str]] = {}
+    self._last: dict[str, int] = {}  # records in the last shard of a split
+    self.items = 0  # records met, kept or not
+
+  def add(self, number: int, facts: Mapping[str, Any]) -> None:
+    """Takes in a block, the one after the last."""
+    places = collections.Counter[str]()
+    again: set[str] = set()
+    for split, key, counts, losses in facts["items"]:
+      self.items += 1
+      if counts is not None:
+        place = places[split]
+        places[split] += 1
+        if not self._keys.add(key):
+          counts, losses = None, [("records", tally.DUPLICATE_KEY)]
+          again.add(key)
+          self._hints.duplicate()
+          self._page.duplicate(key)
+      for what, why in losses:
+        self._counts.drop(split, what, why, key)
+      if counts is not None:
+        named = dict(zip(block_lib.COUNTED, counts, strict=True))
+        self._counts.keep(split, {"records": 1, **named})
+        self._place(split, number, place, counts)
+    self._hints.merge(facts["hints"])
+    self._page.merge(facts["preview"], without=again)
+
+  def _place(self, split: str, number: int, place: int, counts: list[int]) -> None:
+    shards = self.shards.setdefault(split, [])
+    if not shards or self._last[split] == self._size:
+      shards.append([])
+      self._last[split] = 0
+    runs = shards[-1]
+    if runs and runs[-1].block == number and runs[-1].stop == place:
+      runs[-1] = Run(number, runs[-1].start, place + 1)
+    else:
+      runs.append(Run(number, place, place + 1))
+    self._last[split] += 1
+    totals = self.totals.setdefault(split, collections.Counter())
+    totals.update(dict(zip(block_lib.COUNTED, counts, strict=True)))
+    totals["records"] += 1
+    totals["records_without_regions"] += not counts[block_lib.COUNTED.index("regions")]
+
+
+def file_of(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
+  """A shard before it has its name; its facts lie beside it, as JSON."""
+  return folder / f"{split}-{number:05d}"
+
+
+def read_facts(file: pathlib.Path) -> dict[str, Any] | None:
+  """{records, bytes, sha256} of a shard that is finished; else None."""
+  try:
+    return json.loads(file.with_name(f"{file.name}.json").read_text())
+  except FileNotFoundError:
+    return None
+
+
+def write(file: pathlib.Path, runs: list[Run], blocks: pathlib.Path) -> None:
+  """Writes a shard, unless it is there.
+
+  Args:
+    file: one of `file_of`.
+    runs: its records, in their order.
+    blocks: folder of the blocks.
+  """
+  from array_record.python import array_record_module
+
+  if read_facts(file) is not None:
+    return
+  split = file.name.rpartition("-")[0]
+  temporary = block_lib.aside(file)
+  writer = array_record_module.ArrayRecordWriter(str(temporary), block_lib.WRITER)
+  count = 0
+  for run in map(lambda values: Run(*values), runs):
+    path = block_lib.records_file(block_lib.folder_of(blocks, run.block), split)
+    for data in _read(path, run):
+      writer.write(data)
+      count += 1
+  writer.close()
+  with temporary.open("rb") as opened:
+    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+  facts = {"records": count, "bytes": temporary.stat().st_size, "sha256": digest}
+  temporary.rename(file)
+  beside = file.with_name(f"{file.name}.json")
+  aside = block_lib.aside(beside)
+  aside.write_text(json.dumps(facts))
+  os.replace(aside, beside)
+
+
+def _read(path: pathlib.Path, run: Run) -> Iterator[bytes]:
+  from array_record.python import array_record_module
+
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    for start in range(run.start, run.stop, _READ):
+      yield from reader.read(start, min(start + _READ, run.stop))
+  finally:
+    reader.close()
+
+
+def finish(
+  folder: pathlib.Path, name: str, shards: Mapping[str, list[Any]]
+) -> dict[str, list[dict[str, Any]]]:
+  """Gives all shards their names; {split: their entries in the manifest}.
+
+  It may be cut off anywhere and called again.
+  """
+  found: dict[str, list[dict[str, Any]]] = {}
+  for split, several in shards.items():
+    for number in range(len(several)):
+      file = file_of(folder, split, number)
+      facts = read_facts(file)
+      assert facts is not None, f"{file} is not written: `write` comes first"
+      target = folder / dataset.shard_name(name, split, number, len(several))
+      if file.exists():
+        file.rename(target)
+      found.setdefault(split, []).append({"file": target.name, **facts})
+  return found
+
+
+def write_metadata(source: base.Source, directory: pathlib.Path, splits: Mapping[str, Any]) -> None:
+  """Writes TFDS's metadata beside the shards; `splits` as in the manifest."""
+  from grain_jax.data import host_tensorflow
+
+  tfds = host_tensorflow.datasets()
+
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=str(directory),
+    dataset_name=source.name,
+    filetype_suffix="array_record",
+    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+  )
+  infos = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[shard["records"] for shard in entry["shards"]],
+      num_bytes=entry["bytes"],
+      filename_template=template,
+    )
+    for split, entry in splits.items()
+  ]
+  tfds.folder_dataset.write_metadata(
+    data_dir=str(directory),
+    features=records.features(with_mask=source.with_mask, with_label=source.with_label),
+    split_infos=infos,
+    filename_template=template,
+    check_data=False,
+    description=f"Images with captions and described regions, from the source {source.name}.",
+    license=source.about.get("licence") or "unknown",
+  )

@@ -1,0 +1,36 @@
+"""`python -m grain_jax.data.building.worker RECIPE ROOT`: does the tasks on its standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import traceback
+
+from grain_jax.data import sources
+from grain_jax.data.building import tasks
+
+
+def main() -> int:
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # what libraries print is no answer
+  recipe, root = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+  source, place = None, tasks.Place(root)
+  for line in sys.stdin:
+    try:
+      source = source or sources.make(recipe)
+      tasks.perform(json.loads(line), source, place)
+      answer = None
+    except Exception as error:  # told to whoever asked, in one line
+      answer = tasks.describe(error)
+      if answer is None:
+        traceback.print_exc()
+        return 1
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,36 @@
+"""What people have, as records: one reader a file, and the table of them.
+
+A reader's module has `FLAGS`, what `grain_jax.data.build` asks for it, and `source(...)`, which
+takes them by name and gives a `base.Source`. Its docstring says what it reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from grain_jax.data.sources import base
+
+# --source=KIND -> what it reads, in a few words; the module has the kind's name.
+KINDS: dict[str, str] = {
+  "scenes": "the embedded images",
+  "folder": "a folder of one's own images with a file of annotations",
+  "published": "the annotation files published with GRAIN",
+}
+
+
+def module(kind: str) -> ModuleType:
+  """The module of a kind, with `FLAGS` and `source`."""
+  return importlib.import_module(f"{__name__}.{kind}")
+
+
+def make(recipe: Mapping[str, Any]) -> base.Source:
+  """A source once more, in another process.
+
+  Args:
+    recipe: `Source.recipe` of the first one.
+  """
+  return module(recipe["kind"]).source(**recipe["arguments"])
