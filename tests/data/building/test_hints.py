@@ -385,10 +385,13 @@ def test_whatever_json_a_line_holds_is_kept_or_counted(line, regions, captions, 
   for what, why in checked.dropped:
     counts.drop("train", what, why, "k")
   if checked.record is not None:
-    counts.keep("train", checked.record)
+    kinds = ("captions", "regions", "negatives")
+    counts.keep("train", {"records": 1} | {kind: len(checked.record[kind]) for kind in kinds})
     assert np.isfinite(records.parse(records.encode(checked.record)).scores).all()
     assert len(found[0]["regions"]) == len(checked.record["regions"]) + sum(
       what == "regions" for what, _ in checked.dropped
     )
-  lines = [*guesses.lines(), *tally.table(counts.summary())]
+  hints_of_all = hints.Hints(source)  # as the parent process has them
+  hints_of_all.merge(json.loads(json.dumps(guesses.take())))
+  lines = [*hints_of_all.lines(), *tally.table(counts.summary())]
   assert all("\n" not in text and text.encode() for text in lines)

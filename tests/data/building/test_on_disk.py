@@ -99,7 +99,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path):
     published(folder, count)
     done = subprocess.run(
       [sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, check=True,
-      cwd=pathlib.Path(__file__).parents[2],
+      cwd=pathlib.Path(__file__).parents[3],
     )  # fmt: skip
     grown.append(int(done.stdout.splitlines()[-1]) * 1024)
   size = sum(path.stat().st_size for path in (tmp_path / "40000").glob("*.json"))

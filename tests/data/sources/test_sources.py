@@ -8,7 +8,7 @@ import pytest
 import toy_data
 from PIL import Image
 
-from grain_jax.data import build, dataset, decoding, records, sources
+from grain_jax.data import build, dataset, decoding, records
 from grain_jax.data.building import flags as build_flags
 from grain_jax.data.sources import base
 from grain_jax.data.sources import folder as folder_source
@@ -118,7 +118,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused_and_counted(tmp_path):
   jsonl.write_text(lines(*({"image": x, "caption": "c"} for x in inside + outside + lost)))
   table = tmp_path / "captions.csv"
   table.write_text("path,title\n" + "".join(f"{x},c\n" for x in inside + outside))
-  for source in (sources.folder, functools.partial(sources.published, captions=table)):
+  for source in (folder_source.source, functools.partial(published_source.source, captions=table)):
     read = [record for _, record in base.iterate(source(root))]
     refused = [record for record in read if isinstance(record, records.Refused)]
     assert refused == [(x, "records", "outside_the_folder") for x in outside]
