@@ -34,7 +34,7 @@ from grain_jax.data import box_formats, records
 from grain_jax.data.building import inputs
 from grain_jax.data.sources import base, folder_lines
 
-BLOCK = 4096  # lines a block
+BLOCK = 1024  # lines a block
 FLAGS = (
   base.Flag("input", "folder of images", required=True),
   base.Flag("annotations", "JSONL or CSV; default: the folder's own"),

@@ -19,7 +19,7 @@ from grain_jax.data import records
 from grain_jax.data.building import inputs, on_disk
 from grain_jax.data.sources import base
 
-BLOCK = 4096  # rows of the captions a block
+BLOCK = 1024  # rows of the captions a block
 SIDE = 960  # pixels of the squashed image in which the published boxes are given
 FLAGS = (
   base.Flag("input", "folder with the files below, and the images"),
