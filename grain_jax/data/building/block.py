@@ -23,7 +23,7 @@ from grain_jax.data.building import preview
 from grain_jax.data.sources import base
 
 FACTS = "facts.json"
-WRITER = "group_size:1,snappy"  # records are read one by one; zstd costs five times the time
+_WRITER = "group_size:1,uncompressed"  # read once, when the shards are written
 COUNTED = ("captions", "regions", "negatives", "region_negatives", "bytes")  # of a kept record
 
 
@@ -101,7 +101,7 @@ def _write(source, block, folder, scratch, share, threads, tick) -> dict[str, An
           raise ValueError(f"split {split!r} of record {key!r} is not a name. Use letters and _.")
         if split not in writers:
           file = records_file(folder, split)
-          writers[split] = array_record_module.ArrayRecordWriter(str(file), WRITER)
+          writers[split] = array_record_module.ArrayRecordWriter(str(file), _WRITER)
         data = records.encode(record, **with_)
         writers[split].write(data)
         false = sum(len(r.get("negatives") or ()) for r in record[schema.RECORD_REGIONS])

@@ -69,7 +69,8 @@ class _Shown(NamedTuple):
   split: str
   key: str
   jpeg: bytes  # small; empty where the image cannot be decoded
-  size: tuple[int, int]  # (width, height) to which it is scaled: the longer one is `_SIDE`
+  size: tuple[int, int]  # (width, height) to which it is scaled: the longer one is `_SIDE`; (0, 0):
+  # not yet, and `jpeg` is the image
   captions: list[str]
   regions: list[Mapping[str, Any]]
   lost: list[str]
@@ -109,15 +110,11 @@ class Preview:
     order = -int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
     if order < self._least or (len(self._heap) == _COUNT and order <= self._heap[0][0]):
       return
-    try:
-      jpeg, size = _thumbnail(record[schema.RECORD_IMAGE])
-    except ValueError as error:  # of a source whose images are not decoded by `records.check`
-      jpeg, size, lost = b"", (_SIDE, _SIDE), [*lost, str(error)]
     shown = _Shown(
       split,
       record[schema.RECORD_KEY],
-      jpeg,
-      size,
+      record[schema.RECORD_IMAGE],
+      (0, 0),
       record[schema.RECORD_CAPTIONS],
       record[schema.RECORD_REGIONS],
       lost,
@@ -132,12 +129,11 @@ class Preview:
     push(self._heap, (order, self._count, shown))
 
   def take(self) -> dict[str, Any]:
-    """What was chosen, as JSON."""
-    ordered = sorted(self._heap, key=lambda entry: entry[1])
-    images = [
-      [order, {**shown._asdict(), "jpeg": base64.b64encode(shown.jpeg).decode()}]
-      for order, _, shown in ordered
-    ]
+    """What was chosen, as JSON, its pictures small."""
+    images = []
+    for order, _, shown in sorted(self._heap, key=lambda entry: entry[1]):
+      small = _small(shown)._asdict()
+      images.append([order, {**small, "jpeg": base64.b64encode(small["jpeg"]).decode()}])
     return {"images": images, "examples": [[*k, v] for k, v in self._examples.items()]}
 
   def merge(self, taken: Mapping[str, Any], *, without: Collection[str] = ()) -> None:
@@ -175,7 +171,8 @@ class Preview:
       hints: lines on what may be wrong.
     """
     splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    shown = [entry for _, _, entry in sorted(self._heap, reverse=True, key=lambda e: e[:2])]
+    chosen = sorted(self._heap, reverse=True, key=lambda e: e[:2])
+    shown = [_small(entry) for _, _, entry in chosen]
     parts = [
       f"<h1>{_text(name)}</h1>",
       f'<p class="quiet">Images: {_text(splits)}. Are the boxes around what their descriptions '
@@ -235,6 +232,17 @@ def _region(region: Any) -> str:
     numbers = (f"{x:.6g}" if isinstance(x, float) else repr(x) for x in box)
     box = f"[{', '.join(numbers)}]"
   return f"{region.get('description')!r} {box}"
+
+
+def _small(shown: _Shown) -> _Shown:
+  """With a small picture in the place of the image as it was given."""
+  if shown.size != (0, 0):
+    return shown
+  try:
+    jpeg, size = _thumbnail(shown.jpeg)
+  except ValueError as error:  # of a source whose images are not decoded by `records.check`
+    return shown._replace(jpeg=b"", size=(_SIDE, _SIDE), lost=[*shown.lost, str(error)])
+  return shown._replace(jpeg=jpeg, size=size)
 
 
 def _thumbnail(image: bytes) -> tuple[bytes, tuple[int, int]]:

@@ -16,6 +16,7 @@ from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.building import on_disk, preview, tally
 from grain_jax.data.sources import base
 
+_WRITER = "group_size:1,snappy"  # records are read one by one; zstd costs five times the time
 _READ = 256  # records read at a time
 
 
@@ -116,7 +117,7 @@ def write(file: pathlib.Path, runs: list[Run], blocks: pathlib.Path) -> None:
     return
   split = file.name.rpartition("-")[0]
   temporary = block_lib.aside(file)
-  writer = array_record_module.ArrayRecordWriter(str(temporary), block_lib.WRITER)
+  writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
   count = 0
   for run in map(lambda values: Run(*values), runs):
     path = block_lib.records_file(block_lib.folder_of(blocks, run.block), split)

@@ -7,6 +7,7 @@ line of JSON a task and answers with one; where this process dies, its input end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -62,7 +63,8 @@ def executor(source: base.Source, place: tasks.Place, *, workers: int) -> tasks.
       for thread in threads:
         thread.join()
       for process in processes:
-        process.stdin.close()
+        with contextlib.suppress(OSError):  # what was not sent to one that is gone
+          process.stdin.close()
         process.stdout.close()
 
   return execute
