@@ -164,6 +164,28 @@ def test_what_was_read_is_not_read_again(images, undisturbed, tmp_path, monkeypa
   assert shards(out) == undisturbed
 
 
+@pytest.mark.slow
+def test_ray_writes_the_same_shards(images, undisturbed, tmp_path):
+  """On a cluster of this machine; one that is not there is a line."""
+  ray = pytest.importorskip("ray")
+  said, source = [], folder_source.source(images)
+  try:
+    build.build(source, tmp_path / "out", ray_address="local", shard_size=900, say=said.append)
+    assert shards(tmp_path / "out") == undisturbed
+    assert any(line.startswith("Ray: ") for line in said)
+    broken = folder_source.source(images)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "annotations.csv").write_bytes(b"image,caption\na.jpg,\xff\n")
+    broken = folder_source.source(tmp_path / "in")
+    with pytest.raises(ValueError, match="not UTF-8"):
+      build.build(broken, tmp_path / "bad", ray_address="local", say=toy_data.quiet)
+  finally:
+    ray.shutdown()
+  with pytest.raises(ValueError, match="no cluster answers there") as error:
+    build.build(source, tmp_path / "other", ray_address="localhost:1", say=toy_data.quiet)
+  assert "\n" not in str(error.value)
+
+
 def test_blocks_of_other_inputs_are_not_gone_on_with(images, tmp_path, monkeypatch):
   out, said = tmp_path / "out", []
   write = tasks.shards.write
@@ -227,7 +249,7 @@ def test_a_fault_of_the_source_in_a_worker_is_its_line(images, tmp_path):
   place = tasks.Place(tmp_path / "part")
   place.scratch.mkdir(parents=True)
   execute = workers.executor(source, place, workers=2)
-  bad = [{"do": "block", "number": 0, "block": {"start": [0], "stop": None}, "share": 1.0}]
+  bad = [{"do": "block", "number": 0, "block": {"start": "x", "stop": None}, "share": 1.0}]
   with pytest.raises(ValueError, match="a worker of the build ended with code 1"):
     execute(iter(bad), toy_data.quiet)  # a block that is none: a fault of the program, not of data
 
