@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.data = ml_collections.ConfigDict()
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
+  c.data.sources = ()  # to train on several: ({"dir": "data/a", "weight": 3.0}, ...), for `dir`
   c.data.split = "train"  # split to train on
   c.data.max_regions = 5  # regions an image, those of highest score (R)
   c.data.negatives = 0  # false captions an image (K)
@@ -262,7 +263,7 @@ def runlocal(c: ml_collections.ConfigDict) -> None:
     c.init.update(image="runs/quickstart", text="runs/quickstart", adopt=True)
   if not (c.init.image or c.init.text):
     c.loss.anchor_teacher = "ema"  # random weights are nothing to hold on to
-  c.data.dir = "data/scenes"
+  c.data.update(dir="data/scenes", sources=())
   if c.data.negatives or c.data.negatives_per_region:
     c.data.dir = "data/scenes_negatives"
   c.model.update(dtype="float32", remat="none")

@@ -142,6 +142,7 @@ ADDED = {
   "data.negatives_by": "kind",
   "data.negatives_per_region": 0,
   "data.reduced_decode": False,
+  "data.sources": (),
   "grounding.split": "val",
   "init.adopt": False,
   "init.keep": (),

@@ -7,7 +7,8 @@ hands to the devices. `data` writes both, `models` and `objectives` read the sec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,15 @@ BATCH: Mapping[str, Field] = {
   "example_mask": Field(("b",), "bool", "the example counts: false for padding and bad records"),
 }
 
+# Besides, where several sources are trained on (`config.data.sources`).
+SOURCE = "source"
+_OF_SOURCES = {SOURCE: Field(("b",), "int32", "which of config.data.sources it is of")}
+
+
+def source_names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Of each of `config.data.sources` its name, or that of its folder."""
+  return [entry.get("name") or pathlib.PurePath(entry["dir"]).name for entry in sources]
+
 
 def batch_shapes(
   *,
@@ -68,6 +78,7 @@ def batch_shapes(
   regions: int,
   negatives: int = 0,
   region_negatives: int = 0,
+  sources: int = 0,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of each array of a host batch.
 
@@ -78,6 +89,7 @@ def batch_shapes(
     regions: regions an image (R).
     negatives: hard-negative captions an image (K).
     region_negatives: false descriptions a region (N).
+    sources: of a mixture; 0: there is none, and no field `SOURCE`.
 
   Returns:
     {name: (shape, dtype)} in the order of `BATCH`.
@@ -94,7 +106,7 @@ def batch_shapes(
   }
   return {
     name: (tuple(sizes.get(d, d) for d in field.shape), np.dtype(field.dtype))  # type: ignore
-    for name, field in BATCH.items()
+    for name, field in (BATCH | _OF_SOURCES if sources else BATCH).items()
   }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from grain_jax import config as configs
 from grain_jax import failures, schema, tokenizing
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import decoding, records, transforms
+from grain_jax.data import decoding, mixture, records, transforms
 
 _WARNINGS = 20  # bad records that are named in the log; all are counted
 _KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
@@ -48,7 +48,7 @@ class Examples:
 
   def __init__(
     self,
-    dataset: dataset_lib.Dataset,
+    dataset: dataset_lib.Dataset | mixture.Mixture,
     split: str,
     config: ml_collections.ConfigDict,
     *,
@@ -57,6 +57,7 @@ class Examples:
     resize: str = "squash",
   ):
     self.dataset, self.split = dataset, split
+    self.mixture = dataset if isinstance(dataset, mixture.Mixture) else None
     self.size = config.model.image.size
     self.row_length = config.data.row_length
     self.regions = config.data.max_regions
@@ -138,6 +139,8 @@ class Examples:
     centers = schema.corners_to_center(boxes)
     centers[~region_mask] = 0
     arrays = (image, *packed[:5], kinds, against, centers, region_mask, good)
+    if self.mixture is not None:
+      arrays = (*arrays, self.mixture.sources_of(indices))
     return Chunk(arrays, parsed, chosen)
 
   def _parse(self, indices: np.ndarray) -> list[records.Parsed | None]:
@@ -152,6 +155,8 @@ class Examples:
           if isinstance(value, ValueError):
             raise value
           record = records.parse(value)
+          if self.mixture is not None:
+            record = self.mixture.as_seen(index, record)
           if not any(record.captions):
             raise ValueError("no caption")
         except ValueError as error:

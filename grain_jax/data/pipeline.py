@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import pathlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from grain_jax import failures, schema
-from grain_jax.data import bad_records, sampler
+from grain_jax.data import bad_records, mixture, sampler
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import examples as examples_lib
 
@@ -57,8 +58,10 @@ class TrainBatches:
     step: int,
     indices: Callable[[int], np.ndarray],
     limits: bad_records.Limits,
+    names: Sequence[str],
   ):
-    """`step`: of the first batch; `indices`: step -> the records of its batch."""
+    """`step`: of the first batch; `indices`: step -> records of its batch; `names`: of arrays."""
+    self._names = names
     self.bad = examples.bad
     self.steps_per_epoch = steps_per_epoch
     self._examples, self._indices, self._step = examples, indices, step
@@ -84,7 +87,7 @@ class TrainBatches:
       *arrays, done = next(self._batches[0])
       if not done.all():
         raise self._examples.failure
-      batch = dict(zip(schema.BATCH, arrays, strict=True))
+      batch = dict(zip(self._names, arrays, strict=True))
       self._check(batch["example_mask"])
       self._step += 1
       return batch
@@ -140,7 +143,7 @@ def _end(batches: list[Any]) -> None:
 
 
 def train_batches(
-  data_dir: str | dataset_lib.Dataset,
+  data_dir: str | dataset_lib.Dataset | mixture.Mixture,
   config: ml_collections.ConfigDict,
   *,
   start_step: int = 0,
@@ -151,7 +154,7 @@ def train_batches(
   """Batches of this host from `start_step` on.
 
   Args:
-    data_dir: directory written by `data.build`, or such a dataset opened.
+    data_dir: directory written by `data.build`, or such a dataset opened, or several (`mixture`).
     config: whole configuration.
     start_step: steps done before; the batches are those of a run that never stopped.
     host: this host, or several of them for which one process reads (`mesh.process_batch_shards`).
@@ -160,7 +163,8 @@ def train_batches(
   """
   from grain_jax.data.host_tensorflow import tf
 
-  dataset = data_dir if isinstance(data_dir, dataset_lib.Dataset) else open_dataset(data_dir)
+  dataset: Any = open_dataset(data_dir) if isinstance(data_dir, (str, pathlib.Path)) else data_dir
+  mixed = isinstance(dataset, mixture.Mixture)
   num_records = dataset.num_records(config.data.split)
   steps = sampler.steps_per_epoch(num_records, config.batch_size)
   hosts = (host,) if isinstance(host, int) else tuple(host)
@@ -183,7 +187,8 @@ def train_batches(
   )
 
   def indices_of(step: int) -> np.ndarray:
-    return choose(epoch=step // steps, step=step % steps)
+    slots, epoch = choose(epoch=step // steps, step=step % steps), step // steps
+    return dataset.choose(slots, epoch) if mixed else slots
 
   def pick(step):
     return indices_of(int(step)).reshape(-1, chunk), np.int64(int(step) // steps)
@@ -198,6 +203,7 @@ def train_batches(
   sizes = dict(image_size=examples.size, row_length=examples.row_length)
   sizes |= dict(regions=examples.regions, negatives=negatives)
   sizes |= dict(region_negatives=examples.region_negatives)
+  sizes |= dict(sources=len(dataset.names) if mixed else 0)
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())
   types = [*(tf.as_dtype(dtype) for _, dtype in shapes), tf.bool]
 
@@ -229,6 +235,7 @@ def train_batches(
     step=start_step,
     indices=indices_of,
     limits=bad_records.Limits.from_config(config),
+    names=list(schema.batch_shapes(batch=chunk, **sizes)),
   )
 
 

@@ -7,6 +7,7 @@ over all hosts together does not depend on how many hosts there are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,8 +90,13 @@ def _check_host(host: int, num_hosts: int) -> None:
     raise ValueError(f"host = {host} is not one of {num_hosts} hosts (0 to {num_hosts - 1}).")
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
-  order = np.random.default_rng([seed, epoch]).permutation(num_records)
+def permutation(seeds: Sequence[int], num_records: int) -> np.ndarray:
+  """An order of so many records, i64 [num_records], the same for the same seeds."""
+  order = np.random.default_rng(list(seeds)).permutation(num_records)
   order.flags.writeable = False
   return order
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
+  return permutation([seed, epoch], num_records)

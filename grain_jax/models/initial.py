@@ -25,6 +25,7 @@ def dummy_batch(config: ml_collections.ConfigDict, batch: int) -> dict[str, jax.
     regions=config.data.max_regions,
     negatives=config.data.negatives,
     region_negatives=config.data.negatives_per_region,
+    sources=len(config.data.sources),
   )
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 

@@ -101,7 +101,13 @@ def _counts(shared: Shared, total: Array) -> dict[str, Pair]:
   batch, one, texts = shared.batch, jnp.ones(()), 1 + shared.num_regions
   missing = batch["region_mask"] & ~batch["text_mask"][:, 1:texts]
   full = _full(batch, shared.config) & batch["text_mask"]
-  return {
+  of_sources = {}
+  if shared.groups is not None:
+    usable, size = batch["example_mask"].astype(jnp.float32), len(batch["example_mask"])
+    share = usable @ shared.groups, jnp.full(shared.groups.shape[1], size, jnp.float32)
+    bad = (1 - usable) @ shared.groups, jnp.ones(shared.groups.shape[1])
+    of_sources = shared.of_sources("share", share) | shared.of_sources("bad_examples", bad)
+  return of_sources | {
     "loss": (total, one),
     "dropped_texts": (jnp.sum(missing, dtype=jnp.float32), one),
     "truncated_texts": (jnp.sum(full, dtype=jnp.float32), one),

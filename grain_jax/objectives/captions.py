@@ -21,7 +21,8 @@ def caption_loss(
   axes: tuple[str, ...] = (),
   chunk: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
-) -> tuple[Array, Array]:
+  groups: Array | None = None,
+) -> tuple[Array, ...]:
   """1/2 [CE(s I T^T) + CE(s T I^T)] over the global batch (Radford et al., 2021; GRAIN eq. 1).
 
   With `logit_bias` SigLIP's loss instead: `contrastive.sigmoid`.
@@ -36,9 +37,11 @@ def caption_loss(
     axes: within `shard_map`, the mesh axes that shard the batch; negatives come from all shards.
     chunk: candidates at a time; 0: all.
     dtype: of the products: `contrastive.product_dtype`.
+    groups: f32 [B, G], 1 where an example is of a group: its sums are asked for too.
 
   Returns:
-    (sum, weight): the loss is sum / weight, weight the number of examples (of this device).
+    (sum, weight): the loss is sum / weight, weight the number of examples (of this device). With
+    groups also the sum and the weight of each, [G].
   """
   images = contrastive.Candidates(image, mask, text_hashes)
   texts = contrastive.Candidates(text, mask, text_hashes)
@@ -47,14 +50,15 @@ def caption_loss(
       images, texts, logit_scale=logit_scale, logit_bias=logit_bias,
       axes=axes, chunk=chunk, dtype=dtype,
     )  # fmt: skip
-    return sums.loss, sums.rows
-  total = jnp.zeros(())
+    return sums.loss, sums.rows, *contrastive.by_group(groups, sums.each, mask)
+  total, each = jnp.zeros(()), jnp.zeros(mask.shape)
   for rows, candidates in ((images, texts), (texts, images)):
     sums = contrastive.cross_entropy(
       rows, candidates, logit_scale=logit_scale, axes=axes, chunk=chunk, dtype=dtype
     )
     total += sums.loss / 2
-  return total, sums.rows
+    each += sums.each / 2
+  return total, sums.rows, *contrastive.by_group(groups, each, mask)
 
 
 def multi_positive_loss(

@@ -35,11 +35,21 @@ class Candidates:
 
 @flax.struct.dataclass
 class LossSums:
-  """Sums over the valid rows; each []."""
+  """Sums over the valid rows, each [], and the losses of all rows."""
 
   loss: Array  # of -log softmax at the row's positive, or of -log sigmoid of its pairs
   correct: Array  # rows whose positive scores highest
   rows: Array
+  each: Array  # f32 [N], the loss of each row; 0 of those that are not valid
+
+
+def by_group(groups: Array | None, each: Array, valid: Array) -> tuple[Array, ...]:
+  """(sum, weight) of each group, [G], of losses and validity [B, ...]; () without groups [B, G]."""
+  if groups is None:
+    return ()
+  axes = tuple(range(1, each.ndim))
+  weights = jnp.sum(valid.astype(jnp.float32), axis=axes)
+  return jnp.sum(each, axis=axes) @ groups, weights @ groups
 
 
 def product_dtype(precision: str, platform: str) -> jax.typing.DTypeLike:
@@ -209,8 +219,10 @@ def _no_negative(target: Array) -> Array:
 
 
 def _sum_rows(rows: Candidates, losses: Array, target: Array, best: Array) -> LossSums:
+  each = jnp.where(rows.valid, losses, 0.0)
   return LossSums(
-    loss=jnp.sum(jnp.where(rows.valid, losses, 0.0)),
+    each=each,
+    loss=jnp.sum(each),
     correct=jnp.sum((target >= best) & rows.valid, dtype=jnp.float32),
     rows=jnp.sum(rows.valid, dtype=jnp.float32),
   )

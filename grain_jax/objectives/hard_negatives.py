@@ -26,6 +26,7 @@ class HardNegativeLoss:
   contrast: Pair  # image-text contrast whose texts include the negatives
   intra: Pair  # intra-modal contrast of captions and negatives
   rank: Pair  # cross-modal rank
+  by_group: tuple[Array, ...]  # sum and weight of the contrast of each, [G]; () without any
   thresholds: Array  # f32 [K], in units of logits, without gradient
 
 
@@ -48,6 +49,7 @@ def hard_negative_loss(
   axes: tuple[str, ...] = (),
   chunk: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  groups: Array | None = None,
 ) -> HardNegativeLoss:
   """The losses of CE-CLIP, with s = exp(logit_scale), v the valid negatives and n their texts.
 
@@ -83,6 +85,7 @@ def hard_negative_loss(
       and thresholds agree.
     chunk: candidates at a time; 0: all.
     dtype: of the products: `contrastive.product_dtype`.
+    groups: f32 [B, G], as of `captions.caption_loss`.
 
   Returns:
     Sums over this device's examples. The weight of rank counts all pairs of an example and a slot,
@@ -102,10 +105,13 @@ def hard_negative_loss(
   )
   both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), texts, wrong)
   if logit_bias is None:
-    to_text = contrastive.cross_entropy(images, both, **options).loss
-    contrast = (to_text + contrastive.cross_entropy(texts, images, **options).loss) / 2
+    to_text = contrastive.cross_entropy(images, both, **options)
+    to_image = contrastive.cross_entropy(texts, images, **options)
+    contrast = (to_text.loss + to_image.loss) / 2
+    each = (to_text.each + to_image.each) / 2
   else:
-    contrast = contrastive.sigmoid(images, both, logit_bias=logit_bias, **options).loss
+    pairs = contrastive.sigmoid(images, both, logit_bias=logit_bias, **options)
+    contrast, each = pairs.loss, pairs.each
   number = jnp.sum(mask, dtype=jnp.float32)
 
   scale = jnp.exp(logit_scale)
@@ -125,6 +131,7 @@ def hard_negative_loss(
     contrast=(contrast, number),
     intra=(intra, number),
     rank=(rank, number * slots),
+    by_group=contrastive.by_group(groups, each, mask),
     thresholds=_thresholds(
       right, against, mask, valid, thresholds, kind=threshold, upper_bound=upper_bound, axes=axes
     ),

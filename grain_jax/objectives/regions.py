@@ -30,7 +30,8 @@ def region_loss(
   false: Array | None = None,
   false_mask: Array | None = None,
   false_hashes: Array | None = None,
-) -> tuple[Array, Array, Array]:
+  groups: Array | None = None,
+) -> tuple[Array, ...]:
   """CE over matched regions of s q D^T, D = all valid descriptions; region -> text only (GRAIN).
 
   False descriptions of regions are further columns, for every region. With `logit_bias` SigLIP's
@@ -50,10 +51,12 @@ def region_loss(
     false: f32 [B, R, N, E], false descriptions of each region, L2-normalised, or None.
     false_mask: bool [B, R, N], where there are some.
     false_hashes: u32 [B, R, N, 2] of their texts, where `text_hashes` are given.
+    groups: f32 [B, G], as of `captions.caption_loss`.
 
   Returns:
     (sum, correct, weight): the loss is sum / weight; correct counts the regions whose own
-    description scores highest; weight is the number of regions (of this device).
+    description scores highest; weight is the number of regions (of this device). With groups
+    also the sum and the weight of each, [G].
   """
   width, valid = regions.shape[-1], mask.reshape(-1)
   text_hashes = None if text_hashes is None else text_hashes.reshape(-1, 2)
@@ -71,4 +74,5 @@ def region_loss(
     sums = contrastive.cross_entropy(rows, texts, **options)
   else:
     sums = contrastive.sigmoid(rows, texts, logit_bias=logit_bias, **options)
-  return sums.loss, sums.correct, sums.rows
+  found = contrastive.by_group(groups, sums.each.reshape(mask.shape), mask)
+  return sums.loss, sums.correct, sums.rows, *found

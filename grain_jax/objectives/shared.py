@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import PartitionSpec
 
+from grain_jax import schema
 from grain_jax.models import grain
 from grain_jax.objectives import boxes, contrastive, duplicates, matching
 
@@ -67,6 +68,21 @@ class Shared:
         )
       )  # fmt: skip
       self.false_descriptions = jnp.roll(self.false_descriptions, 1, axis=0)
+
+  @functools.cached_property
+  def groups(self) -> Array | None:
+    """f32 [B, S], 1 where an example is of a source; None where there is no mixture of them."""
+    if schema.SOURCE not in self.batch:
+      return None
+    return jax.nn.one_hot(self.batch[schema.SOURCE], len(self.config.data.sources))
+
+  def of_sources(self, name: str, found: tuple[Array, ...]) -> dict[str, Pair]:
+    """{'source/SOURCE/NAME': (sum, weight)} of the sums and weights of the groups, or nothing."""
+    if not found:
+      return {}
+    names = schema.source_names(self.config.data.sources)
+    sums, weights = found
+    return {f"source/{s}/{name}": (sums[i], weights[i]) for i, s in enumerate(names)}
 
   @property
   def logit_bias(self) -> Array | None:

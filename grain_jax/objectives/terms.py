@@ -29,26 +29,35 @@ def caption(shared: Shared, state: State) -> Result:
   if shared.num_negatives:
     return {}, state
 
-  return {"loss_caption": _against_captions(shared, shared.output.image)}, state
+  total, weight, *of_sources = _against_captions(shared, shared.output.image)
+  parts = {"loss_caption": (total, weight)}
+  return parts | shared.of_sources("loss_caption", of_sources), state
 
 
-def _against_captions(shared: Shared, images: Array) -> Pair:
-  """CLIP's loss of embeddings of the images, f32 [B, E], and the captions."""
+def _against_captions(shared: Shared, images: Array) -> tuple[Array, ...]:
+  """CLIP's loss of embeddings of the images, f32 [B, E], and the captions; with those by source."""
 
-  def loss(image: Array, text: Array, mask: Array, hashes: Array | None, **options: Any) -> Any:
-    return captions.caption_loss(image, text, mask=mask, text_hashes=hashes, **options), ()
+  def loss(
+    image: Array, text: Array, mask: Array, hashes: Array | None, groups: Array | None,
+    **options: Any,
+  ) -> Any:  # fmt: skip
+    found = captions.caption_loss(
+      image, text, mask=mask, text_hashes=hashes, groups=groups, **options
+    )
+    return found, ()
 
-  pair, _ = shared.over_shards(
-    loss, images, shared.output.captions, shared.captioned, shared.masked_hashes("captions")
-  )
-  return pair
+  found, _ = shared.over_shards(
+    loss, images, shared.output.captions, shared.captioned, shared.masked_hashes("captions"),
+    shared.groups,
+  )  # fmt: skip
+  return found
 
 
 def auxiliary(shared: Shared, state: State) -> Result:
   """The caption's loss of the image's second embedding, where the model has one."""
   if not shared.output.auxiliary.shape[-1]:
     return {}, state
-  return {"loss_auxiliary": _against_captions(shared, shared.output.auxiliary)}, state
+  return {"loss_auxiliary": _against_captions(shared, shared.output.auxiliary)[:2]}, state
 
 
 def first_thresholds(config: ml_collections.ConfigDict) -> State:
@@ -65,24 +74,26 @@ def hard_negative(shared: Shared, state: State) -> Result:
 
   def loss(
     image: Array, text: Array, negatives: Array, valid: Array, mask: Array,
-    hashes: Array | None, others: Array | None, thresholds: Array, **options: Any,
+    hashes: Array | None, others: Array | None, groups: Array | None, thresholds: Array,
+    **options: Any,
   ) -> Any:  # fmt: skip
     found = hard_negatives.hard_negative_loss(
       image, text, negatives, valid, thresholds=thresholds, imc=w.intra_form,
       threshold=w.rank_threshold, upper_bound=w.rank_upper_bound, mask_invalid=w.mask_invalid,
-      mask=mask, text_hashes=hashes, negative_hashes=others, **options,
+      mask=mask, text_hashes=hashes, negative_hashes=others, groups=groups, **options,
     )  # fmt: skip
-    return (found.contrast, found.intra, found.rank), found.thresholds
+    return (found.contrast, found.intra, found.rank, found.by_group), found.thresholds
 
   output = shared.output
-  (contrast, intra, rank), thresholds = shared.over_shards(
+  (contrast, intra, rank, of_sources), thresholds = shared.over_shards(
     loss, output.image, output.captions, output.negatives, shared.negatives_valid,
     shared.captioned, shared.masked_hashes("captions"), shared.masked_hashes("negatives"),
-    agreed=(state["thresholds"],),
+    shared.groups, agreed=(state["thresholds"],),
   )  # fmt: skip
   valid = jnp.sum(shared.negatives_valid, dtype=jnp.float32)
   asked = jnp.sum(shared.captioned, dtype=jnp.float32) * shared.num_negatives
   parts = {"loss_caption": contrast, "valid_negatives": (valid, asked)}
+  parts |= shared.of_sources("loss_caption", of_sources)
   if w.intra:  # else it is not even computed
     parts["loss_intra"] = intra
   if w.rank:
@@ -134,21 +145,22 @@ def region(shared: Shared, state: State) -> Result:
 
   def loss(
     found: Array, descriptions: Array, mask: Array, hashes: Array | None,
-    false: Array, valid: Array, others: Array | None, **options: Any,
+    false: Array, valid: Array, others: Array | None, groups: Array | None, **options: Any,
   ) -> Any:  # fmt: skip
     sums = regions.region_loss(
       found, descriptions, mask=mask, text_hashes=hashes,
-      false=false, false_mask=valid, false_hashes=others, **options,
+      false=false, false_mask=valid, false_hashes=others, groups=groups, **options,
     )  # fmt: skip
     return sums, ()
 
   matched = regions.take_queries(shared.output.regions, shared.queries[:, -1])
-  (total, correct, weight), _ = shared.over_shards(
+  (total, correct, weight, *of_sources), _ = shared.over_shards(
     loss, matched, shared.descriptions, shared.described, shared.masked_hashes("descriptions"),
     shared.false_descriptions, shared.false_valid, shared.masked_hashes("region_negatives"),
-    local=w.region_negatives == "local",
+    shared.groups, local=w.region_negatives == "local",
   )  # fmt: skip
   parts = {"loss_region": (total, weight), "region_accuracy": (correct, weight)}
+  parts |= shared.of_sources("loss_region", of_sources)
   if shared.false_valid.shape[-1]:
     asked = jnp.sum(shared.described, dtype=jnp.float32) * shared.false_valid.shape[-1]
     parts["valid_region_negatives"] = (jnp.sum(shared.false_valid, dtype=jnp.float32), asked)

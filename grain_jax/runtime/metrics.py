@@ -32,7 +32,7 @@ def summarize(steps: Iterable[Pairs], prefix: str = "train/") -> dict[str, float
       weights[name] += float(weight)
   result = {}
   for name, total in sums.items():
-    if name in COUNTS:
+    if name.rpartition("/")[2] in COUNTS:
       result[prefix + name] = total
     elif weights[name]:
       result[prefix + name] = total / weights[name]

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax.data import dataset
+from grain_jax.data import mixture
 from grain_jax.runtime import checkpoint
 
 # Keys that may change in a run: neither the parameters nor the optimiser's state have another form.
@@ -29,6 +29,7 @@ KEYS = frozenset(
     "data.reduced_decode",
     "data.resize",
     "data.row_length",
+    "data.sources",
     "data.split",
     "epochs",
     "loss.aux_box_loss",
@@ -118,7 +119,7 @@ def continue_as(
   rate = meta.get("learning_rate", old.optimizer.lr_end)
   checkpoints.close()
   if "data.dir" in keys and "data.dir" not in changes:  # other data may lie where the old lay
-    now = dataset.open_dataset(config.data.dir).fingerprint(config.data.split)
+    now = mixture.open_training(config).fingerprint(config.data.split)
     if meta.get("data", now) != now:
       changes["data.dir"] = (f"{old.data.dir} ({meta['data'][:12]})", f"the same ({now[:12]})")
   if not changes:

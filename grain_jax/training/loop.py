@@ -94,7 +94,7 @@ def train(
       )
       _say(
         f"{config.method}: {trees.count(state.params) / 1e6:.1f} M parameters, "
-        f"{dataset.num_records(config.data.split)} records, batch {config.batch_size} on "
+        f"{run.training.num_records(config.data.split)} records, batch {config.batch_size} on "
         f"{mesh.size} device(s){several}, step {step} of {total_steps} in {folder}"
       )
 
@@ -124,7 +124,7 @@ def train(
       if step < total_steps:
         shards, num_shards = meshes.process_batch_shards(mesh.devices, jax.process_index())
         batches = pipeline.train_batches(
-          dataset, config, start_step=step, host=shards, num_hosts=num_shards
+          run.training, config, start_step=step, host=shards, num_hosts=num_shards
         )
         profiler = metrics.Profiler(config.profile, folder / "profile")
         with contextlib.closing(batches), contextlib.closing(profiler):
@@ -358,6 +358,7 @@ def _check_batch(batch: dict[str, np.ndarray], config: ml_collections.ConfigDict
     regions=config.data.max_regions,
     negatives=config.data.negatives,
     region_negatives=config.data.negatives_per_region,
+    sources=len(config.data.sources),
   )
 
 

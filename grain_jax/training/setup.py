@@ -16,7 +16,7 @@ from grain_jax import evaluate, places, tokenizing
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import pipeline, sampler
+from grain_jax.data import mixture, pipeline, sampler
 from grain_jax.evals.inputs.options import Options
 from grain_jax.runtime import distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
@@ -33,7 +33,8 @@ class Run:
 
   config: ml_collections.ConfigDict  # whole, resolved, checked; nothing is left open
   folder: pathlib.Path  # workdir
-  dataset: dataset_lib.Dataset
+  dataset: dataset_lib.Dataset  # of evaluations and validation
+  training: dataset_lib.Dataset | mixture.Mixture
   tokenizer: tokenizers.Tokenizer
   options: Options  # of evaluations on outside datasets
   total_steps: int
@@ -71,8 +72,12 @@ def settle(
   config = continuation.continue_as(sizing.keep(config, folder), folder, continue_as, say=say)
   configs.check(config)
   distributed.prepare(config)
+  if config.data.sources and not config.data.dir:
+    config.data.dir = config.data.sources[0]["dir"]
+    say(f"evaluations and validation read config.data.sources[0], {config.data.dir}")
   dataset = pipeline.open_dataset(config.data.dir)
-  records = dataset.num_records(config.data.split)
+  training = mixture.open_training(config) if config.data.sources else dataset
+  records = training.num_records(config.data.split)
   asked, shards = config, max(jax.device_count() // max(config.mesh.tensor, 1), 1)
   config = sizing.choose(config, records=records, devices=shards, platform=jax.default_backend())
   config = sizing.available(config, dataset, say=say)
@@ -89,11 +94,11 @@ def settle(
   )
   evaluate.check(config, dataset, options)
   validation.check(config, dataset)
-  preconditions.check_regions(config, dataset)
-  preconditions.check_negatives(config, dataset)
+  preconditions.check_regions(config, training)
+  preconditions.check_negatives(config, training)
   preconditions.check_teacher(config, warn)
   tokenizer = tokenizing.make(config)
-  fingerprints = {"tokenizer": tokenizer.hash, "data": dataset.fingerprint(config.data.split)}
+  fingerprints = {"tokenizer": tokenizer.hash, "data": training.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
     logging.warning(
@@ -104,6 +109,7 @@ def settle(
     config=config,
     folder=folder,
     dataset=dataset,
+    training=training,
     tokenizer=tokenizer,
     options=options,
     total_steps=config.steps or round(config.epochs * steps_per_epoch),
