@@ -1,4 +1,4 @@
-"""JSON files of any size that are one object {key: value}: member by member, by their place."""
+"""JSON files of any size: the members of an object by their place, the elements of its arrays."""
 
 from __future__ import annotations
 
@@ -49,6 +49,45 @@ def iterate_object(path: pathlib.Path, *, name: str = "") -> Iterator[Member]:
         more, first = window.text[window.at] == ",", False
         window.at += more
       window.at += 1  # the brace that closes it
+      if window.skip_space():
+        raise window.error("Extra data", window.at)
+    except _NoObject as error:
+      raise ValueError(f"{error}. Give the right file.") from None
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{name} is not JSON: {error.msg}. Get or write it once more.") from None
+    except UnicodeError as error:
+      raise ValueError(f"{name} is not JSON: {error}. Get or write it once more.") from None
+
+
+class Element(NamedTuple):
+  """An element of an array in a JSON file."""
+
+  array: str  # key of the member of the file's object that is the array; "": the file itself
+  value: Any
+
+
+def iterate_elements(path: pathlib.Path, *, name: str = "") -> Iterator[Element]:
+  """The elements of a JSON file that is an array, or an object with members that are arrays.
+
+  Of COCO's kind of file, {"images": [...], "annotations": [...]}, the elements of both, in the
+  file's order. Members that are no arrays are read over. Held in memory are a few megabytes, or the
+  longest element if that is more. Numbers are Python's: NaN and Infinity, which many programs
+  write, too.
+
+  Raises:
+    ValueError: one line with the place, after the elements before it.
+  """
+  name = name or str(path)
+  with textfiles.open_binary(path, name) as file:
+    try:
+      window = _Window(file)
+      if window.skip_space() == "[":
+        yield from window.elements("")
+      elif window.skip_space() == "{":
+        yield from window.elements_of_members()
+      else:
+        content = textfiles.read_json(path, name=name)  # it may be no JSON at all
+        raise _NoObject(f"{name} holds a {type(content).__name__}, neither an object nor an array")
       if window.skip_space():
         raise window.error("Extra data", window.at)
     except _NoObject as error:
@@ -128,6 +167,59 @@ class _Window:
       length = self._byte_of(end) - offset
       self.at = after
       return Member(key, offset, length)
+
+  def elements(self, array: str) -> Iterator[Element]:
+    """The elements of the array that begins at `at`, which moves behind it."""
+    self.at += 1
+    more = self.skip_space() != "]"
+    while more:
+      yield Element(array, self._next_value(",]"))
+      more = self.text[self.at] == ","
+      self.at += more
+    self.at += 1
+
+  def elements_of_members(self) -> Iterator[Element]:
+    """The elements of all arrays among the members of the object that begins at `at`."""
+    self.at += 1
+    more = self.skip_space() != "}"
+    while more:
+      key = self._next_value(":")
+      if not isinstance(key, str):
+        raise self.error("Expecting property name enclosed in double quotes", self.at)
+      self.at += 1
+      if self.skip_space() == "[":
+        yield from self.elements(key)
+      else:
+        self._next_value(",}")
+      after = self.skip_space()
+      if after not in (",", "}") or not after:
+        raise self.error("Expecting ',' delimiter", self.at)
+      more = after == ","
+      self.at += more
+    self.at += 1
+
+  def _next_value(self, ends: str) -> Any:
+    """The value at `at`, which moves on to what ends it."""
+    self.skip_space()
+    while True:
+      try:
+        value, end = _DECODER.raw_decode(self.text, self.at)
+        after = _JSON_SPACE(self.text, end).end()
+        if self.text[after : after + 1] not in tuple(ends):
+          raise json.JSONDecodeError(f"Expecting {ends[0]!r} delimiter", self.text, after)
+      except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+      except json.JSONDecodeError as error:
+        # Of a value that is only cut off here, no error but this one is so far from the end.
+        cut_off = "Unterminated" in error.msg or len(self.text) - error.pos < _LONGEST_TOKEN
+        ahead = error.pos - self.at
+        if not cut_off or not self.more():
+          raise self.error(error.msg, self.at + ahead) from None
+        continue
+      except ValueError as error:  # a whole number longer than Python reads
+        raise self.error(str(error), self.at) from None
+      self.at = after
+      return value
 
   def _parse(self) -> tuple[str, int, int]:
     """(key, end of the value, place of what follows it)."""

@@ -3,10 +3,11 @@
 import json
 
 import json_objects
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from grain_jax import textfiles
+from grain_jax import jsonfiles, textfiles
 
 JSON = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -67,3 +68,74 @@ def test_an_object_that_is_broken_is_told_as_json_tells_it(tmp_path, monkeypatch
       errors.append((str(error), ""))
   if "not an object" not in errors[1][0]:
     assert errors[0] == errors[1]
+
+
+@SHOWN
+@given(
+  content=st.lists(JSON, max_size=5) | st.dictionaries(st.text(max_size=5), JSON, max_size=5),
+  separators=st.sampled_from([(",", ":"), (" ,\n\t", " : "), (",\r\n", ":\n")]),
+  escaped=st.booleans(),
+  size=st.integers(1, 40),
+)
+def test_elements_of_arrays_read_in_pieces_are_jsons(
+  tmp_path, monkeypatch, content, separators, escaped, size
+):
+  monkeypatch.setattr(textfiles, "BUFFER", size)
+  path = tmp_path / "a.json"
+  text = json.dumps(content, ensure_ascii=escaped, separators=separators)
+  path.write_bytes(f" {text}\n".encode("utf-8", "surrogatepass"))
+  try:
+    whole = json.loads(path.read_text("utf-8"))
+  except UnicodeDecodeError:
+    return
+  arrays = {"": whole} if isinstance(whole, list) else whole
+  want = [(key, e) for key, array in arrays.items() if isinstance(array, list) for e in array]
+  assert repr([tuple(element) for element in jsonfiles.iterate_elements(path)]) == repr(want)
+
+
+@SHOWN
+@given(data=st.data(), size=st.integers(1, 40))
+@example(data=None, size=3)
+def test_broken_arrays_are_told_with_the_files_name(tmp_path, monkeypatch, data, size):
+  monkeypatch.setattr(textfiles, "BUFFER", size)
+  text = '{"ä": [1, 2.5e3, {"x\\u00e9": [1]}],\n "b": {"c": null}, "b": [true],\n"d": "y"}\n'
+  if data is not None:
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(start + 4, len(text))))
+    put = data.draw(st.sampled_from(["", ",", "}", "]", '"', "x", "[", " 1"]))
+    text = text[:start] + put + text[end:]
+  path = tmp_path / "a.json"
+  path.write_text(text, "utf-8")
+  try:
+    whole, error = json.loads(text), None
+  except ValueError as raised:
+    error = raised
+  if error is None and isinstance(whole, (dict, list)):
+    list(jsonfiles.iterate_elements(path))
+    return
+  with pytest.raises(ValueError, match=rf"^{path} .*\.$") as raised:
+    list(jsonfiles.iterate_elements(path))
+  assert "\n" not in str(raised.value)
+
+
+def test_elements_behind_a_damaged_one_are_not_read_and_memory_stays_flat(tmp_path, monkeypatch):
+  """The element is told at once: a file of gigabytes is not taken into memory for it."""
+  monkeypatch.setattr(textfiles, "BUFFER", 1000)
+  read = []
+  opened = textfiles.open_binary
+
+  def counting(*args):
+    file = opened(*args)
+    whole = file.read
+    file = type("Counted", (), {"__enter__": lambda s: s, "__exit__": lambda s, *e: None})()
+    file.read = lambda size: read.append(size) or whole(size)
+    return file
+
+  monkeypatch.setattr(textfiles, "open_binary", counting)
+  path = tmp_path / "a.json"
+  path.write_text('{"images": [{"id": 1}, {"id": nope}' + ', {"id": 2}' * 100_000 + "]}")
+  elements = jsonfiles.iterate_elements(path)
+  assert next(elements) == ("images", {"id": 1})
+  with pytest.raises(ValueError, match="Expecting value: line 1 column 31"):
+    next(elements)
+  assert sum(read) < 10_000
