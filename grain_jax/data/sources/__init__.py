@@ -19,6 +19,13 @@ KINDS: dict[str, str] = {
   "scenes": "the embedded images",
   "folder": "a folder of one's own images with a file of annotations",
   "published": "the annotation files published with GRAIN",
+  "visual_genome": "Visual Genome's region descriptions",
+  "coco": "COCO's captions and instances",
+  "mdetr": "MDETR's and GLIP's files: RefCOCO, RefCOCO+, RefCOCOg, Flickr30k Entities, GoldG",
+  "odvg": "lines of grounding or detection, of MM-GDINO and LLMDet",
+  "lvis": "LVIS, with its definitions or names as descriptions",
+  "objects365": "Objects365, v1 or v2",
+  "open_images": "Open Images' boxes",
 }
 
 
