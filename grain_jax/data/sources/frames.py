@@ -19,6 +19,8 @@ _TURNS = {
   8: lambda y, x: (1 - x, y),
 }
 
+_LONGEST = 1 << 31  # pixels of a side, which no file has
+
 
 class Frame(NamedTuple):
   """Of an image's boxes."""
@@ -91,7 +93,7 @@ def frame_of(image: pathlib.Path, width: Any = None, height: Any = None) -> Fram
 
 def _is_size(value: Any) -> bool:
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return number and 0 < value < float("inf")
+  return number and 0 < value < _LONGEST
 
 
 def _header(file: pathlib.Path) -> tuple[tuple[int, int], int]:

@@ -187,20 +187,21 @@ def caption_of_names(names: Iterable[Any]) -> list[str]:
   return [", ".join(once)] if once else []
 
 
-def caption_of_phrases(regions: Sequence[Mapping[str, Any]]) -> list[str]:
-  """A caption of an image that has none: phrases of its largest regions ("a lawn. a brown dog")."""
+def caption_of_phrases(regions: Sequence[Mapping[str, Any]], *, tolerance: float) -> list[str]:
+  """A caption of an image that has none: phrases of its largest regions ("a lawn. a brown dog").
 
-  def size(entry: Mapping[str, Any]) -> float:
-    box = entry["box"]
-    area = 0.0 if box is None else (box[2] - box[0]) * (box[3] - box[1])
-    return area if area == area else 0.0
-
-  phrases: dict[str, None] = {}
-  for entry in sorted(regions, key=size, reverse=True):
-    text = entry["description"]
-    if isinstance(text, str) and text.strip():
-      phrases.setdefault(text.strip().rstrip("."))
-  return [". ".join(list(phrases)[:PHRASES])] if phrases else []
+  Args:
+    regions: of the image; those whose box cannot be used say nothing of it.
+    tolerance: how far outside a box may lie.
+  """
+  sizes: dict[str, float] = {}
+  for entry in regions:
+    text, box = entry["description"], records.check_box(entry["box"], tolerance=tolerance)
+    if is_text(text) and not isinstance(box, str):
+      area, text = (box[2] - box[0]) * (box[3] - box[1]), text.strip().rstrip(".")
+      sizes[text] = max(area, sizes.get(text, 0.0))
+  largest = sorted(sizes, key=lambda text: -sizes[text])  # stable
+  return [". ".join(largest[:PHRASES])] if largest else []
 
 
 def is_text(value: Any) -> bool:

@@ -73,7 +73,8 @@ def source(
       box = [region.get(k) for k in ("x", "y", "width", "height")]
       box = None if frame is None else frame.fractions(box, "xywh")
       regions.append(indexed.region(region["phrase"], box))
-    found = coco_json.captions_of(entry.annotations) or indexed.caption_of_phrases(regions)
+    found = coco_json.captions_of(entry.annotations)
+    found = found or indexed.caption_of_phrases(regions, tolerance=tolerance)
     yield "train", indexed.record(key, image, found, regions, [coco_names.id_of(entry.data)])
 
   def image_files() -> Iterator[pathlib.Path]:
