@@ -1,4 +1,4 @@
-"""JSON files of any size: the members of an object by their place, the elements of its arrays."""
+"""JSON files of any size: members of an object or an array by their place, elements of arrays."""
 
 from __future__ import annotations
 
@@ -35,20 +35,28 @@ def iterate_object(path: pathlib.Path, *, name: str = "") -> Iterator[Member]:
   Raises:
     ValueError: one line with the place, after the members before it.
   """
-  name = name or str(path)
+  return _iterate(path, name or str(path), _OBJECT)
+
+
+def iterate_array(path: pathlib.Path, *, name: str = "") -> Iterator[Member]:
+  """The items of a JSON file that is one array [value, ...], with empty keys; see above."""
+  return _iterate(path, name or str(path), _ARRAY)
+
+
+def _iterate(path: pathlib.Path, name: str, kind: _Kind) -> Iterator[Member]:
   with textfiles.open_binary(path, name) as file:
     try:
-      window = _Window(file)
-      if window.skip_space() != "{":
+      window = _Window(file, kind)
+      if window.skip_space() != kind.opening:
         content = textfiles.read_json(path, name=name)  # it may be no JSON at all
-        raise _NoObject(f"{name} holds a {type(content).__name__}, not an object {{key: value}}")
+        raise _NoObject(f"{name} holds a {type(content).__name__}, not {kind.words}")
       window.at += 1
-      more, first = window.skip_space() != "}", True
+      more, first = window.skip_space() != kind.closing, True
       while more:
         yield window.next_member(first=first)
         more, first = window.text[window.at] == ",", False
         window.at += more
-      window.at += 1  # the brace that closes it
+      window.at += 1  # what closes it
       if window.skip_space():
         raise window.error("Extra data", window.at)
     except _NoObject as error:
@@ -80,7 +88,7 @@ def iterate_elements(path: pathlib.Path, *, name: str = "") -> Iterator[Element]
   name = name or str(path)
   with textfiles.open_binary(path, name) as file:
     try:
-      window = _Window(file)
+      window = _Window(file, _OBJECT)
       if window.skip_space() == "[":
         yield from window.elements("")
       elif window.skip_space() == "{":
@@ -107,14 +115,28 @@ def parse_member(data: bytes) -> tuple[str, Any]:
 
 
 class _NoObject(Exception):
-  """JSON, but no object."""
+  """JSON, but not of the kind that was asked for."""
+
+
+class _Kind(NamedTuple):
+  """What a file is as a whole."""
+
+  opening: str
+  closing: str
+  before: str  # what may stand before a member that is not the first
+  words: str
+
+
+_OBJECT = _Kind("{", "}", '{"":0,', "an object {key: value}")
+_ARRAY = _Kind("[", "]", "[0,", "an array [value, ...]")
 
 
 class _Window:
   """A part of a long JSON text; what lies before `at` goes when more is read."""
 
-  def __init__(self, file: io.BufferedReader):
+  def __init__(self, file: io.BufferedReader, kind: _Kind):
     self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
+    self._kind = kind
     self.text, self.at = "", 0
     self._read = 0  # bytes read
     self._byte, self._mark = 0, 0  # the byte that text[_mark] begins at
@@ -150,7 +172,7 @@ class _Window:
         return self.text[self.at : self.at + 1]
 
   def next_member(self, *, first: bool) -> Member:
-    """The member at `at`, which moves on to the "," or "}" behind it."""
+    """The member at `at`, which moves on to the "," behind it, or what closes the whole."""
     self.skip_space()
     while True:
       try:
@@ -223,6 +245,17 @@ class _Window:
 
   def _parse(self) -> tuple[str, int, int]:
     """(key, end of the value, place of what follows it)."""
+    text, key, value = self.text, "", self.at
+    if self._kind is _OBJECT:
+      key, value = self._parse_key()
+    _, end = _DECODER.raw_decode(text, value)
+    after = _JSON_SPACE(text, end).end()
+    if text[after : after + 1] not in (",", self._kind.closing) or after == len(text):
+      raise json.JSONDecodeError("no end", text, after)
+    return key, end, after
+
+  def _parse_key(self) -> tuple[str, int]:
+    """(key, place of its value)."""
     text, at = self.text, self.at
     if text[at : at + 1] != '"':
       raise json.JSONDecodeError("no key", text, at)
@@ -230,15 +263,11 @@ class _Window:
     colon = _JSON_SPACE(text, end).end()
     if text[colon : colon + 1] != ":":
       raise json.JSONDecodeError("no colon", text, colon)
-    _, end = _DECODER.raw_decode(text, _JSON_SPACE(text, colon + 1).end())
-    after = _JSON_SPACE(text, end).end()
-    if text[after : after + 1] not in (",", "}") or after == len(text):
-      raise json.JSONDecodeError("no end", text, after)
-    return key, end, after
+    return key, _JSON_SPACE(text, colon + 1).end()
 
   def _json_error(self, first: bool) -> json.JSONDecodeError:
     """What `json` says of the member at `at`."""
-    before = "{" if first else '{"":0,'
+    before = self._kind.opening if first else self._kind.before
     try:
       json.loads(before + self.text[self.at :])
     except json.JSONDecodeError as error:
