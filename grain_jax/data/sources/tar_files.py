@@ -90,9 +90,10 @@ def _join(
     if len(dict(new)) < len(members):
       duplicates.append(key)
   if cut and runs:
-    # The member that is cut off is lost, and its sample with it unless it was the next one's.
-    last = runs[-1][0]
-    if firsts[runs[0][0]].keys() - firsts[last].keys():
+    # The member that is cut off is lost, and with it what came of its sample, unless that has all
+    # that the first one has (of the first itself: an image and a text).
+    last, usual = runs[-1][0], firsts[runs[0][0]]
+    if usual.keys() - firsts[last].keys() or len(firsts[last]) < 2:
       firsts.pop(last)
       scattered.discard(last)
   for key, members in firsts.items():
