@@ -13,12 +13,13 @@ BLOCK = 4096  # items a block
 MOST = 64 << 20  # bytes a block, where items are long
 
 
-def blocks(path: pathlib.Path, size: int = BLOCK) -> Iterator[dict[str, int]]:
+def blocks(path: pathlib.Path, size: int | None = None) -> Iterator[dict[str, int]]:
   """{start, stop (bytes), first (number of the first item)} of a file.
 
   Raises:
     ValueError: it is no JSON array; one line.
   """
+  size = size or BLOCK
   start = stop = first = count = 0
   for item in jsonfiles.iterate_array(path):
     if count and (count == size or item.offset + item.length - start > MOST):

@@ -56,9 +56,9 @@ def column_names(path: pathlib.Path) -> list[str]:
     return file.schema_arrow.names
 
 
-def blocks(path: pathlib.Path, size: int = BLOCK) -> Iterator[dict[str, Any]]:
+def blocks(path: pathlib.Path, size: int | None = None) -> Iterator[dict[str, Any]]:
   """{groups: [first, past the last], row: number of the first} of a file, and of a damaged one."""
-  file = open_file(path)
+  file, size = open_file(path), size or BLOCK
   if file is None:
     yield {"groups": None, "row": 0}
     return

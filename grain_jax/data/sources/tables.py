@@ -31,9 +31,11 @@ def columns(file: pathlib.Path, *, delimiter: str, needed: Sequence[str]) -> lis
   return found
 
 
-def blocks(file: pathlib.Path, *, delimiter: str, size: int = BLOCK) -> Iterator[dict[str, Any]]:
+def blocks(
+  file: pathlib.Path, *, delimiter: str, size: int | None = None
+) -> Iterator[dict[str, Any]]:
   """Parts of a file for `read`, the header in none."""
-  start, count, header = None, 0, True
+  start, count, header, size = None, 0, True, size or BLOCK
   for _, fields, place in textfiles.csv_places(file, delimiter=delimiter):
     if header:
       header = not fields

@@ -5,9 +5,10 @@ newest where none is given), or the folder of a version, which holds dataset_inf
 been prepared (`tfds build NAME --data_dir=FOLDER`); nothing is downloaded and none of its code is
 needed. A record's key is SPLIT/INDEX, or the value of --id_key. The split validation becomes val.
 
-  image     --image_key: by default the only or first image feature
+  image     --image_key: by default the feature image, or the only or first one that is an image
   captions  --caption_key, several: texts, lists of texts or classes (by name). By default what is
-            named like captions, as --source=webdataset has it
+            named like captions, as --source=webdataset has it; of captions that are objects their
+            text
   regions   --boxes_key and --labels_key, by default objects/bbox and objects/label where these
             are: boxes are (ymin, xmin, ymax, xmax) in [0, 1], as TFDS has them, unless --box_format
             and --box_units say otherwise; labels are texts or classes. --scores_key
@@ -207,11 +208,11 @@ def _of(values: Any, path: str | None) -> Any:
 
 def _walk(prefix: str, feature: Any) -> Iterator[tuple[str, Any]]:
   inner = getattr(feature, "feature", feature)
-  if isinstance(inner, Mapping):
-    for name in inner:
+  if hasattr(inner, "items"):  # a FeaturesDict
+    for name, part in inner.items():
       path = f"{prefix}{name}"
-      yield path, inner[name]
-      yield from _walk(f"{path}/", inner[name])
+      yield path, part
+      yield from _walk(f"{path}/", part)
 
 
 def _plain(value: Any) -> Any:
@@ -271,10 +272,16 @@ def _choose(
     if key not in features:
       raise ValueError(f"{folder} has no feature {key!r}, but {', '.join(features)}. Name those.")
   images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-  image = flags["image_key"] or next(iter(images), None)
+  image = flags["image_key"] or ("image" if "image" in images else next(iter(images), None))
   if image is None:
     raise ValueError(f"{folder} has no image among {', '.join(features)}. Choose another dataset.")
-  captions = flags["caption_key"] or texts.find_names(features)
+  captions = flags["caption_key"]
+  if not captions:
+    found = texts.find_names(features)
+    captions = [name for name in found if name in texts.ORIGINAL][:1]
+    captions += [name for name in found if name not in texts.ORIGINAL]
+    # coco_captions and its like have objects of a text and an id.
+    captions = [f"{name}/text" if f"{name}/text" in features else name for name in captions]
   if not captions:
     raise ValueError(
       f"{folder} has the features {', '.join(features)}: which holds captions? Say so with "

@@ -13,7 +13,6 @@ from typing import Any
 from grain_jax.data.sources import sqlite_index
 
 _NAME = "url2key.sqlite"
-_BATCH = 20_000
 
 
 class Keys:
@@ -88,7 +87,8 @@ def _pairs(events: Iterator[tuple[str, Any]]) -> Iterator[tuple[Any, Any]]:
     elif stack and names[-1] in ("url", "key"):
       stack[-1].append((names[-1], value))
     elif stack and names[-1] is not None:
-      yield names[-1], value
+      if not stack[-1]:  # of an object with "url" the other names are none
+        yield names[-1], value
     elif stack and len(stack[-1]) < 3:  # a long array of other things is none of these
       stack[-1].append(value)
 

@@ -110,9 +110,7 @@ def test_long_captions_as_text_or_as_sentences(tmp_path):
 def test_captions_by_flag(tmp_path):
   members = web_sets.sample("0", 0, "web", mine=["x.", "y"], five=["a", "b"])
   (tmp_path / "0.tar").write_bytes(web_sets.tar_bytes(members))
-  source = webdataset.source(
-    tmp_path, caption_keys=["five", "txt", "mine"], long_captions=["mine"]
-  )
+  source = webdataset.source(tmp_path, caption_keys=["five", "txt", "mine"], long_captions=["mine"])
   ((_, record),) = base.iterate(source)
   assert record["captions"] == ["a", "b", "web", "x. y"]
 
