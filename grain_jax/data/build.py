@@ -199,9 +199,10 @@ class _Build:
       temporary.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
       temporary.rename(file)
     elif known["shard_size"] != self.shard_size:
-      shutil.rmtree(place.dataset, ignore_errors=True)
+      for folder in (place.dataset, place.facts):
+        shutil.rmtree(folder, ignore_errors=True)
       file.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
-    for folder in (place.scratch, place.blocks, place.dataset):
+    for folder in (place.scratch, place.blocks, place.facts, place.dataset):
       folder.mkdir(exist_ok=True)
     for leftover in (*place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")):
       shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -285,12 +286,11 @@ class _Build:
 
   def _write_shards(self, plan: shards.Plan, execute: tasks.Executor) -> None:
     """Has all shards written; blocks whose records are in shards lose them, to spare the disk."""
-    folder = self.place.dataset
     waiting: dict[int, set[tuple[str, int]]] = {}  # block -> shards that will read it
     todo: list[tasks.Task] = []
     for split, several in plan.shards.items():
       for number, runs in enumerate(several):
-        finished = shards.read_facts(shards.file_of(folder, split, number)) is not None
+        finished = shards.read_facts(self.place.facts, split, number) is not None
         if not finished:
           todo.append({"do": "shard", "split": split, "number": number, "runs": runs})
         for run in runs:
@@ -321,7 +321,7 @@ class _Build:
   ) -> dict[str, Any]:
     folder, source = self.place.dataset, self.source
     dropped = dict(self.counts.dropped)
-    entries = shards.finish(folder, source.name, plan.shards)
+    entries = shards.finish(folder, self.place.facts, source.name, plan.shards)
     splits = {
       split: {
         **{name: int(plan.totals[split][name]) for name in sorted(plan.totals[split])},
@@ -342,8 +342,6 @@ class _Build:
     if dropped:
       manifest["dropped_splits"] = dropped
     manifest |= {"kept_and_dropped": summary, "hints": found}
-    for file in folder.glob("*-[0-9]*.json"):
-      file.unlink()
     shards.write_metadata(source, folder, splits)
     self.page.write(
       folder / preview.NAME,

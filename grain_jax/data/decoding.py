@@ -68,14 +68,23 @@ def decode(
     return _shown(image, max_pixels, enough)
 
 
-def as_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
+def as_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS, max_side: int = 0) -> bytes:
   """Bytes of an image file -> bytes of a JPEG that any reader shows as `decode` shows the file.
 
   A JPEG that is so already, RGB or grey and upright, stays as it is.
+
+  Args:
+    data: of a file in any format that PIL reads.
+    max_pixels: of the largest image to decode.
+    max_side: pixels of the longer side beyond which it is made smaller, by averaging; 0: never.
   """
   with _open(data) as image:
     shown = _shown(image, max_pixels, None)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if max_side and max(shown.size) > max_side:
+      factor, plain = max_side / max(shown.size), False
+      size = [max(1, round(side * factor)) for side in shown.size]
+      shown = shown.resize(size, Image.Resampling.LANCZOS)
     if plain and _orientation(image) == 1:
       return data
   encoded = io.BytesIO()

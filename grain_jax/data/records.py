@@ -224,6 +224,7 @@ def check(
   tolerance: float = 1e-3,
   check_image: bool = True,
   max_pixels: int = schema.MAX_PIXELS,
+  max_side: int = 0,
   box_format: str = "yxyx",
   box_units: str = "fractions",
 ) -> Checked:
@@ -237,6 +238,7 @@ def check(
     tolerance: see `check_box`.
     check_image: decode the image; off for a source that has just encoded it.
     max_pixels: of the largest image that is kept.
+    max_side: pixels of the longer side beyond which an image is stored smaller; 0: never.
     box_format: of the regions' boxes, one of `box_formats.FORMATS`.
     box_units: of the regions' boxes, one of `box_formats.UNITS`.
   """
@@ -265,6 +267,8 @@ def check(
       return Checked(None, [*dropped, ("records", CORRUPT_IMAGE)])
   regions, fates = [], []
   size = decoding.size_as_shown(image) if box_units == "pixels" else None
+  if max_side:
+    image = decoding.as_jpeg(image, max_pixels=max_pixels, max_side=max_side)
   for region in record.get(schema.RECORD_REGIONS) or ():
     checked = _check_region(region, tolerance=tolerance, box_format=box_format, size=size)
     fates.append(checked if isinstance(checked, str) else "")

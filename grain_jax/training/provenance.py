@@ -71,7 +71,7 @@ def check_checkpoint(
   free = continuation.KEYS if before_change else ()
   _check_config(folder, configs.from_json(json.dumps(meta["config"])), config, free)
   fingerprints = dict(now)
-  if before_change and "data.dir" in changing:
+  if before_change and {"data.dir", "data.sources"} & set(changing):
     del fingerprints["data"]
   shards = fingerprints.pop("batch_shards")
   before = meta.get("batch_shards", shards)

@@ -120,17 +120,31 @@ def checked_records(
 ) -> Iterator[tuple[str, str, Any, records.Checked]]:
   """(split, key, record as given, as checked) in the source's order."""
 
+  excluded = None if source.exclusion is None else source.exclusion.open(scratch)
+
   def check(record) -> records.Checked:
     if isinstance(record, records.Refused):
       return records.Checked(None, [(record.what, record.why)])
-    return records.check(
+    name, ids = record[schema.RECORD_KEY], record.get(schema.RECORD_IDS, ())
+    if excluded is not None and (why := excluded.is_excluded(None, name, ids)):
+      return records.Checked(None, [("records", why)])
+    checked = records.check(
       record,
       tolerance=source.tolerance,
       check_image=source.check_image,
       max_pixels=source.max_pixels,
+      max_side=source.max_side,
       box_format=source.box_format,
       box_units=source.box_units,
     )
+    kept, dropped = checked.record, list(checked.dropped)
+    if kept is not None and excluded is not None:
+      why = excluded.is_excluded(kept[schema.RECORD_IMAGE], name)
+      kept, dropped = (None, [*dropped, ("records", why)]) if why else (kept, dropped)
+    if kept is not None and source.rules is not None:
+      kept, lost = source.rules.apply(kept)
+      dropped += lost
+    return records.Checked(kept, dropped, checked.fates)
 
   def key(record) -> str:
     return record.key if isinstance(record, records.Refused) else record[schema.RECORD_KEY]

@@ -10,6 +10,7 @@ from grain_jax import helptext, places
 from grain_jax.data import sources
 from grain_jax.data.building import tally
 from grain_jax.data.sources import base
+from grain_jax.data.sources import options as options_lib
 
 SHARD_SIZE = 16_384  # records: the 10 M of CC12M are 611 shards, few enough to stay open
 
@@ -53,7 +54,7 @@ def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
     help="part of the images, captions, regions or negatives that may be dropped; where more "
     "is, nothing is built",
   )
-  for flag in flags_of(kind) if kind in sources.KINDS else ():
+  for flag in (*flags_of(kind), *_options_of(kind)) if kind in sources.KINDS else ():
     name, options = f"--{flag.name}", {"help": flag.help, "default": flag.default}
     if flag.kind is bool:
       add(name, action="store_true", help=flag.help)
@@ -84,6 +85,12 @@ def flags_of(kind: str) -> Sequence[base.Flag]:
   """The flags of a source."""
   module = sources.module(kind)
   return module.FLAGS if hasattr(module, "FLAGS") else module.flags()
+
+
+def _options_of(kind: str) -> list[base.Flag]:
+  """The flags that all sources have, but for what this one calls so itself."""
+  own = {flag.name for flag in flags_of(kind)}
+  return [flag for flag in options_lib.FLAGS if flag.name not in own]
 
 
 def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
@@ -118,4 +125,6 @@ def source(flags: argparse.Namespace) -> base.Source:
   """The source that the flags describe."""
   values = vars(flags)
   names = [flag.name for flag in flags_of(flags.source)]
-  return sources.module(flags.source).source(**{name: values[name] for name in names})
+  made = sources.module(flags.source).source(**{name: values[name] for name in names})
+  asked = {flag.name: values[flag.name] for flag in _options_of(flags.source)}
+  return options_lib.apply(made, asked)

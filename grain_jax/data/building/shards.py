@@ -91,31 +91,46 @@ class Plan:
 
 
 def file_of(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
-  """A shard before it has its name; its facts lie beside it, as JSON."""
+  """A shard before it has its name."""
   return folder / f"{split}-{number:05d}"
 
 
-def read_facts(file: pathlib.Path) -> dict[str, Any] | None:
+def _facts_of(facts: pathlib.Path, split: str, number: int) -> pathlib.Path:
+  return facts / f"{split}-{number:05d}.json"
+
+
+def read_facts(facts: pathlib.Path, split: str, number: int) -> dict[str, Any] | None:
   """{records, bytes, sha256} of a shard that is finished; else None."""
   try:
-    return json.loads(file.with_name(f"{file.name}.json").read_text())
+    return json.loads(_facts_of(facts, split, number).read_text())
   except FileNotFoundError:
     return None
 
 
-def write(file: pathlib.Path, runs: list[Run], blocks: pathlib.Path) -> None:
-  """Writes a shard, unless it is there.
+def write(
+  split: str,
+  number: int,
+  runs: list[Run],
+  *,
+  folder: pathlib.Path,
+  facts: pathlib.Path,
+  blocks: pathlib.Path,
+) -> None:
+  """Writes a shard, unless it is finished.
 
   Args:
-    file: one of `file_of`.
+    split: of it.
+    number: among its split's.
     runs: its records, in their order.
+    folder: of the dataset.
+    facts: folder of what is known of finished shards.
     blocks: folder of the blocks.
   """
   from array_record.python import array_record_module
 
-  if read_facts(file) is not None:
+  if read_facts(facts, split, number) is not None:
     return
-  split = file.name.rpartition("-")[0]
+  file = file_of(folder, split, number)
   temporary = block_lib.aside(file)
   writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
   count = 0
@@ -127,12 +142,12 @@ def write(file: pathlib.Path, runs: list[Run], blocks: pathlib.Path) -> None:
   writer.close()
   with temporary.open("rb") as opened:
     digest = hashlib.file_digest(opened, "sha256").hexdigest()
-  facts = {"records": count, "bytes": temporary.stat().st_size, "sha256": digest}
+  known = {"records": count, "bytes": temporary.stat().st_size, "sha256": digest}
   temporary.rename(file)
-  beside = file.with_name(f"{file.name}.json")
-  aside = block_lib.aside(beside)
-  aside.write_text(json.dumps(facts))
-  os.replace(aside, beside)
+  target = _facts_of(facts, split, number)
+  aside = block_lib.aside(target)
+  aside.write_text(json.dumps(known))
+  os.replace(aside, target)
 
 
 def _read(path: pathlib.Path, run: Run) -> Iterator[bytes]:
@@ -147,7 +162,7 @@ def _read(path: pathlib.Path, run: Run) -> Iterator[bytes]:
 
 
 def finish(
-  folder: pathlib.Path, name: str, shards: Mapping[str, list[Any]]
+  folder: pathlib.Path, facts: pathlib.Path, name: str, shards: Mapping[str, list[Any]]
 ) -> dict[str, list[dict[str, Any]]]:
   """Gives all shards their names; {split: their entries in the manifest}.
 
@@ -157,12 +172,12 @@ def finish(
   for split, several in shards.items():
     for number in range(len(several)):
       file = file_of(folder, split, number)
-      facts = read_facts(file)
-      assert facts is not None, f"{file} is not written: `write` comes first"
+      known = read_facts(facts, split, number)
+      assert known is not None, f"{file} is not written: `write` comes first"
       target = folder / dataset.shard_name(name, split, number, len(several))
       if file.exists():
         file.rename(target)
-      found.setdefault(split, []).append({"file": target.name, **facts})
+      found.setdefault(split, []).append({"file": target.name, **known})
   return found
 
 

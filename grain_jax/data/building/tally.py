@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grain_jax.data.sources import exclusion, region_rules
+
 ALLOWED = 0.2  # of a kind that may be dropped, unless --allow_dropped says otherwise
 DUPLICATE_KEY = "duplicate_key"
 WITHOUT_BOX = "description_without_box"  # of the published files: nothing that the user can mend
+# What is left out because it was asked for, or cannot be mended: no sign that the data is bad.
+_FINE = frozenset({WITHOUT_BOX, *region_rules.REASONS, *exclusion.REASONS})
 _KINDS = ("records", "captions", "regions", "negatives")
 _TITLES = {"records": "images"}
 _EXAMPLES = 10  # keys of each kind of loss that the manifest lists
@@ -36,7 +40,7 @@ class Tally:
     losses = self.dropped.setdefault(split, {name: {} for name in _KINDS})
     entry = losses[kind].setdefault(why, {"count": 0, "first": []})
     entry["count"] += 1
-    self._totals[kind][1] += why != WITHOUT_BOX
+    self._totals[kind][1] += why not in _FINE
     if len(entry["first"]) < _EXAMPLES:
       entry["first"].append(printable(key))
 
@@ -82,7 +86,7 @@ class Tally:
   def _most(self, kind: str) -> str:
     """' (missing_image 6, corrupt_image 4)'."""
     reasons = self.summary()[title(kind)]["reasons"]
-    shown = [f"{why} {n:,}" for why, n in reasons.items() if why != WITHOUT_BOX]
+    shown = [f"{why} {n:,}" for why, n in reasons.items() if why not in _FINE]
     return f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})"
 
 

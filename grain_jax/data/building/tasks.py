@@ -32,6 +32,11 @@ class Place:
     return self.root / "blocks"
 
   @property
+  def facts(self) -> pathlib.Path:
+    """What is known of finished shards, until the build is."""
+    return self.root / "facts"
+
+  @property
   def dataset(self) -> pathlib.Path:
     return self.root / "dataset"
 
@@ -64,8 +69,14 @@ def perform(
       tick=tick,
     )
   else:
-    file = shards.file_of(place.dataset, task["split"], task["number"])
-    shards.write(file, task["runs"], place.blocks)
+    shards.write(
+      task["split"],
+      task["number"],
+      task["runs"],
+      folder=place.dataset,
+      facts=place.facts,
+      blocks=place.blocks,
+    )
 
 
 def describe(error: BaseException) -> dict[str, str] | None:

@@ -48,4 +48,7 @@ def make(recipe: Mapping[str, Any]) -> base.Source:
   Args:
     recipe: `Source.recipe` of the first one.
   """
-  return module(recipe["kind"]).source(**recipe["arguments"])
+  from grain_jax.data.sources import options
+
+  made = module(recipe["kind"]).source(**recipe["arguments"])
+  return options.apply(made, recipe.get("options", {}))

@@ -68,6 +68,9 @@ class Source:
   check_image: bool = True  # decode each image; off where it has just been encoded
   tolerance: float = 1e-3  # how far outside a box may lie, as a fraction of the image
   max_pixels: int = schema.MAX_PIXELS  # of the largest image that is kept
+  max_side: int = 0  # pixels of the longer side beyond which an image is made smaller; 0: never
+  rules: Any = None  # a `region_rules.Rules`; None: all regions stay
+  exclusion: Any = None  # an `exclusion.Exclusion`; None: no image is left out
   images: Callable[[], Iterator[pathlib.Path]] | None = None  # files of all records, if they have
   box_format: str = "yxyx"  # of the regions' boxes, of `box_formats.FORMATS`
   box_units: str = "fractions"  # of `box_formats.UNITS`

@@ -241,7 +241,9 @@ def _negatives(
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m grain_jax.data.sources.ce_clip")
   parser.add_argument("files", nargs="+", type=pathlib.Path, help="processed_dataset*.npy")
-  parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write into")
+  parser.add_argument(
+    "--out", required=True, type=pathlib.Path, help="folder to write into (must be given)"
+  )
   flags = parser.parse_args(arguments)
   flags.out.mkdir(parents=True, exist_ok=True)
   for file in flags.files:
