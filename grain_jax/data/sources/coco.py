@@ -32,7 +32,12 @@ FLAGS = indexed.flags(
   base.Flag("year", "2014 or 2017, where --input holds both", None, choices=("2014", "2017"))
 )
 _KARPATHY = "dataset_coco.json"
-_PATTERNS = ("captions_*.json", "instances_*.json")
+# Other tools put files of their own beside these ("instances_train2017_norefval.json").
+_PATTERNS = tuple(
+  f"{kind}_{split}20[0-9][0-9].json"
+  for kind in ("captions", "instances")
+  for split in ("train", "val")
+)
 _KEEP = ("caption", "bbox", "category_id", "iscrowd", "score")
 _YEAR = re.compile(r"(train|val|test)(2014|2015|2017)")
 _FOLDERS = ("train2017", "val2017", "train2014", "val2014", "test2014", "test2015", "test2017")

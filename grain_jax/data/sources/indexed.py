@@ -117,10 +117,10 @@ def paths(given: Paths, flag: str) -> list[pathlib.Path]:
 
 
 def find_files(root: pathlib.Path, patterns: Iterable[str]) -> list[pathlib.Path]:
-  """Files of a folder, or of its folder `annotations`, by their names; each once."""
+  """Files of a folder, or of its folder of annotations, by their names; each once."""
   found = {
     file: None
-    for folder in (root, root / "annotations")
+    for folder in (root, root / "annotations", root / "mdetr_annotations")
     for pattern in patterns
     for file in sorted(folder.glob(pattern))
     if file.is_file()

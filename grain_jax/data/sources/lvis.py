@@ -52,7 +52,7 @@ def source(
   home = base.existing(input, "--input")
   root = base.existing(images, "--images") if images else home
   files = indexed.paths(annotations, "--annotations")
-  files = files or indexed.find_files(home, ["lvis_*train*.json", "lvis_*val*.json"])
+  files = files or indexed.find_files(home, ["lvis_v*_train.json", "lvis_v*_val.json"])
   if not files:
     raise indexed.no_files(home, "lvis_v1_train.json or lvis_v1_val.json")
   texts = indexed.paths(captions, "--captions")

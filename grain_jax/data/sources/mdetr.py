@@ -4,8 +4,8 @@ RefCOCO, RefCOCO+ and RefCOCOg (finetune_refcoco_train.json, ...), Flickr30k Ent
 (final_flickr_separateGT_train.json) and GoldG (final_mixed_train_no_coco.json): COCO's kind of
 JSON, in which an image is listed once for each of its captions or expressions, with "caption", and
 an annotation has tokens_positive [[start, end], ...]: characters of that caption, which describe
-its box. FOLDER holds such files, in itself or in annotations/, and the images; the split is the one
-that a file's name ends with (train, val, test, testA, testB).
+its box. FOLDER holds such files, in itself, in annotations/ or in mdetr_annotations/, and the
+images; the split is the one that a file's name speaks of (train, val, test, testA, testB).
 
 All that a split says of an image is one record: its captions, each once, and a region for each box;
 the key is its file name. Expressions of RefCOCO are no captions of a whole image: COCO's go before
@@ -24,6 +24,7 @@ from grain_jax.data.sources import base, coco_json, coco_names, frames, image_in
 
 FLAGS = indexed.flags(coco_json.CAPTIONS_FLAG)
 _PATTERNS = ("finetune_*.json", "final_*.json", "*_train.json", "*_val.json", "*_test*.json")
+_CONVERTED = ("_vg", "_od")  # lines of ODVG, which others make of these files
 _OTHERS = ("captions_", "instances_", "lvis_", "zhiyuan_", "objects365_")
 _COCO = "coco/"  # before COCO's id, as an alias of an image
 _FOLDERS = (
@@ -61,7 +62,9 @@ def source(
   root = base.existing(images, "--images") if images else home
   files = indexed.paths(annotations, "--annotations")
   files = files or [
-    file for file in indexed.find_files(home, _PATTERNS) if not file.name.startswith(_OTHERS)
+    file
+    for file in indexed.find_files(home, _PATTERNS)
+    if not file.name.startswith(_OTHERS) and not file.stem.endswith(_CONVERTED)
   ]
   if not files:
     raise indexed.no_files(home, "finetune_*.json or final_*.json of MDETR")

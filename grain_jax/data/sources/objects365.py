@@ -5,7 +5,9 @@ zhiyuan_objv2_{train,val}.json (v2), and the images in train/ and val/: of v2 in
 while the file says images/v1/patchN/ or images/v2/patchN/, of which the first two folders are taken
 off. Three images of v2 are known to be missing everywhere; they are counted by a reason of their
 own. A region is described by the name of its category; an image has no caption and gets one of the
-names of what is on it. Crowds (iscrowd=1) are left out.
+names of what is on it. Crowds (iscrowd=1) are left out. Some names of v2 are wrong: where the file
+that mmdetection's fix_o365_names.py writes (zhiyuan_objv2_train_fixname.json) is there, it is read
+instead.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _MISSING = frozenset(
     "patch6/objects365_v1_00320534.jpg",
   }
 )
+_MENDED = "_fixname"  # of fix_o365_names.py, which mends names of categories
 _PREFIX = re.compile(r"^(\./)?images/v[12]/")
 _KEEP = ("bbox", "category_id", "iscrowd", "score")
 
@@ -50,7 +53,7 @@ def source(
   home = base.existing(input, "--input")
   root = base.existing(images, "--images") if images else home
   files = indexed.paths(annotations, "--annotations")
-  files = files or indexed.find_files(home, ["objects365_*.json", "zhiyuan_objv2_*.json"])
+  files = files or _found(home)
   if not files:
     raise indexed.no_files(home, "objects365_train.json (v1) or zhiyuan_objv2_train.json (v2)")
   allow_outside = common.get("allow_outside", False)
@@ -110,3 +113,15 @@ def source(
     read=read,
     images=image_files,
   )
+
+
+def _found(home: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder; of one with mended names of categories, the mended one."""
+  patterns = ("objects365_train.json", "objects365_val.json", "zhiyuan_objv2_*.json")
+  files = [f for f in indexed.find_files(home, patterns) if not f.stem.endswith("_od")]
+  mended = {
+    file.with_name(file.name.replace(f"{_MENDED}.json", ".json"))
+    for file in files
+    if file.stem.endswith(_MENDED)
+  }
+  return [file for file in files if file not in mended]

@@ -78,14 +78,15 @@ def source(
       yield split, image
       return
     frame = frames.frame_of(image, entry.data["width"], entry.data["height"])
-    captions, regions = {}, []
+    captions, regions = [], []
     for said in entry.annotations:
-      captions |= dict.fromkeys([said["caption"]] if said["caption"] is not None else [])
+      if said["caption"] is not None and said["caption"] not in captions:
+        captions.append(said["caption"])
       yield from ((split, records.Refused(key, "regions", why)) for why in said["lost"])
       for text, box in said["regions"]:
         found = None if frame is None else frame.fractions(box, "xyxy")
         regions.append(indexed.region(text, found))
-    texts = list(captions) or indexed.caption_of_names(r["description"] for r in regions)
+    texts = captions or indexed.caption_of_names(r["description"] for r in regions)
     yield split, indexed.record(key, image, texts, regions, [coco_names.id_of(entry.data)])
 
   def image_files() -> Iterator[pathlib.Path]:

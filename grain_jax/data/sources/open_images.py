@@ -87,7 +87,7 @@ def source(
   names = functools.cache(lambda: _names(table))
 
   def locate(name: str, split: str) -> pathlib.Path | records.Refused:
-    folders = [_FOLDER.get(split, split), split, f"{split}_{name[:1]}", ""]
+    folders = [_FOLDER.get(split, split), split, f"{split}_{name[:1]}", f"OpenImages/{split}", ""]
     paths = indexed.in_folders(f"{name}.jpg", dict.fromkeys(folders))
     return indexed.locate(root, paths, allow_outside=allow_outside)
 

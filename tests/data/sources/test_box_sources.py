@@ -185,3 +185,30 @@ def test_pictures_of_any_kind_are_read_or_counted(tmp_path, kind):
   for data in odd_pictures.REFUSED.values():
     found = checked(data)
     assert found and all(f.record is None and f.dropped[-1][0] == "records" for f in found)
+
+
+DERIVED = {
+  "coco": ["annotations/instances_train2017_norefval.json", "annotations/lvis_v1_train_od.json"],
+  "lvis": ["lvis_v1_train_od.json", "lvis_v1_minival_inserted_image_name.json"],
+  "mdetr": ["final_flickr_separateGT_val_vg.json", "lvis_v1_train.json"],
+  "objects365": ["annotations/zhiyuan_objv2_train_fixname_od.json"],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DERIVED))
+def test_files_that_others_derive_and_put_beside_are_not_read(tmp_path, kind):
+  box_layouts.ALL[kind](tmp_path)
+  files = sources.module(kind).source(tmp_path).settings["files"]
+  for name in DERIVED[kind]:
+    box_layouts.write(tmp_path, name, "lines of another format")
+  assert sources.module(kind).source(tmp_path).settings["files"] == files
+
+
+def test_mended_names_of_objects365_are_read_in_place_of_its_own(tmp_path):
+  box_layouts.objects365(tmp_path)
+  file = tmp_path / "annotations/zhiyuan_objv2_train.json"
+  mended = file.with_name("zhiyuan_objv2_train_fixname.json")
+  mended.write_text(file.read_text().replace("Sneakers", "Sneakers (pair)"))
+  items = [i for _, i in base.iterate(sources.module("objects365").source(tmp_path))]
+  records_found = [i for i in items if isinstance(i, dict)]
+  assert [r["regions"][0]["description"] for r in records_found] == ["Sneakers (pair)"]

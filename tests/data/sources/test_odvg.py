@@ -49,14 +49,16 @@ def test_lines_of_any_bytes_cost_themselves_alone(tmp_path):
   root = tmp_path / "in"
   box_layouts.image(root, "a.jpg")
   good = box_layouts.size(filename="a.jpg", grounding={"caption": "ok", "regions": 7})
+  listed = box_layouts.size(filename="a.jpg", grounding={"caption": ["no text"]})
   bad = ["[]", "3", "null", '{"filename": 5}', "\x00", "NaN", "[" * 100_000]
   (root / "x.jsonl").write_bytes(
-    box_layouts.lines(*bad, good).encode() + b'{"filename": "caf\xe9.jpg"}\n'
+    box_layouts.lines(*bad, listed, good).encode() + b'{"filename": "caf\xe9.jpg"}\n'
   )
   opened = box_layouts.built("odvg", root, tmp_path / "out")
   assert box_layouts.content(opened) == {"train": {"a.jpg": (["ok"], [])}}
   assert box_layouts.dropped(opened) == {
     ("images", "not_json"): 7,
     ("images", "malformed"): 1,
+    ("captions", "malformed"): 1,
     ("regions", "malformed"): 1,
   }
