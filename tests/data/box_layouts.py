@@ -101,7 +101,7 @@ def visual_genome(root):
       ],
       "id": 1,
     },
-    {"regions": [region(6, 2, "a 1 px dot", 39, 19, 1, 1)], "image_id": 2},
+    {"regions": [region(6, None, "a 1 px dot", 39, 19, 1, 1)], "image_id": 2},
     {"regions": [region(7, 3, "of no image", 0, 0, 4, 4)], "id": 3},
   ]
   write(root, "region_descriptions.json", regions)

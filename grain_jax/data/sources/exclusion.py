@@ -52,12 +52,16 @@ class Exclusion:
 
   @classmethod
   def from_flags(
-    cls, exclude: str | pathlib.Path | None, exclude_ids: str = "", exclude_distance: int = DISTANCE
+    cls,
+    exclude: str | pathlib.Path | None,
+    exclude_ids: str | Sequence[str] = "",
+    exclude_distance: int = DISTANCE,
   ) -> Exclusion | None:
     """The exclusion that flags describe; None where they describe none."""
     if not 0 <= exclude_distance < 64:
       raise ValueError(f"--exclude_distance = {exclude_distance}: not of 64 bits. Use 0 to 63.")
-    names = [name for name in (exclude_ids or "").split(",") if name]
+    names = exclude_ids.split(",") if isinstance(exclude_ids, str) else exclude_ids
+    names = [name for name in names if name]
     if not exclude and not names:
       return None
     files = tuple(base.existing(name, "--exclude_ids") for name in names)
@@ -65,6 +69,12 @@ class Exclusion:
     if directory is not None and not directory.is_dir():
       raise ValueError(f"--exclude = {directory} is a file. Give a folder, or use --exclude_ids.")
     return cls(directory, files, exclude_distance)
+
+  def arguments(self) -> dict[str, Any]:
+    """What gives `from_flags` the same, in another process; JSON."""
+    directory = None if self.directory is None else str(self.directory)
+    files = list(map(str, self.ids))
+    return {"exclude": directory, "exclude_ids": files, "exclude_distance": self.distance}
 
   def settings(self) -> dict[str, Any]:
     """JSON; a build with equal settings and inputs leaves out the same."""

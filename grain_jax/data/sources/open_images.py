@@ -186,6 +186,6 @@ def _add_narratives(writer: image_index.Writer, file: pathlib.Path, parts: int) 
 
 
 def _names(table: pathlib.Path) -> dict[str, str]:
-  """{class: name}; later releases put a header before them."""
+  """{class: name}; the header that later releases have is a class that no box has."""
   rows = (fields for _, fields in textfiles.read_csv(table))
-  return {fields[0]: fields[1] for fields in rows if len(fields) > 1 and fields[0] != "LabelName"}
+  return {fields[0]: fields[1] for fields in rows if len(fields) > 1}

@@ -47,6 +47,11 @@ def source(
   home = base.existing(input, "--input")
   root = base.existing(images, "--images") if images else home
   given = indexed.paths(annotations, "--annotations")
+  for file in given:
+    if not any(name.removesuffix(".json") in file.name for name in _FILES):
+      raise ValueError(
+        f"--annotations = {file}: neither {' nor '.join(_FILES)}. Name one of these."
+      )
   of_images, of_regions = (_file(name, given, home) for name in _FILES)
   texts = indexed.paths(captions, "--captions")
   texts = texts or indexed.find_files(home, ["captions_*.json"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grain_jax.data import records, sources
+from grain_jax.data.building import flags as build_flags
 from grain_jax.data.sources import base, indexed
 
 KINDS = sorted(box_layouts.ALL)
@@ -38,6 +39,14 @@ def test_a_source_made_again_from_its_recipe_is_the_same(tmp_path, kind):
   assert again.settings == source.settings
   assert repr(list(base.iterate(again))) == repr(list(base.iterate(source)))  # NaN is not NaN
   assert again.about == {"licence": ""} and again.tolerance == source.tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_says_what_a_source_reads(kind, capsys):
+  with pytest.raises(SystemExit):
+    build_flags.parse([f"--source={kind}", "--help"], description="")
+  shown = capsys.readouterr().out
+  assert f"(--source={kind} --input=FOLDER)" in shown and "--annotations" in shown
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,24 @@ def test_refcoco_and_flickr30k_entities(tmp_path):
   }
 
 
+def test_files_of_one_split_are_one_record_an_image(tmp_path):
+  """Entries of both have the same ids, which have nothing in common."""
+  root = tmp_path / "in"
+  box_layouts.mdetr(root)
+  name = "finetune_refcoco+_train.json"
+  box_layouts.write(root, name, (root / "finetune_refcoco_train.json").read_text())
+  file = root / name
+  file.write_text(
+    file.read_text().replace("lady back left", "lady very left").replace("[10, 5,", "[0, 0,")
+  )
+  opened = box_layouts.built("mdetr", root, tmp_path / "out")
+  half, corner = box(0.25, 0.25, 0.75, 0.75), box(0, 0, 0.5, 0.5)
+  blue, back, far = "the lady with the blue shirt", "lady back left", "lady very left"
+  captions, regions = box_layouts.content(opened)["train"][REFERRED]
+  assert sorted(captions) == sorted([blue, back, far])
+  assert sorted(regions) == sorted([(blue, half), (back, half), (blue, corner), (far, corner)])
+
+
 def test_captions_of_coco_go_before_expressions(tmp_path):
   root = tmp_path / "in"
   box_layouts.mdetr(root)

@@ -53,5 +53,8 @@ def test_coco_ids_are_handed_over_and_not_written(tmp_path):
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
   box_layouts.visual_genome(tmp_path)
   (tmp_path / "region_descriptions.json").rename(tmp_path / "regions.json")
+  other = tmp_path / "regions.json"
+  with pytest.raises(ValueError, match=rf"^--annotations = {other}: neither image_data.json nor"):
+    visual_genome_source.source(tmp_path, annotations=other)
   with pytest.raises(ValueError, match=r"holds region_descriptions.json\. Give the folder"):
     visual_genome_source.source(tmp_path)
