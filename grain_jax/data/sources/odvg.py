@@ -8,9 +8,10 @@ JSON lines, one an image: {"filename", "height", "width"} with either
 
 FOLDER holds them as *.jsonl, *_od.json or *_vg.json, in itself or in annotations/, and the images.
 A region is described by its phrase, or where it has none by its span of the caption; an instance by
-its category, or its label's name in --label_map=FILE ({"0": "person", ...}). All lines of an image
-are one record, with each caption once; of detection, the caption is made of the names of what is on
-it. The split is the one that a file's name speaks of.
+its category, or its label's name in --label_map=FILE ({"0": "person", ...}), by default that of
+FOLDER (*label_map.json, if it is one). All lines of an image are one record, each caption once; of
+detection, the caption is made of the names of what is on it. The split is the one that a file's
+name speaks of.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from grain_jax import textfiles
 from grain_jax.data import records
 from grain_jax.data.sources import base, coco_json, coco_names, frames, image_index, indexed
 
-FLAGS = indexed.flags(base.Flag("label_map", "JSON of names of labels, of lines without category"))
+FLAGS = indexed.flags(
+  base.Flag("label_map", "JSON {label: name}; default: *label_map.json of --input, if it is one")
+)
 _PATTERNS = ("*.jsonl", "*_od.json", "*_vg.json")
 
 
@@ -42,7 +45,7 @@ def source(
     input: folder of the files and images; the format stands at the head of this file.
     annotations: the files; default: those of the folder.
     images: folder that file names start from; default: the folder.
-    label_map: JSON file {label: name}.
+    label_map: JSON file {label: name}; default: the folder's *label_map.json, if it is one.
     common: see `indexed.Common`.
   """
   home = base.existing(input, "--input")
@@ -50,7 +53,9 @@ def source(
   files = indexed.paths(annotations, "--annotations") or indexed.find_files(home, _PATTERNS)
   if not files:
     raise indexed.no_files(home, "*.jsonl, *_od.json or *_vg.json")
-  labels = base.existing(label_map, "--label_map") if label_map else None
+  beside = indexed.find_files(home, ["*label_map.json"])
+  labels = beside[0] if len(beside) == 1 else None
+  labels = base.existing(label_map, "--label_map") if label_map else labels
   splits = list(dict.fromkeys(coco_json.split_in(file.stem) for file in files))
   allow_outside = common.get("allow_outside", False)
 

@@ -3,13 +3,15 @@
 import io
 import json
 
+import box_layouts
 import imagehash
 import numpy as np
 import pytest
 import toy_data
 from PIL import Image, ImageFilter
 
-from grain_jax.data.sources import coco_names, exclusion
+from grain_jax.data import sources
+from grain_jax.data.sources import base, coco_names, deliberate, exclusion, region_rules
 
 
 def photo(seed, size=(160, 120)):
@@ -85,6 +87,24 @@ def test_ids_of_coco_style_files_and_lines_of_text(tmp_path):
   assert told.is_excluded(None, "VG_100K/1.jpg", ["391895"]) == "evaluation_id"
   assert told.is_excluded(None, "VG_100K/12.jpg") == "evaluation_id"
   assert told.is_excluded(None, "VG_100K/3.jpg", ["1"]) == ""
+
+
+def test_flags_are_what_from_flags_takes():
+  flags = {flag.name: flag.default for flag in exclusion.FLAGS}
+  assert exclusion.Exclusion.from_flags(**flags) is None
+  assert flags["exclude_distance"] == 4
+
+
+def test_images_of_coco_in_other_sets_are_left_out(tmp_path):
+  box_layouts.visual_genome(tmp_path / "vg")
+  box_layouts.coco(tmp_path / "coco")
+  file = tmp_path / "coco/annotations/instances_train2017.json"
+  told = opened(tmp_path / "scratch", None, str(file))
+  read = base.iterate(sources.module("visual_genome").source(tmp_path / "vg"))
+  items = [item for _, item in read if isinstance(item, dict)]
+  why = {item["key"]: told.is_excluded(None, item["key"], item["ids"]) for item in items}
+  assert why == {"VG_100K_2/1.jpg": "", "VG_100K/2.jpg": "evaluation_id"}
+  assert exclusion.REASONS | region_rules.REASONS < deliberate.REASONS
 
 
 def test_ids_in_names():

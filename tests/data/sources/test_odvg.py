@@ -43,6 +43,12 @@ def test_a_label_without_a_name_is_counted(tmp_path):
   opened = box_layouts.built("odvg", tmp_path / "in", tmp_path / "out")
   assert box_layouts.content(opened)["train"]["b.jpg"] == (["person"], [("person", HALF)])
   assert box_layouts.dropped(opened)[("regions", "unknown_category")] == 2
+  (tmp_path / "in/labels.json").rename(tmp_path / "in/o365_label_map.json")  # mmdetection's name
+  opened = box_layouts.built("odvg", tmp_path / "in", tmp_path / "named")
+  assert box_layouts.content(opened)["train"]["b.jpg"][0] == ["person, traffic light"]
+  box_layouts.write(tmp_path / "in", "other_label_map.json", {"1": "which of the two?"})
+  opened = box_layouts.built("odvg", tmp_path / "in", tmp_path / "unclear")
+  assert box_layouts.dropped(opened)[("regions", "unknown_category")] == 2
 
 
 def test_lines_of_any_bytes_cost_themselves_alone(tmp_path):

@@ -1,5 +1,7 @@
 """Rules for regions, against hand-worked cases and pycocotools."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,6 +72,15 @@ def test_an_image_without_regions_may_be_dropped():
   lost = [("regions", "score_under_min_score"), ("records", "record_without_regions")]
   assert rules.apply({"regions": [region("a", LEFT, 0.4)]}) == (None, lost)
   assert rules.apply({"regions": [region("a", LEFT, 0.5)]})[0]["regions"]
+
+
+def test_flags_are_the_rules():
+  flags = {flag.name: flag.default for flag in region_rules.FLAGS}
+  assert region_rules.Rules(**flags) == region_rules.Rules()
+  assert flags.keys() == dataclasses.asdict(region_rules.Rules()).keys()
+  rules = region_rules.Rules(nms=0.5, drop_ungrounded=True)
+  assert rules.settings() == {"nms": 0.5, "drop_ungrounded": True}
+  assert region_rules.Rules(**rules.settings()) == rules
 
 
 @pytest.mark.parametrize(
