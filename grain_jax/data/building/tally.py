@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax.data.sources import exclusion, region_rules
+from grain_jax.data.sources import deliberate
 
 ALLOWED = 0.2  # of a kind that may be dropped, unless --allow_dropped says otherwise
 DUPLICATE_KEY = "duplicate_key"
 WITHOUT_BOX = "description_without_box"  # of the published files: nothing that the user can mend
 # What is left out because it was asked for, or cannot be mended: no sign that the data is bad.
-_FINE = frozenset({WITHOUT_BOX, *region_rules.REASONS, *exclusion.REASONS})
+_FINE = deliberate.REASONS | {WITHOUT_BOX}
 _KINDS = ("records", "captions", "regions", "negatives")
 _TITLES = {"records": "images"}
 _EXAMPLES = 10  # keys of each kind of loss that the manifest lists
