@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(grain_jax.__file__).parent
 LEVELS = (
   ("__main__",),
   ("main", "plan"),
-  ("training",),
+  ("training", "annotate"),
   ("evaluate", "embed", "export", "inference"),
   ("encoders",),
   ("evals.sets", "evals.page", "convert"),

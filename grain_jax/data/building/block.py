@@ -20,7 +20,7 @@ from grain_jax import schema
 from grain_jax.data import records
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.building import preview
-from grain_jax.data.sources import base
+from grain_jax.data.sources import annotated, base
 
 FACTS = "facts.json"
 _WRITER = "group_size:1,uncompressed"  # read once, when the shards are written
@@ -120,6 +120,7 @@ def checked_records(
 ) -> Iterator[tuple[str, str, Any, records.Checked]]:
   """(split, key, record as given, as checked) in the source's order."""
 
+  added = None if source.annotated is None else source.annotated.open(scratch)
   excluded = None if source.exclusion is None else source.exclusion.open(scratch)
 
   def check(record) -> records.Checked:
@@ -137,6 +138,8 @@ def checked_records(
       box_format=source.box_format,
       box_units=source.box_units,
     )
+    if added is not None:
+      checked = annotated.merge(checked, added.find(name))
     kept, dropped = checked.record, list(checked.dropped)
     if kept is not None and excluded is not None:
       why = excluded.is_excluded(kept[schema.RECORD_IMAGE], name)

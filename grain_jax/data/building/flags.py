@@ -15,7 +15,7 @@ from grain_jax.data.sources import options as options_lib
 SHARD_SIZE = 16_384  # records: the 10 M of CC12M are 611 shards, few enough to stay open
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
   """One line on a wrong value, without the usage."""
 
   def error(self, message: str):
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
-  parser = _Parser(
+  parser = Parser(
     prog="python -m grain_jax.data.build",
     description=description,
     formatter_class=helptext.ArgparseFormatter,
@@ -54,7 +54,20 @@ def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
     help="part of the images, captions, regions or negatives that may be dropped; where more "
     "is, nothing is built",
   )
-  for flag in (*flags_of(kind), *_options_of(kind)) if kind in sources.KINDS else ():
+  if kind in sources.KINDS:
+    add_flags(parser, of_source(kind))
+  return parser
+
+
+def of_source(kind: str) -> list[base.Flag]:
+  """The flags of a source, its own and those that all have."""
+  return [*flags_of(kind), *_options_of(kind)]
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Sequence[base.Flag]) -> None:
+  """Adds flags to a parser."""
+  add = parser.add_argument
+  for flag in flags:
     name, options = f"--{flag.name}", {"help": flag.help, "default": flag.default}
     if flag.kind is bool:
       add(name, action="store_true", help=flag.help)
@@ -63,7 +76,6 @@ def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
     else:
       kind_of = {} if flag.kind is str else {"type": _told(flag.kind)}
       add(name, choices=flag.choices, required=flag.required, **options, **kind_of)
-  return parser
 
 
 def _told(kind):
@@ -108,13 +120,14 @@ def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
       f"{given[0]}: --source={kind} has boxes of one format, which it knows. Leave it out"
     )
   found = parser.parse_args(arguments)
-  with _as_error_of(parser):
+  with as_error_of(parser):
     places.check_all({f"--{name}": value for name, value in vars(found).items()})
   return found
 
 
 @contextlib.contextmanager
-def _as_error_of(parser: argparse.ArgumentParser) -> Iterator[None]:
+def as_error_of(parser: argparse.ArgumentParser) -> Iterator[None]:
+  """A ValueError within ends the program as a wrong flag does."""
   try:
     yield
   except ValueError as error:

@@ -6,7 +6,7 @@ import json
 import logging
 import pathlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from grain_jax.data import sources
@@ -54,25 +54,39 @@ def _check_answers(address: str) -> None:
     ) from error
 
 
-class _Doer:
-  """Does tasks in a process of the cluster; makes the source once."""
+class Doer:
+  """Does tasks in a process of the cluster, which it stays in."""
 
   def __init__(self):
-    self._sources: dict[str, base.Source] = {}
+    self.made: dict[str, Any] = {}  # of each job, what `make` gave
+
+  def make(self, job: Mapping[str, Any]) -> Any:
+    """What the tasks of a job have in common."""
+    raise NotImplementedError
+
+  def perform(self, made: Any, task: tasks.Task) -> None:
+    """Does a task."""
+    raise NotImplementedError
 
   def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
     try:
-      recipe = row["recipe"]
-      if recipe not in self._sources:
-        self._sources[recipe] = sources.make(json.loads(recipe))
-      place = tasks.Place(pathlib.Path(row["root"]))
-      tasks.perform(json.loads(row["task"]), self._sources[recipe], place)
+      if row["job"] not in self.made:
+        self.made[row["job"]] = self.make(json.loads(row["job"]))
+      self.perform(self.made[row["job"]], json.loads(row["task"]))
       error = None
     except Exception as caught:  # told to whoever asked; another one is the program's
       error = tasks.describe(caught)
       if error is None:
         raise
     return {"task": row["task"], "error": json.dumps(error)}
+
+
+class _Builder(Doer):
+  def make(self, job: Mapping[str, Any]) -> tuple[base.Source, tasks.Place]:
+    return sources.make(job["recipe"]), tasks.Place(pathlib.Path(job["root"]))
+
+  def perform(self, made: tuple[base.Source, tasks.Place], task: tasks.Task) -> None:
+    tasks.perform(task, *made)
 
 
 def executor(
@@ -82,29 +96,61 @@ def executor(
   if source.recipe is None:
     raise ValueError(f"--ray_address: the source {source.name} can be read in one process alone.")
   start(address)
-  import ray
-
-  cores = int(ray.cluster_resources().get("CPU", 1))
-  say(f"Ray: {cores} cores on {len(ray.nodes())} machine(s)")
+  say(describe())
 
   def execute(todo: Iterator[tasks.Task], done: Callable[[tasks.Task], None]) -> None:
-    common = {"recipe": json.dumps(source.recipe), "root": str(place.root.resolve())}
-    rows = [{"task": json.dumps(task), **common} for task in todo]
-    if not rows:
-      return
-    for name in ("ray", "ray.data"):  # a build says itself how far it is
-      logging.getLogger(name).setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # As many blocks as tasks: Ray hands them out one by one.
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-      _Doer,
-      compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(cores, len(rows))),
-    )
-    for row in data.iter_rows():
-      error = json.loads(row["error"])
-      if error is not None:
-        tasks.raise_described(error)
-      done(json.loads(row["task"]))
+    run(_Builder, {"recipe": source.recipe, "root": str(place.root.resolve())}, todo, done)
 
   return execute
+
+
+def describe() -> str:
+  """A line on the cluster."""
+  import ray
+
+  found = ray.cluster_resources()
+  gpus = f", {found['GPU']:.0f} GPU(s)" if found.get("GPU") else ""
+  return f"Ray: {found.get('CPU', 1):.0f} cores{gpus} on {len(ray.nodes())} machine(s)"
+
+
+def run(
+  doer: type[Doer],
+  job: Mapping[str, Any],
+  todo: Iterator[tasks.Task],
+  done: Callable[[tasks.Task], None],
+  *,
+  num_gpus: float = 0.0,
+) -> None:
+  """Has a cluster do tasks, by actors that stay.
+
+  Args:
+    doer: class of the actors.
+    job: JSON, what the tasks have in common.
+    todo: the tasks.
+    done: called with each that is done.
+    num_gpus: of an actor, where the cluster has some.
+  """
+  import ray
+
+  have = ray.cluster_resources()
+  gpus = num_gpus if have.get("GPU") else 0.0
+  most = int(have["GPU"] / gpus) if gpus else int(have.get("CPU", 1))
+  told = json.dumps(job)
+  rows = [{"task": json.dumps(task), "job": told} for task in todo]
+  if not rows:
+    return
+  for name in ("ray", "ray.data"):  # a build says itself how far it is
+    logging.getLogger(name).setLevel(logging.ERROR)
+  context = ray.data.DataContext.get_current()
+  context.enable_progress_bars = False
+  # As many blocks as tasks: Ray hands them out one by one.
+  data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    doer,
+    num_gpus=gpus or None,
+    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(most, len(rows)))),
+  )
+  for row in data.iter_rows():
+    error = json.loads(row["error"])
+    if error is not None:
+      tasks.raise_described(error)
+    done(json.loads(row["task"]))

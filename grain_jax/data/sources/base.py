@@ -71,6 +71,7 @@ class Source:
   max_side: int = 0  # pixels of the longer side beyond which an image is made smaller; 0: never
   rules: Any = None  # a `region_rules.Rules`; None: all regions stay
   exclusion: Any = None  # an `exclusion.Exclusion`; None: no image is left out
+  annotated: Any = None  # an `annotated.Annotated`, what is to be added; None: nothing
   images: Callable[[], Iterator[pathlib.Path]] | None = None  # files of all records, if they have
   box_format: str = "yxyx"  # of the regions' boxes, of `box_formats.FORMATS`
   box_units: str = "fractions"  # of `box_formats.UNITS`

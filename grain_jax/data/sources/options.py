@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from grain_jax.data.sources import base, exclusion, region_rules
+from grain_jax.data.sources import annotated, base, exclusion, region_rules
 
 FLAGS = (
   base.Flag(
@@ -15,6 +15,7 @@ FLAGS = (
   ),
   *region_rules.FLAGS,
   *exclusion.FLAGS,
+  *annotated.FLAGS,
 )
 
 
@@ -43,15 +44,16 @@ def apply(source: base.Source, options: Mapping[str, Any]) -> base.Source:
   settings = {**source.settings, **rules.settings()}
   if values["max_side"]:
     settings["max_side"] = values["max_side"]
-  prepare = source.prepare
-  if left_out is not None:
-    settings |= left_out.settings()
-    own, leaves = source.prepare, left_out
+  more = None if not values["annotated"] else annotated.Annotated.from_flag(values["annotated"])
+  parts = [part for part in (left_out, more) if part is not None]
+  for part in parts:
+    settings |= part.settings()
 
-    def prepare(scratch: pathlib.Path) -> None:
-      if own is not None:
-        own(scratch)
-      leaves.prepare(scratch)
+  def prepare(scratch: pathlib.Path) -> None:
+    if source.prepare is not None:
+      source.prepare(scratch)
+    for part in parts:
+      part.prepare(scratch)
 
   recipe = None if source.recipe is None else {**source.recipe, "options": asked}
   return dataclasses.replace(
@@ -62,4 +64,5 @@ def apply(source: base.Source, options: Mapping[str, Any]) -> base.Source:
     max_side=values["max_side"],
     rules=rules if rules.settings() else None,
     exclusion=left_out,
+    annotated=more,
   )

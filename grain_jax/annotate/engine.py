@@ -1,0 +1,259 @@
+"""Runs a stage over a source, block by block: what is finished is never done again.
+
+OUT holds annotations/NNNNNN.jsonl, raw/NNNNNN.jsonl and facts/NNNNNN.json of each block, the facts
+last, each written aside and renamed; and, when all blocks are there, manifest.json. The blocks are
+those of `data.build`.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from grain_jax.annotate import stages
+from grain_jax.data import records, sources
+from grain_jax.data.building import block as block_lib
+from grain_jax.data.building import tasks
+from grain_jax.data.sources import annotated, base
+
+_VERSION = 1  # of what a block's files are
+_EXAMPLES = 10  # keys of each kind of loss
+
+
+class Job:
+  """A stage over a source: what any process needs to do its blocks."""
+
+  def __init__(self, job: Mapping[str, Any]):
+    """`job`: JSON: stage, settings (of it), source (`base.Source.recipe`), out."""
+    self.out = pathlib.Path(job["out"])
+    self.source = sources.make(job["source"])
+    self._stage_of = lambda: stages.make(job["stage"], job["settings"])
+    self._stage: stages.Stage | None = None
+    self._known: Any = None
+
+  @property
+  def stage(self) -> stages.Stage:
+    """Made when it is first needed."""
+    if self._stage is None:
+      self._stage = self._stage_of()
+    return self._stage
+
+  def perform(self, task: tasks.Task) -> None:
+    """Does a block, unless it is there: {'number', 'block'}."""
+    number, facts = task["number"], file_of(self.out, "facts", task["number"])
+    if facts.is_file():
+      return
+    began, counts = time.monotonic(), collections.Counter[str]()
+    losses: dict[str, dict[str, Any]] = {}
+    lines, raws = [], []
+
+    def lose(key: str, what: str, why: str) -> None:
+      entry = losses.setdefault(f"{what}/{why}", {"count": 0, "first": []})
+      entry["count"] += 1
+      if len(entry["first"]) < _EXAMPLES:
+        entry["first"].append(key)
+
+    for items, known in self._batches(task["block"], lose, counts):
+      for item, line, result in zip(items, known, self.stage.annotate(items), strict=True):
+        for what, why in result.losses:
+          lose(item.key, what, why)
+        raws += [{"key": item.key, "raw": reply} for reply in result.raw]
+        counts["failed"] += result.line is None
+        whole = {"key": item.key, **line, **(result.line or {})}
+        counts["descriptions"] += len(whole.get("descriptions", ()))
+        counts["regions"] += len(whole.get("regions", ()))
+        counts["negatives"] += len(whole.get("negatives", ()))
+        lines.append(whole)
+    _write_lines(file_of(self.out, "annotations", number), lines)
+    _write_lines(file_of(self.out, "raw", number), raws)
+    told = {"counts": counts, "losses": losses, "totals": dict(self.stage.totals())}
+    told["seconds"] = time.monotonic() - began
+    _write_lines(facts, [told])
+
+  def _batches(
+    self, block: Any, lose: Callable[[str, str, str], None], counts: collections.Counter[str]
+  ) -> Iterator[tuple[list[stages.Item], list[dict[str, Any]]]]:
+    """(pictures, what was known of each) of a block, as many as the stage takes at a time."""
+    if self.source.annotated is not None and self._known is None:
+      self._known = self.source.annotated.open(self.out / "scratch")
+    items: list[stages.Item] = []
+    known: list[dict[str, Any]] = []
+    for _, key, _, checked in block_lib.checked_records(
+      self.source, block, self.out / "scratch", threads=1
+    ):
+      for what, why in checked.dropped:
+        lose(key, "pictures" if what == "records" else what, why)
+      counts["pictures"] += 1
+      if checked.record is None:
+        continue
+      counts["read"] += 1
+      line = {} if self._known is None else dict(self._known.find(key))
+      line.pop("key", None)
+      items.append(_item(checked, line))
+      known.append(line)
+      if len(items) == self.stage.batch_size:
+        yield items, known
+        items, known = [], []
+    if items:
+      yield items, known
+
+
+def _item(checked: records.Checked, line: Mapping[str, Any]) -> stages.Item:
+  record = checked.record
+  assert record is not None
+  return stages.Item(
+    key=record["key"], image=record["image"], captions=record["captions"],
+    descriptions=list(line.get("descriptions", ())), regions=record["regions"],
+    negatives=record["negatives"],
+  )  # fmt: skip
+
+
+def file_of(out: pathlib.Path, what: str, number: int) -> pathlib.Path:
+  return out / what / f"{number:06d}.{'json' if what == 'facts' else 'jsonl'}"
+
+
+def _write_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = block_lib.aside(path)
+  temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+  temporary.replace(path)
+
+
+# (job, tasks, function called with each that is done): does them
+Executor = Callable[[Mapping[str, Any], Iterator[tasks.Task], Callable[[tasks.Task], None]], None]
+
+
+def here(
+  job: Mapping[str, Any], todo: Iterator[tasks.Task], done: Callable[[tasks.Task], None]
+) -> None:
+  """In this process, one block after the other."""
+  made = Job(job)
+  for task in todo:
+    made.perform(task)
+    done(task)
+
+
+def run(
+  source: base.Source,
+  stage: str,
+  settings: Mapping[str, Any],
+  out: pathlib.Path,
+  *,
+  execute: Executor,
+  max_failures: float = 0.05,
+  retry_failed: bool = False,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Annotates what is not annotated yet; the manifest.
+
+  Args:
+    source: of the pictures, with `annotated` what is known of them.
+    stage: one of `stages.STAGES`.
+    settings: of it, JSON.
+    out: folder to write.
+    execute: who does the blocks.
+    max_failures: part of the pictures that may fail.
+    retry_failed: do blocks again of which pictures failed.
+    say: takes lines of progress.
+
+  Raises:
+    ValueError: OUT is of something else, or more pictures failed than may; one line.
+    failures.TransientError: storage or a worker failed; the same call goes on.
+  """
+  if source.recipe is None:
+    raise ValueError(f"the source {source.name} can be read in one process alone.")
+  out.mkdir(parents=True, exist_ok=True)
+  with (out / "lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(
+        f"another command writes {out}. Wait for it, stop it, or choose another --out."
+      ) from None
+    what = json.loads(
+      json.dumps(
+        {"version": _VERSION, "stage": stage, "settings": settings, "source": source.settings}
+      )
+    )
+    blocks = _plan(source, out, what)
+    job = {"stage": stage, "settings": settings, "source": source.recipe, "out": str(out)}
+    if retry_failed:
+      for number in range(len(blocks)):
+        facts = file_of(out, "facts", number)
+        if facts.is_file() and json.loads(facts.read_text())["counts"].get("failed"):
+          facts.unlink()
+    there = {n for n in range(len(blocks)) if file_of(out, "facts", n).is_file()}
+    if there:
+      say(f"goes on in {out}: {len(there):,} of {len(blocks):,} blocks are there")
+    began = time.monotonic()
+
+    def done(task: tasks.Task) -> None:
+      there.add(task["number"])
+      left = (time.monotonic() - began) * (len(blocks) / len(there) - 1)
+      say(f"{len(there):,} of {len(blocks):,} blocks, {left:,.0f} s left")
+
+    todo = ({"number": n, "block": b} for n, b in enumerate(blocks) if n not in there)
+    execute(job, todo, done)
+    manifest = {**what, **_summary(out, len(blocks))}
+    _check_failures(manifest, max_failures, out)
+    _write_lines(out / annotated.MANIFEST, [manifest])
+    return manifest
+
+
+def _plan(source: base.Source, out: pathlib.Path, what: Mapping[str, Any]) -> list[Any]:
+  """The blocks, those of before where it is the same."""
+  file, scratch = out / "plan.json", out / "scratch"
+  if file.is_file():
+    known = json.loads(file.read_text())
+    if known["what"] != what:
+      changed = [key for key in what if known["what"].get(key) != what[key]]
+      raise ValueError(
+        f"--out={out} holds annotations of another {' and '.join(changed)}. Choose another folder, "
+        "or remove it."
+      )
+    return known["blocks"]
+  scratch.mkdir(exist_ok=True)
+  if source.prepare is not None:
+    source.prepare(scratch)
+  blocks = list(source.blocks(scratch)) if source.blocks is not None else [None]
+  _write_lines(file, [{"what": what, "blocks": blocks}])
+  return blocks
+
+
+def _summary(out: pathlib.Path, blocks: int) -> dict[str, Any]:
+  """{counts, losses, totals, seconds} over all blocks."""
+  counts, totals = collections.Counter[str](), collections.Counter[str]()
+  losses: dict[str, dict[str, Any]] = {}
+  seconds = 0.0
+  for number in range(blocks):
+    facts = json.loads(file_of(out, "facts", number).read_text())
+    counts.update(facts["counts"])
+    totals.update(facts["totals"])
+    seconds += facts["seconds"]
+    for name, entry in facts["losses"].items():
+      own = losses.setdefault(name, {"count": 0, "first": []})
+      own["count"] += entry["count"]
+      own["first"] = (own["first"] + entry["first"])[:_EXAMPLES]
+  return {"counts": counts, "losses": losses, "totals": totals, "seconds": round(seconds, 1)}
+
+
+def _check_failures(manifest: Mapping[str, Any], allowed: float, out: pathlib.Path) -> None:
+  counts = manifest["counts"]
+  failed, read = counts.get("failed", 0), counts.get("read", 0)
+  if not read:
+    raise ValueError(f"no picture of the source can be read ({_most(manifest)}). Check its paths.")
+  if failed > allowed * read:
+    raise ValueError(
+      f"{failed:,} of {read:,} pictures failed ({_most(manifest)}), more than --max_failures="
+      f"{allowed:g}. Mend the cause and try their blocks again with --retry_failed, or raise it."
+    )
+
+
+def _most(manifest: Mapping[str, Any]) -> str:
+  entries = sorted(manifest["losses"].items(), key=lambda entry: -entry[1]["count"])
+  return ", ".join(f"{name} {entry['count']:,}" for name, entry in entries[:3]) or "no reason"

@@ -1,0 +1,164 @@
+"""The engine of the annotation with a stage that needs no model: blocks, kills, counts, Ray."""
+
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import toy_data
+
+from grain_jax import failures
+from grain_jax.annotate import engine, stages
+from grain_jax.data.sources import folder as folder_source
+from grain_jax.data.sources import options
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Lengths:
+  """Describes a picture by the length of its caption; fails where it says so."""
+
+  num_gpus = 0.0
+
+  def __init__(self, settings):
+    self.batch_size, self.settings, self.asked = 3, settings, 0
+
+  def annotate(self, items):
+    self.asked += len(items)
+    return [self.one(item) for item in items]
+
+  def one(self, item):
+    if "bad" in item.captions[0]:
+      return stages.Result(None, [("pictures", "refused")])
+    words = [f"{len(item.captions[0])} letters", *item.descriptions]
+    return stages.Result({"descriptions": words}, raw=[{"said": words}])
+
+  def totals(self):
+    asked, self.asked = self.asked, 0
+    return {"asked": asked}
+
+
+@pytest.fixture
+def lengths(monkeypatch):
+  monkeypatch.setattr(stages, "make", lambda name, settings: Lengths(settings))
+
+
+@pytest.fixture
+def source(tmp_path):
+  root = tmp_path / "in"
+  root.mkdir()
+  picture = toy_data.record(0)["image"]
+  with (root / "annotations.jsonl").open("w") as lines:
+    for i in range(2500):
+      if i < 5:
+        (root / f"{i}.jpg").write_bytes(picture)
+      elif i != 1200:
+        (root / f"{i}.jpg").symlink_to(f"{i % 5}.jpg")
+      caption = "bad" if i in (7, 2000) else "a" * (i % 9 + 1)
+      lines.write(json.dumps({"image": f"{i}.jpg", "captions": [caption]}) + "\n")
+  return folder_source.source(root)
+
+
+def annotations(out):
+  found = {}
+  for path in sorted((out / "annotations").glob("*.jsonl")):
+    for line in map(json.loads, path.read_text().splitlines()):
+      assert line["key"] not in found
+      found[line["key"]] = line
+  return found
+
+
+def run(source, out, **changes):
+  values = {"execute": engine.here, "say": lambda line: None, **changes}
+  return engine.run(source, "lengths", {"a": 1}, out, **values)
+
+
+def test_every_picture_once_with_its_counts(lengths, source, tmp_path):
+  manifest = run(source, tmp_path / "out")
+  found = annotations(tmp_path / "out")
+  assert len(found) == 2499 and found["10.jpg"]["descriptions"] == ["2 letters"]
+  assert "descriptions" not in found["7.jpg"]
+  assert manifest["counts"] == {
+    "pictures": 2500, "read": 2499, "failed": 2, "descriptions": 2497, "regions": 0, "negatives": 0,
+  }  # fmt: skip
+  assert manifest["losses"] == {
+    "pictures/refused": {"count": 2, "first": ["7.jpg", "2000.jpg"]},
+    "pictures/missing_image": {"count": 1, "first": ["1200.jpg"]},
+  }
+  assert manifest["totals"] == {"asked": 2499}
+  raw = (tmp_path / "out" / "raw" / "000000.jsonl").read_text().splitlines()
+  assert json.loads(raw[0]) == {"key": "0.jpg", "raw": {"said": ["1 letters"]}}
+
+
+def test_what_is_finished_is_not_done_again(lengths, source, tmp_path, monkeypatch):
+  asked = []
+  perform = engine.Job.perform
+
+  def failing(self, task):
+    asked.append(task["number"])
+    if asked == [0, 1]:
+      raise failures.TransientError("gone")
+    perform(self, task)
+
+  monkeypatch.setattr(engine.Job, "perform", failing)
+  with pytest.raises(failures.TransientError):
+    run(source, tmp_path / "out")
+  assert not (tmp_path / "out" / "manifest.json").exists()
+  said = []
+  run(source, tmp_path / "out", say=said.append)
+  assert asked == [0, 1, 1, 2] and "1 of 3 blocks are there" in said[0]
+  assert len(annotations(tmp_path / "out")) == 2499
+  run(source, tmp_path / "out", retry_failed=True)
+  assert asked == [0, 1, 1, 2, 0, 1]  # those with a failure
+  with pytest.raises(ValueError, match="holds annotations of another settings"):
+    engine.run(source, "lengths", {"a": 2}, tmp_path / "out", execute=engine.here)
+
+
+def test_more_failures_than_may_be_are_an_error(lengths, source, tmp_path):
+  match = r"2 of 2,499 pictures failed \(pictures/refused 2, .*--retry_failed"
+  with pytest.raises(ValueError, match=match) as error:
+    run(source, tmp_path / "out", max_failures=0.0005)
+  assert "\n" not in str(error.value) and not (tmp_path / "out" / "manifest.json").exists()
+  run(source, tmp_path / "out", max_failures=0.001)
+
+
+def test_a_stage_is_given_what_the_one_before_wrote(lengths, source, tmp_path):
+  run(source, tmp_path / "first")
+  second = options.apply(source, {"annotated": str(tmp_path / "first")})
+  run(second, tmp_path / "second")
+  assert annotations(tmp_path / "second")["3.jpg"]["descriptions"] == ["4 letters", "4 letters"]
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = {paths!r}
+import test_engine
+from grain_jax.annotate import engine, stages
+from grain_jax.data.sources import folder
+stages.make = lambda name, settings: test_engine.Lengths(settings)
+engine.run(folder.source({root!r}), "lengths", {{"a": 1}}, __import__("pathlib").Path({out!r}),
+           execute=engine.here)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_it_goes_on(lengths, source, tmp_path, seed):
+  """By SIGKILL: the same annotations, none twice, none lost."""
+  run(source, tmp_path / "whole")
+  out, random_ = tmp_path / "out", random.Random(seed)
+  paths = [str(ROOT), str(ROOT / "tests" / "annotate"), str(ROOT / "tests" / "data"),
+           str(ROOT / "tests")]  # fmt: skip
+  program = PROGRAM.format(paths=paths, root=source.recipe["arguments"]["input"], out=str(out))
+  for _ in range(2):
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + random_.uniform(0.3, 3.0)
+    while process.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.01)
+    process.kill()
+    process.wait()
+  subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+  assert annotations(out) == annotations(tmp_path / "whole")
