@@ -9,7 +9,7 @@ image's path and #id.
 The .npy files are pickles. They are never unpickled: `object_arrays` reads the data in them and
 refuses what would run. To have them as JSON lines, read by the same reader:
 
-  python -m grain_jax.data.sources.ce_clip FILE.npy ... --out=FOLDER
+  python -m grain_jax.data.sources.ce_clip --input=FOLDER --out=LINES
 
 Negatives stand in the order relation (relation_aug_caption), attribute (adj_), object (noun_),
 action (verb_). Those that valid_caption marks as invalid (its items: the caption and these four),
@@ -22,10 +22,11 @@ import argparse
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax import schema, textfiles
+from grain_jax import helptext, places, schema, textfiles
 from grain_jax.data import records
 from grain_jax.data.building import inputs
 from grain_jax.data.sources import base, object_arrays, parquet_files
@@ -238,21 +239,30 @@ def _negatives(
   return kept, lost
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m grain_jax.data.sources.ce_clip")
-  parser.add_argument("files", nargs="+", type=pathlib.Path, help="processed_dataset*.npy")
-  parser.add_argument(
-    "--out", required=True, type=pathlib.Path, help="folder to write into (must be given)"
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m grain_jax.data.sources.ce_clip",
+    description="CE-CLIP's .npy files as JSON lines; nothing in them is run.",
+    formatter_class=helptext.ArgparseFormatter,
+    allow_abbrev=False,
   )
+  parser.add_argument("--input", required=True, help="processed_dataset*.npy, or folder of them")
+  parser.add_argument("--out", required=True, help="folder to write processed_dataset*.jsonl into")
   flags = parser.parse_args(arguments)
-  flags.out.mkdir(parents=True, exist_ok=True)
-  for file in flags.files:
-    out = flags.out / f"{file.stem}.jsonl"
-    try:
-      print(f"{out}: {convert(file, out):,} records")
-    except (OSError, ValueError) as error:
-      parser.exit(2, f"{parser.prog}: {error}\n")
+  try:
+    root = base.existing(flags.input, "--input")
+    places.check(flags.out, "--out")
+    out = pathlib.Path(flags.out).expanduser()
+    for file in [root] if root.is_file() else _find(root):
+      if file.suffix == ".npy":
+        out.mkdir(parents=True, exist_ok=True)
+        lines = out / f"{file.stem}.jsonl"
+        print(f"{lines}: {convert(file, lines):,} records")
+  except (OSError, ValueError) as error:
+    print(f"{parser.prog}: {error}", file=sys.stderr)
+    return 2
+  return 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -178,13 +178,12 @@ def test_the_conversion_writes_json_lines(tmp_path, capsys):
     nested = [nested, nested]
   file = tmp_path / "processed_dataset0.npy"
   file.write_bytes(npy([entry(0), {"caption": nested}, entry(1, caption="é")], protocol=4))
-  ce_clip.main([str(file), f"--out={tmp_path / 'lines'}"])
+  assert not ce_clip.main([f"--input={file}", f"--out={tmp_path / 'lines'}"])
   lines = (tmp_path / "lines" / "processed_dataset0.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == [entry(0), None, entry(1, caption="é")]
   assert "3 records" in capsys.readouterr().out
-  with pytest.raises(SystemExit):
-    ce_clip.main([str(tmp_path / "none.npy"), f"--out={tmp_path}"])
-  assert "none.npy" in capsys.readouterr().err
+  assert ce_clip.main([f"--input={tmp_path / 'none.npy'}", f"--out={tmp_path}"]) == 2
+  assert "none.npy: there is no such file" in capsys.readouterr().err
 
 
 def test_blocks_in_two_processes_give_what_one_gives(tmp_path, monkeypatch):
