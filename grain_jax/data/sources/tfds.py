@@ -88,6 +88,7 @@ def source(
   if bool(boxes_key) != bool(labels_key):
     raise ValueError("--boxes_key and --labels_key: each needs the other. Give both.")
   image, captions, boxes, labels = _choose(folder, builder, flags)
+  read_keys = [key for key in (*captions, id_key, boxes, labels, scores_key) if key]
 
   def blocks(scratch: pathlib.Path) -> Iterator[base.Block]:
     for own in wanted:
@@ -96,7 +97,7 @@ def source(
 
   def read(block: base.Block, scratch: pathlib.Path) -> Iterator[base.Item]:
     own = block["split"]
-    for index, values in builder.read(own, block["start"], block["stop"], image):
+    for index, values in builder.read(own, block["start"], block["stop"], image, read_keys):
       key: Any = f"{own}/{index}"
       if id_key:
         value = mapping.look_up(values, id_key, separator="/")
@@ -180,19 +181,27 @@ class _Prepared:
     names = getattr(feature, "names", None)
     return tuple(names) if isinstance(names, list) else ()
 
+  def _parts(self, path: str) -> list[str]:
+    """Names that lead to a feature; some have a "/" in them."""
+    return [path] if path in self._builder.info.features.keys() else path.split("/")  # noqa: SIM118
+
   def read(
-    self, split: str, start: int, stop: int, image: str
+    self, split: str, start: int, stop: int, image: str, keys: Sequence[str]
   ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, values) of some records; the image as the bytes of its file."""
+    """(index, values of the features named) of some records; the image as its file's bytes."""
     decoders: Any = self._tfds.decode.SkipDecoding()
-    for part in reversed(image.split("/")):
+    head, *parts = self._parts(image)
+    for part in reversed(parts):
       decoders = {part: decoders}
+    decoders = {head: decoders}
     part = f"{split}[{start}:{stop}]"
     if "array_record" in str(self._builder.info.file_format).lower():
       data = self._builder.as_data_source(split=part, decoders=decoders)
       found: Iterable[Any] = (data[i] for i in range(len(data)))
     else:
       config = self._tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+      wanted = {self._parts(key)[0]: True for key in (image, *keys)}
+      decoders = self._tfds.decode.PartialDecoding(wanted, decoders=decoders)
       found = self._tfds.as_numpy(
         self._builder.as_dataset(
           split=part, shuffle_files=False, decoders=decoders, read_config=config

@@ -1,11 +1,16 @@
 """Tars as img2dataset writes them, against hand-worked records; and tars with whatever is wrong."""
 
+import io
+
 import hypothesis
+import numpy as np
+import odd_pictures
 import pytest
 import web_sets
 from hypothesis import strategies as st
+from PIL import Image
 
-from grain_jax.data import records
+from grain_jax.data import decoding, records
 from grain_jax.data.sources import base, tar_files, texts, webdataset
 
 
@@ -226,3 +231,30 @@ def test_what_is_no_folder_of_tars_is_one_line(tmp_path):
 )
 def test_sentences_are_joined(sentences, joined):
   assert texts.join_sentences(sentences) == joined
+
+
+def test_odd_pictures_are_kept_as_shown_or_counted(tmp_path):
+  grey = Image.fromarray(np.full((8, 6), 128, np.uint8))
+  frames = [Image.new("P", (6, 8), color) for color in (1, 2)]
+  animated = io.BytesIO()
+  frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+  pictures = {
+    "cmyk.jpg": odd_pictures.save(grey.convert("CMYK"), "JPEG"),
+    "moving.gif": animated.getvalue(),
+    "dot.png": odd_pictures.save(Image.new("RGB", (1, 1)), "PNG"),
+    "empty.jpg": b"",
+    "html.jpg": b"<html>",
+    "cut.jpg": web_sets.image(0)[:200],
+    "large.png": odd_pictures.save(Image.new("L", (40, 30)), "PNG"),
+  }
+  members = []
+  for name, data in pictures.items():
+    members += [(name, data), (f"{name.partition('.')[0]}.txt", "一只狗 🐕 " * 5000)]
+  (tmp_path / "0.tar").write_bytes(web_sets.tar_bytes(members))
+  opened = web_sets.built(webdataset.source(tmp_path, max_pixels=1000), tmp_path / "out")
+  found = web_sets.parsed(opened)
+  assert list(found) == ["0/cmyk", "0/moving", "0/dot"]
+  sizes = [decoding.decode(record.image).size for record in found.values()]
+  assert sizes == [(6, 8), (6, 8), (1, 1)]
+  assert found["0/dot"].captions == [("一只狗 🐕 " * 5000).strip().encode()]
+  assert web_sets.dropped(opened) == {"records": {"corrupt_image": 3, "image_too_large": 1}}
