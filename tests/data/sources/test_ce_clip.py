@@ -41,7 +41,7 @@ def npy(objects, *, protocol=3):
 ENTRIES = [
   entry(0),
   entry(1, relation_aug_caption="###", valid_caption=[1, 0, 1, 1, 1]),
-  entry(2, valid_caption=[0, 1, 0, 1, 0]),
+  entry(2, valid_caption=[0, 1, 0, 1, 0], noun_aug_caption="### "),
   entry(3, valid_caption=[1, 1]),
   entry(4, image_id="x"),
   entry(5, image_id=10),
@@ -59,10 +59,7 @@ KEPT = {
     (b"a cat on a mat", b"object"),
     (b"a dog jumps", b"action"),
   ],
-  "train2014/COCO_train2014_000000000009.jpg#102": [
-    (b"a mat on a dog", b"relation"),
-    (b"a cat on a mat", b"object"),
-  ],
+  "train2014/COCO_train2014_000000000009.jpg#102": [(b"a mat on a dog", b"relation")],
   "train2014/COCO_train2014_000000000009.jpg#103": [],
   "cc3m/1.jpg#processed_dataset0:6": [(b"n", b"action")],
 }
@@ -91,7 +88,7 @@ def test_records_of_either_form(tmp_path, form):
   assert first.captions == [b"a dog on a mat 0"] and first.image == web_sets.image(9)
   assert web_sets.dropped(opened) == {
     "records": {"malformed": 1, "missing_image": 1},
-    "negatives": {"invalid_negative": 3, "malformed": 4},
+    "negatives": {"invalid_negative": 4, "malformed": 4},
   }
 
 
@@ -174,7 +171,7 @@ def test_any_bytes_give_data_or_one_line(tmp_path_factory, changes):
 
 def test_the_conversion_writes_json_lines(tmp_path, capsys):
   nested = []
-  for _ in range(60):  # as JSON it would have 2^60 items
+  for _ in range(16):  # as JSON it would have 2^16 items, and 2^60 as easily
     nested = [nested, nested]
   file = tmp_path / "processed_dataset0.npy"
   file.write_bytes(npy([entry(0), {"caption": nested}, entry(1, caption="é")], protocol=4))

@@ -144,7 +144,14 @@ def test_blocks_in_two_processes_give_what_one_gives(tmp_path, monkeypatch):
   write(root, [item(path, caption=f"é {path}") for path in paths[7:]], "b.json")
   monkeypatch.setattr(json_arrays, "BLOCK", 3)
   source = finehard.source(root)
-  assert len(list(source.blocks(tmp_path))) == 3 + 2
+  blocks = list(source.blocks(tmp_path))
+  assert [(block["file"], block["first"]) for block in blocks] == [
+    (0, 0),
+    (0, 3),
+    (0, 6),
+    (1, 0),
+    (1, 3),
+  ]
   one = web_sets.built(source, tmp_path / "one")
   two = web_sets.built(source, tmp_path / "two", workers=2)
   assert list(web_sets.parsed(one)) == list(web_sets.parsed(two)) == paths

@@ -112,3 +112,8 @@ def test_odd_lists_are_counted(tmp_path):
   assert sorted(r.why for r in lost) == sorted(
     ["bad_span"] * 2 + ["span_outside_caption"] * 2 + ["malformed"] * 4
   )
+  values = {"caption": "né", "ref_exps": [[1, 2, 0, 0, 1, 1, 0.5], [0, 3, 0, 0, 1, 1, 0.5]]}
+  regions, lost = grit_lists.regions("k", values)  # three bytes, two characters
+  assert [r["description"] for r in regions] == ["é"] and [r.why for r in lost] == [
+    "span_outside_caption"
+  ]

@@ -17,11 +17,12 @@ def test_rows_of_the_published_file(tmp_path):
   folder = root / "coco" / "val2014"
   web_sets.download(folder, "COCO_val2014_000000000042", 0)
   path = "coco/val2014/COCO_val2014_000000000042.jpg"
+  code = f"__import__('os').system('touch {tmp_path / 'ran'}')"
   (root / "train_neg_clip.tsv").write_text(
     HEADER
     + row(0, "a dog on a mat", path, "['a mat on a dog', \"it's a dog's mat\"]")
     + row(1, '"a ""red"" dog\tand a mat"', path, "['x']")
-    + row(2, "code", path, "__import__('os').system('touch HERE')")
+    + row(2, "code", path, code)
     + row(3, "numbers", path, "[1, 'y']")
     + row(4, "deep", path, "(" * 5000)
     + row(5, "gone", "coco/val2014/gone.jpg", "[]")
@@ -49,6 +50,7 @@ def test_rows_of_the_published_file(tmp_path):
     "captions": {"empty_caption": 1},
     "negatives": {"malformed": 3},
   }
+  assert not (tmp_path / "ran").exists()
 
 
 def test_captions_of_an_image_stay_in_one_split_and_blocks_change_nothing(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tars as img2dataset writes them, against hand-worked records; and tars with whatever is wrong."""
 
 import io
+import tarfile
 
 import hypothesis
 import numpy as np
@@ -195,6 +196,18 @@ def test_a_tar_with_any_bytes_changed_never_raises(tmp_path_factory, changes):
   for _, record in base.iterate(webdataset.source(path)):
     if isinstance(record, dict):
       records.check(record)
+
+
+def test_a_header_that_is_none_ends_the_tar_and_is_counted(tmp_path):
+  at = WHOLE.index(b"k2.jpg")
+  (tmp_path / "a.tar").write_bytes(WHOLE[:at] + b"\xff" * 512 + WHOLE[at + 512 :])
+  long = tarfile.TarInfo("k" * 150).create_gnu_header(
+    dict(tarfile.TarInfo("k" * 150).get_info()), "utf-8", "strict"
+  )
+  (tmp_path / "b.tar").write_bytes(WHOLE[:at] + long[:1024] + b"\xff" * 2048)
+  opened = web_sets.built(webdataset.source(tmp_path), tmp_path / "out")
+  assert list(web_sets.parsed(opened)) == ["a/k0", "a/k1", "b/k0", "b/k1"]
+  assert web_sets.dropped(opened) == {"records": {"damaged_tar": 2}}
 
 
 def test_blocks_in_two_processes_give_what_one_gives(tmp_path, monkeypatch):
