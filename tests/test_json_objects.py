@@ -139,3 +139,41 @@ def test_elements_behind_a_damaged_one_are_not_read_and_memory_stays_flat(tmp_pa
   with pytest.raises(ValueError, match="Expecting value: line 1 column 31"):
     next(elements)
   assert sum(read) < 10_000
+
+
+@SHOWN
+@given(content=st.lists(JSON, max_size=6), escaped=st.booleans(), size=st.integers(3, 40))
+def test_an_array_read_in_pieces_is_jsons(tmp_path, monkeypatch, content, escaped, size):
+  monkeypatch.setattr(textfiles, "BUFFER", size)
+  path = tmp_path / "a.json"
+  text = " ,\n".join(json.dumps(value, ensure_ascii=escaped) for value in content)
+  path.write_bytes(f"\ufeff [{text} ]\n".encode("utf-8", "surrogatepass"))
+  try:
+    want = json.loads(path.read_text("utf-8-sig"))
+  except UnicodeDecodeError:
+    return
+  data = path.read_bytes()
+  items = list(jsonfiles.iterate_array(path))
+  found = [json.loads(data[item.offset : item.offset + item.length]) for item in items]
+  assert repr(found) == repr(want)
+
+
+@SHOWN
+@given(data=st.data(), size=st.integers(1, 40))
+def test_an_array_that_is_broken_is_told_as_json_tells_it(tmp_path, monkeypatch, data, size):
+  monkeypatch.setattr(textfiles, "BUFFER", size)
+  text = '[{"ä": 1}, 2.5e3, "x\\u00e9",\n [true, null]]\n'
+  start = data.draw(st.integers(0, len(text)))
+  end = data.draw(st.integers(start, min(start + 4, len(text))))
+  text = text[:start] + data.draw(st.sampled_from(["", ",", "]", '"', "x", "[", " 1"])) + text[end:]
+  path = tmp_path / "a.json"
+  path.write_text(text)
+  told = []
+  for read in (textfiles.read_json, lambda path: list(jsonfiles.iterate_array(path))):
+    try:
+      read(path)
+      told.append("")
+    except ValueError as error:
+      told.append(str(error))
+  if "not an array" not in told[1]:
+    assert told[1] == told[0]

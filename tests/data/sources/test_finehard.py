@@ -1,6 +1,7 @@
 """FineHARD in its published layout, against hand-worked records."""
 
 import json
+import sys
 
 import pytest
 import web_sets
@@ -158,3 +159,15 @@ def test_blocks_in_two_processes_give_what_one_gives(tmp_path, monkeypatch):
   assert [r.captions[1].decode() for r in web_sets.parsed(two).values()] == [
     f"é {path}" for path in paths
   ]
+
+
+@pytest.mark.parametrize("library", ["pyarrow.parquet", "ijson"])
+def test_a_library_that_is_not_installed_is_one_line(tmp_path, library, monkeypatch):
+  (tmp_path / "url2key_jsons").mkdir()
+  (tmp_path / "url2key_jsons" / "u.json").write_text("{}")
+  (tmp_path / "00000").mkdir()
+  web_sets.sidecar(tmp_path / "00000.parquet", [("0", "success", None, "u", 1)])
+  write(tmp_path, [item("x")])
+  monkeypatch.setitem(sys.modules, library, None)
+  with pytest.raises(ValueError, match=r"not installed: pip install -r requirements\.txt\.$"):
+    list(base.iterate(finehard.source(tmp_path)))
