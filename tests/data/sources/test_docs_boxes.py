@@ -1,4 +1,4 @@
-"""docs/data_boxes.md: every build command as printed, on made-up files."""
+"""docs/data.md: every build command as printed, on made-up files."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import box_layouts
 
 from grain_jax.data import build, dataset, sources
 
-PAGE = pathlib.Path(__file__).parents[3] / "docs" / "data_boxes.md"
+PAGE = pathlib.Path(__file__).parents[3] / "docs" / "data.md"
 
 
 def commands():

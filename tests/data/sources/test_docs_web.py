@@ -1,4 +1,4 @@
-"""Every command of docs/data_web.md that is ours, on made-up files in the layouts it speaks of."""
+"""Every command of docs/data.md that is ours, on made-up files in the layouts it speaks of."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from grain_jax.data import build, dataset, decoding
 from grain_jax.data import host_tensorflow as tf_lib
 from grain_jax.data.sources import ce_clip
 
-PAGE = (pathlib.Path(__file__).parents[3] / "docs" / "data_web.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[3] / "docs" / "data.md").read_text()
 CODE = "\n".join(re.findall(r"^```console\n(.*?)^```", PAGE, re.M | re.S))
 COMMANDS = [line for line in CODE.splitlines() if line.startswith("python -m grain_jax")]
 PATH = "train2014/COCO_train2014_000000000009.jpg"
