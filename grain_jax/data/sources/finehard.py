@@ -104,9 +104,6 @@ def source(
       if isinstance(image, str):
         yield split, records.Refused(key, "records", image)
         continue
-      regions, lost = _regions(key, item.get("bbox_info"), expressions)
-      for refused in lost:
-        yield split, refused
       captions = [item.get("short_caption"), item.get("caption")]
       yield (
         split,
@@ -114,7 +111,7 @@ def source(
           schema.RECORD_KEY: key,
           schema.RECORD_IMAGE: image,
           schema.RECORD_CAPTIONS: [text for text in captions if text is not None],
-          schema.RECORD_REGIONS: regions,
+          schema.RECORD_REGIONS: _regions(item.get("bbox_info"), expressions),
           schema.RECORD_NEGATIVES: [],
         },
       )
@@ -163,18 +160,15 @@ def source(
   )
 
 
-def _regions(key: str, entries: Any, expressions: str) -> tuple[list[Any], list[records.Refused]]:
-  """(regions, what is none) of an item's bbox_info."""
-  if entries is None:
-    return [], []
+def _regions(entries: Any, expressions: str) -> list[Any]:
+  """Regions of an item's bbox_info; None for what is none, which `records.check` counts."""
   if not isinstance(entries, list):
-    return [], [records.Refused(key, "regions", records.MALFORMED)]
+    return [] if entries is None else [None]
   found: list[Any] = []
-  lost = []
   for entry in entries:
     box = entry.get("bbox") if isinstance(entry, Mapping) else None
     if not isinstance(box, list) or len(box) not in (4, 5):
-      lost.append(records.Refused(key, "regions", records.MALFORMED))
+      found.append(None)
       continue
     x1, y1, x2, y2, *score = box
     region = {"box": (y1, x1, y2, x2), "score": score[0] if score else None, "negatives": []}
@@ -185,7 +179,7 @@ def _regions(key: str, entries: Any, expressions: str) -> tuple[list[Any], list[
       found.append({**region, "description": short, "negatives": false})
     if expressions == "long" or (expressions == "both" and long is not None and long != short):
       found.append({**region, "description": long})
-  return found, lost
+  return found
 
 
 def _is_file(path: pathlib.Path) -> bool:
