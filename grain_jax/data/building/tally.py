@@ -11,6 +11,7 @@ ALLOWED = 0.2  # of a kind that may be dropped, unless --allow_dropped says othe
 DUPLICATE_KEY = "duplicate_key"
 WITHOUT_BOX = "description_without_box"  # of the published files: nothing that the user can mend
 # What is left out because it was asked for, or cannot be mended: no sign that the data is bad.
+_LINK_ROT = "failed_to_download"  # of img2dataset: lists of URLs are of years ago
 _FINE = deliberate.REASONS | {WITHOUT_BOX}
 _KINDS = ("records", "captions", "regions", "negatives")
 _TITLES = {"records": "images"}
@@ -40,7 +41,7 @@ class Tally:
     losses = self.dropped.setdefault(split, {name: {} for name in _KINDS})
     entry = losses[kind].setdefault(why, {"count": 0, "first": []})
     entry["count"] += 1
-    self._totals[kind][1] += why not in _FINE
+    self._totals[kind][1] += not _is_fine(why)
     if len(entry["first"]) < _EXAMPLES:
       entry["first"].append(printable(key))
 
@@ -86,8 +87,13 @@ class Tally:
   def _most(self, kind: str) -> str:
     """' (missing_image 6, corrupt_image 4)'."""
     reasons = self.summary()[title(kind)]["reasons"]
-    shown = [f"{why} {n:,}" for why, n in reasons.items() if why not in _FINE]
+    shown = [f"{why} {n:,}" for why, n in reasons.items() if not _is_fine(why)]
     return f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})"
+
+
+def _is_fine(why: str) -> bool:
+  """Whether a loss is no sign that the data or the flags are wrong."""
+  return why in _FINE or why.startswith(_LINK_ROT)
 
 
 def _exceeds(lost: int, total: int, allowed: float) -> bool:
