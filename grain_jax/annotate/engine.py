@@ -181,7 +181,8 @@ def run(
       )
     )
     blocks = _plan(source, out, what)
-    job = {"stage": stage, "settings": settings, "source": source.recipe, "out": str(out)}
+    job = {"stage": stage, "settings": settings, "source": source.recipe}
+    job["out"] = str(out.resolve())  # in a cluster, processes have other folders
     if retry_failed:
       for number in range(len(blocks)):
         facts = file_of(out, "facts", number)

@@ -1,8 +1,11 @@
 """The engine of the annotation with a stage that needs no model: blocks, kills, counts, Ray."""
 
 import json
+import logging
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +14,14 @@ import pytest
 import toy_data
 
 from grain_jax import failures
+from grain_jax.annotate import __main__ as annotate
 from grain_jax.annotate import engine, stages
+from grain_jax.data.building import ray_tasks
 from grain_jax.data.sources import folder as folder_source
 from grain_jax.data.sources import options
 
 ROOT = pathlib.Path(__file__).parents[2]
+PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("annotate", "data", "."))]
 
 
 class Lengths:
@@ -150,9 +156,7 @@ def test_killed_at_any_moment_it_goes_on(lengths, source, tmp_path, seed):
   """By SIGKILL: the same annotations, none twice, none lost."""
   run(source, tmp_path / "whole")
   out, random_ = tmp_path / "out", random.Random(seed)
-  paths = [str(ROOT), str(ROOT / "tests" / "annotate"), str(ROOT / "tests" / "data"),
-           str(ROOT / "tests")]  # fmt: skip
-  program = PROGRAM.format(paths=paths, root=source.recipe["arguments"]["input"], out=str(out))
+  program = PROGRAM.format(paths=PATHS, root=source.recipe["arguments"]["input"], out=str(out))
   for _ in range(2):
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + random_.uniform(0.3, 3.0)
@@ -162,3 +166,37 @@ def test_killed_at_any_moment_it_goes_on(lengths, source, tmp_path, seed):
     process.wait()
   subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
   assert annotations(out) == annotations(tmp_path / "whole")
+
+
+class RayLengths(annotate.Annotator):
+  """The toy stage in a process of Ray; the first that does block 1 is killed, in the middle."""
+
+  def perform(self, made, task):
+    made._stage_of = lambda: Lengths(None)
+    once = made.out.parent / "once"
+    if task["number"] == 1 and not once.exists():
+      once.touch()
+      made.stage.one = lambda item: os.kill(os.getpid(), signal.SIGKILL)
+    super().perform(made, task)
+
+
+@pytest.mark.slow
+def test_ray_of_which_a_worker_is_killed(lengths, source, tmp_path):
+  """Two workers, the same annotations: none twice, none lost."""
+  ray = pytest.importorskip("ray")
+  run(source, tmp_path / "whole")
+  ray.init(
+    num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(PATHS)}},
+  )  # fmt: skip
+  try:
+    manifest = run(
+      source, tmp_path / "out", execute=lambda job, todo, done: ray_tasks.run(
+        RayLengths, job, todo, done
+      )
+    )  # fmt: skip
+  finally:
+    ray.shutdown()
+  assert (tmp_path / "once").exists()
+  assert annotations(tmp_path / "out") == annotations(tmp_path / "whole")
+  assert manifest["totals"] == {"asked": 2499} and manifest["counts"]["failed"] == 2
