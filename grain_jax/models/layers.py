@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from grain_jax import config as configs
-from grain_jax.models import attention
+from grain_jax.models import attention, elementwise
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -41,23 +41,9 @@ _POLICIES = {
 }
 
 
-def quick_gelu(x: Array) -> Array:
-  """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-  "quick_gelu": quick_gelu,
-  "relu": jax.nn.relu,
-}
-
-
 def layer_norm(x: Array, *, epsilon: float, dtype: Any, name: str) -> Array:
   """LayerNorm over the last axis, computed in float32, returned in `dtype`; for compact modules."""
-  norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
-  return norm(x).astype(dtype)
+  return elementwise.LayerNorm(epsilon, dtype, name=name)(x)
 
 
 def shard_batch(x: Array) -> Array:
@@ -161,7 +147,7 @@ class Mlp(nn.Module):
       return nn.Dense(width, kernel_init=init, bias_init=bias_init, dtype=self.dtype, name=name)(x)
 
     y = dense(x, self.hidden, self.fc1_init, "fc1")
-    y = ACTIVATIONS[self.activation](y)
+    y = elementwise.ACTIVATIONS[self.activation](y)
     if self.dropout:
       y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
     return dense(y, x.shape[-1], self.fc2_init, "fc2")

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grain_jax.models import layers
+from grain_jax.models import elementwise, layers
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ class HierarchicalStem(nn.Module):
       init = nn.initializers.lecun_normal()
       return nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-    activation = layers.ACTIVATIONS[self.activation]
+    activation = elementwise.ACTIVATIONS[self.activation]
     x = dense(merge(image.astype(self.dtype), 4), self.width // 2, "fc0")
     for i in range(1, (self.patch // 4).bit_length()):
       x = merge(activation(x), 2)

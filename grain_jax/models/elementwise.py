@@ -1,0 +1,94 @@
+"""LayerNorm and activations whose backward passes keep their input alone, in its own dtype.
+
+Differentiated as they are written, they keep float32 copies of what lies between: of LayerNorm the
+deviations and the normalised values, of GELU the argument and the value of its error function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def quick_gelu(x: Array) -> Array:
+  """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def keeping_input(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+  """The function of one array, whose backward pass computes again all that it needs of it."""
+
+  @jax.custom_vjp
+  def call(x: Array) -> Array:
+    return function(x)
+
+  call.defvjp(
+    lambda x: (function(x), x), lambda x, gradient: jax.vjp(function, x)[1](gradient)
+  )
+  return functools.wraps(function)(call)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
+  "gelu_tanh": keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
+  "quick_gelu": keeping_input(quick_gelu),
+  "relu": jax.nn.relu,
+}
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis (Ba et al., arXiv 1607.06450), computed in float32.
+
+  `scale` and `bias` are float32 [D], as those of flax.linen.LayerNorm.
+  """
+
+  epsilon: float
+  dtype: Any = jnp.float32  # of the result
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[..., D] -> [..., D]."""
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+    return normalize(self.epsilon, jnp.dtype(self.dtype), x, scale, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalize(epsilon: float, dtype: jnp.dtype, x: Array, scale: Array, bias: Array) -> Array:
+  """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in `dtype`."""
+  return _forward(epsilon, dtype, x, scale, bias)[0]
+
+
+def _forward(
+  epsilon: float, dtype: jnp.dtype, x: Array, scale: Array, bias: Array
+) -> tuple[Array, tuple[Array, ...]]:
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(wide, -1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + epsilon)
+  y = (wide - mean) * inverse * scale + bias
+  return y.astype(dtype), (x, mean, inverse, scale)
+
+
+def _backward(
+  epsilon: float, dtype: jnp.dtype, residuals: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array, Array]:
+  x, mean, inverse, scale = residuals
+  normal = (x.astype(jnp.float32) - mean) * inverse
+  gradient = gradient.astype(jnp.float32)
+  rows = tuple(range(x.ndim - 1))
+  scale_gradient, bias_gradient = jnp.sum(gradient * normal, rows), jnp.sum(gradient, rows)
+  inner = gradient * scale
+  offset = jnp.mean(inner, -1, keepdims=True)
+  slope = jnp.mean(inner * normal, -1, keepdims=True)
+  x_gradient = inverse * (inner - offset - normal * slope)
+  return x_gradient.astype(x.dtype), scale_gradient.astype(scale.dtype), bias_gradient
+
+
+normalize.defvjp(_forward, _backward)
