@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
-from grain_jax.models import fused_attention
+from grain_jax.models import elementwise, fused_attention
 
 Array = jax.Array
 
@@ -170,6 +170,7 @@ def _backward(
   scale: float, residuals: tuple, gradient: Array
 ) -> tuple[Array, Array, Array, None, Array | None]:
   query, key, value, mask, bias, out, log_total = residuals
+  query, key, gradient = elementwise.compute_again(query, key, gradient)
   with jax.named_scope(RECOMPUTED_SCOPE):
     weights = jnp.exp(_logits(scale, query, key, mask, bias) - log_total)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -22,6 +22,15 @@ def quick_gelu(x: Array) -> Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
+def compute_again(*arrays: Array) -> tuple[Array, ...]:
+  """The arrays, from which what is computed is not found to be the same as in the forward pass.
+
+  Where layers are written out, the compiler otherwise keeps the forward pass's values, all layers'
+  at once, instead of computing them a second time.
+  """
+  return jax.lax.optimization_barrier(arrays)
+
+
 def keeping_input(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
   """The function of one array, whose backward pass computes again all that it needs of it."""
 
@@ -29,9 +38,11 @@ def keeping_input(function: Callable[[Array], Array]) -> Callable[[Array], Array
   def call(x: Array) -> Array:
     return function(x)
 
-  call.defvjp(
-    lambda x: (function(x), x), lambda x, gradient: jax.vjp(function, x)[1](gradient)
-  )
+  def backward(x: Array, gradient: Array) -> tuple[Array]:
+    x, gradient = compute_again(x, gradient)
+    return jax.vjp(function, x)[1](gradient)
+
+  call.defvjp(lambda x: (function(x), x), backward)
   return functools.wraps(function)(call)
 
 
@@ -80,6 +91,7 @@ def _backward(
   epsilon: float, dtype: jnp.dtype, residuals: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, Array, Array]:
   x, mean, inverse, scale = residuals
+  x, gradient = compute_again(x, gradient)
   normal = (x.astype(jnp.float32) - mean) * inverse
   gradient = gradient.astype(jnp.float32)
   rows = tuple(range(x.ndim - 1))
