@@ -16,19 +16,26 @@ _MOST_BARS = 20  # of counts an image; the last bar is of all that are more
 # Told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
 _COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
 _BAR, _PALE = "#0072B2", "#B8CFE0"
+_PARTS = (
+  ("images", "images"), ("many", "how many an image"), ("scores", "scores"),
+  ("missing", "without a box"), ("dropped", "dropped"), ("frequent", "most frequent"),
+  ("text_only", "text only"), ("cost", "time and cost"),
+)  # fmt: skip
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 1.5rem auto;
   padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: .8rem 0 .1rem; }
-p { margin: .3rem 0 .8rem; } .quiet { color: #595959; font-size: .9em; }
+p { margin: .3rem 0 .8rem; } a { color: #00558a; } .quiet { color: #595959; font-size: .9em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
   border-bottom: 1px solid #e3e3e3; }
 th { color: #595959; font-weight: 600; vertical-align: bottom; }
-.number { text-align: right; white-space: nowrap; }
-.key { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+td .quiet { overflow-wrap: anywhere; }
+.number { text-align: right; } td.number { white-space: nowrap; }
+.key { display: grid; gap: .8rem; margin-bottom: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .key div { border: 1px solid #e3e3e3; padding: .5rem .7rem; }
 .key b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .charts, .images { display: grid; gap: 1.2rem; align-items: start; }
@@ -79,10 +86,11 @@ def page(
     f'<p class="quiet">{_text(names)}. Read it before you spend more: are the boxes around what '
     "their descriptions say, and do the descriptions say what is there?</p>",
     _key_figures(counts, asked),
-    f"<h2>{len(shown)} images, chosen by chance</h2>",
+    f'<p class="quiet">{" · ".join(f"<a href=#{at}>{about}</a>" for at, about in _PARTS)}</p>',
+    f"<h2 id=images>{len(shown)} images, chosen by chance</h2>",
     '<p class="quiet">By a hash of their keys. In red: descriptions without a box.</p>',
     f'<div class="images">{"".join(map(_figure, shown))}</div>',
-    "<h2>How many an image</h2>",
+    "<h2 id=many>How many an image</h2>",
     _per_image(counts),
     *_scores(counts, asked),
     *_missing(counts, asked),
@@ -133,7 +141,7 @@ def _per_image(counts: report_counts.Counts) -> str:
 
 
 def _scores(counts: report_counts.Counts, asked: report_counts.Asked | None) -> Iterable[str]:
-  yield "<h2>Scores</h2>"
+  yield "<h2 id=scores>Scores</h2>"
   labels = [f"{i / report_counts.BINS:.2g}" for i in range(report_counts.BINS)]
   charts = [_chart("Boxes by score, those of the source among them", counts.region_scores, labels)]
   if asked is not None:
@@ -150,7 +158,7 @@ def _scores(counts: report_counts.Counts, asked: report_counts.Asked | None) -> 
 
 
 def _missing(counts: report_counts.Counts, asked: report_counts.Asked | None) -> Iterable[str]:
-  yield "<h2>Descriptions without a box</h2>"
+  yield "<h2 id=missing>Descriptions without a box</h2>"
   if asked is None:
     yield "<p>No detector has looked for them yet.</p>"
     return
@@ -184,21 +192,19 @@ def _missing(counts: report_counts.Counts, asked: report_counts.Asked | None) ->
 
 
 def _dropped(stages: report_counts.Chain) -> Iterable[str]:
-  yield "<h2>Dropped</h2>"
+  yield "<h2 id=dropped>Dropped</h2>"
   rows = []
   for one in stages.manifests:
     losses = sorted(one["losses"].items(), key=lambda entry: (-entry[1]["count"], entry[0]))
     for name, entry in losses:
       what, _, why = name.partition("/")
       first = ", ".join(map(_text, entry["first"][:3]))
-      rows.append(
-        [_text(one["stage"]), _text(what), _text(why.replace("_", " ")), f"{entry['count']:,}",
-         f'<span class="quiet">{first}</span>']
-      )  # fmt: skip
+      told = f'{_text(why.replace("_", " "))}<br><span class="quiet">{first}</span>'
+      rows.append([_text(one["stage"]), _text(what), told, f"{entry['count']:,}"])
   if not rows:
     yield "<p>Nothing was dropped.</p>"
     return
-  yield _table(["stage", "what", "why", "number", "first of them"], rows, numbers=(3,))
+  yield _table(["stage", "what", "why, and the first of them", "number"], rows, numbers=(3,))
 
 
 def _frequent(counts: report_counts.Counts) -> Iterable[str]:
@@ -206,14 +212,16 @@ def _frequent(counts: report_counts.Counts) -> Iterable[str]:
     [_text(text), f"{images:,}", _share(without, images)]
     for text, (images, without) in counts.frequent(_FREQUENT)
   ]
+  about = " (rare ones were left out while counting)" if counts.approximate else ""
+  yield f"<h2 id=frequent>Most frequent descriptions{about}</h2>"
   if rows:
-    about = " (rare ones were left out while counting)" if counts.approximate else ""
-    yield f"<h2>Most frequent descriptions{about}</h2>"
     yield _table(["description", "images", "without a box"], rows, numbers=(1, 2))
+  else:
+    yield "<p>There are none.</p>"
 
 
 def _text_only(counts: report_counts.Counts) -> Iterable[str]:
-  yield "<h2>Images with text only</h2>"
+  yield "<h2 id=text_only>Images with text only</h2>"
   keys = ", ".join(map(_text, counts.text_only_keys))
   more = ", ..." if counts.text_only > len(counts.text_only_keys) else ""
   yield (
@@ -224,19 +232,18 @@ def _text_only(counts: report_counts.Counts) -> Iterable[str]:
 
 
 def _spent(stages: report_counts.Chain) -> Iterable[str]:
-  yield "<h2>Time and cost</h2>"
-  names = list(dict.fromkeys(name for one in stages.manifests for name in one["totals"]))
-  rows = []
-  for one in stages.manifests:
-    read, seconds = one["counts"].get("read", 0), one["seconds"]
-    each = seconds / read if read else 0.0
-    rows.append(
-      [_text(one["stage"]), f"{read:,}", f"{one['counts'].get('failed', 0):,}",
-       f"{seconds / 3600:,.2f}", f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each * 1e6 / 3600:,.0f}",
-       *(f"{one['totals'][name]:,.6g}" if name in one["totals"] else "" for name in names)]
-    )  # fmt: skip
-  header = ["stage", "images", "failed", "hours of work", "seconds an image"]
-  header += ["hours a million images", *(_text(name.replace("_", " ")) for name in names)]
+  yield "<h2 id=cost>Time and cost</h2>"
+  rows = [
+    ["images", *(f"{one['counts'].get('read', 0):,}" for one in stages.manifests)],
+    ["failed", *(f"{one['counts'].get('failed', 0):,}" for one in stages.manifests)],
+    ["hours of work", *(f"{one['seconds'] / 3600:,.2f}" for one in stages.manifests)],
+    ["seconds an image", *(_number(_pace(one)) for one in stages.manifests)],
+    ["hours a million images", *(_number(_pace(one) / 0.0036) for one in stages.manifests)],
+  ]
+  for name in dict.fromkeys(name for one in stages.manifests for name in one["totals"]):
+    spent = (one["totals"].get(name) for one in stages.manifests)
+    rows.append([_text(name.replace("_", " ")), *("" if x is None else _number(x) for x in spent)])
+  header = ["", *(_text(one["stage"]) for one in stages.manifests)]
   yield _table(header, rows, numbers=range(1, len(header)))
   yield '<p class="quiet">Work is that of all workers, added up.</p>'
   if stages.lost:
@@ -244,6 +251,15 @@ def _spent(stages: report_counts.Chain) -> Iterable[str]:
       f'<p class="lost">{_text(stages.lost)}, which the first of these stages was given, is not '
       "there any more: its time and drops are missing here.</p>"
     )
+
+
+def _pace(manifest: Mapping[str, Any]) -> float:
+  """Seconds of work an image."""
+  return manifest["seconds"] / max(1, manifest["counts"].get("read", 0))
+
+
+def _number(number: float) -> str:
+  return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
 
 
 def _chart(

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 from grain_jax.annotate import detectors, ground, stages
+from grain_jax.data.scenes import scenes
 
 RED = (250, 20, 10)
 # (width, height) of an image, and (xmin, ymin, xmax, ymax) of a box in its pixels.
@@ -64,40 +65,50 @@ def picture(size, box):
 class Truth:
   """In the place of a model: answers in its frame, of images whose boxes it knows in their order.
 
-  The first box is wrong, of a good score; the true box is the second, of the best; the third is of
-  no score. Whether the truth is where the pixels say so is looked at.
+  Of each image the first box is wrong, of a fair score for all texts; then come the true ones, each
+  of the best score for its own text. Whether the first of them is where the pixels say so is looked
+  at.
   """
 
-  def __init__(self, model, processor, truths):
+  def __init__(self, model, processor, truths, *, look=True):
+    """`truths`: ((width, height), boxes of the texts in pixels) of each image."""
     self.config, self._processor, self._truths = model.config, processor, iter(truths)
-    self.kind, self.looked = model.config.model_type, 0
+    self._owlv2, self._looks, self.looked = model.config.model_type == "owlv2", look, 0
 
   def __call__(self, *, pixel_values, input_ids, pixel_mask=None, **_):
-    boxes = []
-    for i, pixels in enumerate(pixel_values):
-      (width, height), (x0, y0, x1, y1) = next(self._truths)
-      # Made smaller beyond twice the processor's longer side, padded to a shape that it can take.
-      longest, narrowest = (64, 1e9) if self.kind == "owlv2" else (192, 16)
-      scale = min(1, longest / max(width, height))
-      small = [max(1, round(side * scale)) for side in (width, height)]
-      padded = [max(side, 4, -(-max(small) // narrowest)) for side in small]
+    truths = [next(self._truths) for _ in pixel_values]
+    boxes = np.full((len(truths), 1 + max(len(own) for _, own in truths), 4), 0.1)
+    owlv2 = self._owlv2
+    texts = input_ids.shape[0] // len(truths) if owlv2 else self.config.max_text_len
+    logits = np.full((*boxes.shape[:2], texts), -9.0, np.float32)
+    logits[:, 0] = 1.0
+    for i, (size, own) in enumerate(truths):
+      pixels = pixel_values[i]
       valid = pixels.shape[1:]
-      if self.kind == "owlv2":  # pads to a square
-        padded = [max(padded)] * 2
-      else:
+      if not self._owlv2:
         valid = (int(pixel_mask[i, :, 0].sum()), int(pixel_mask[i, 0].sum()))
-      side = [w * p / s for w, p, s in zip((width, height), padded, small, strict=True)]
-      true = np.array([x0, y0, x1, y1]) / [*side, *side]
-      self._look(pixels[:, : valid[0], : valid[1]].numpy(), true)
-      center, size = (true[:2] + true[2:]) / 2, true[2:] - true[:2]
-      other = [0.1, 0.1, 0.15, 0.15]
-      boxes.append([other, [*center, *size], other])
-    owlv2 = self.kind == "owlv2"
-    texts = input_ids.shape[0] // len(boxes) if owlv2 else self.config.max_text_len
-    logits = torch.tensor([1.0, 2.0, -9.0])[None, :, None].repeat(len(boxes), 1, texts)
-    if not owlv2:
-      logits[..., 0] = logits[..., input_ids.shape[1] :] = -torch.inf
-    return types.SimpleNamespace(logits=logits, pred_boxes=torch.tensor(np.array(boxes)))
+      true = np.array(own) / self._sides(size)
+      if self._looks:
+        self._look(pixels[:, : valid[0], : valid[1]].numpy(), true[0])
+      center, sides = (true[:, :2] + true[:, 2:]) / 2, true[:, 2:] - true[:, :2]
+      boxes[i, 1 : len(own) + 1] = np.concatenate([center, sides], axis=1)
+      for k in range(len(own)):
+        logits[i, 1 + k, k if self._owlv2 else self._tokens(input_ids[i], k)] = 2.0
+    return types.SimpleNamespace(logits=torch.tensor(logits), pred_boxes=torch.tensor(boxes))
+
+  def _sides(self, size):
+    """Pixels of the image that make up the sides of the frame: [width, height] * 2."""
+    # Made smaller beyond twice the processor's longer side, padded to a shape that it can take.
+    longest, narrowest = (64, 1e9) if self._owlv2 else (192, 16)
+    small = [max(1, round(side * min(1, longest / max(size)))) for side in size]
+    padded = [max(side, 4, -(-max(small) // narrowest)) for side in small]
+    padded = [max(padded)] * 2 if self._owlv2 else padded  # it pads to a square
+    return [w * p / s for w, p, s in zip(size, padded, small, strict=True)] * 2
+
+  def _tokens(self, ids, k):
+    """Those of the k-th text of a prompt: before its full stop."""
+    stops = [0, *np.flatnonzero(ids.numpy() == 1012)]
+    return slice(stops[k] + 1, stops[k + 1])
 
   def _look(self, pixels, true):
     height, width = pixels.shape[1:]
@@ -117,20 +128,48 @@ def iou(a, b):
   return common / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - common)
 
 
+def check_all_found(results, truths):
+  for ((width, height), boxes), result in zip(truths, results, strict=True):
+    assert not result.losses and len(result.line["regions"]) == len(boxes)
+    for region, (x0, y0, x1, y1) in zip(result.line["regions"], boxes, strict=True):
+      true = np.array([y0 / height, x0 / width, y1 / height, x1 / width])
+      assert iou(np.array(region["box"]), true) == pytest.approx(1, abs=1e-9), (width, height)
+      assert region["score"] == pytest.approx(1 / (1 + np.exp(-2.0)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_boxes_are_those_of_the_image_whatever_its_shape(folder, batch_size):
   detector = detectors.load(folder, device="cpu")
-  detector.model = stub = Truth(detector.model, detector.processor, SHAPES)
+  truths = [(size, [box, (0, 0, size[0], (size[1] + 1) // 2)]) for size, box in SHAPES]
+  detector.model = stub = Truth(detector.model, detector.processor, truths)
   stage = ground.Ground(settings(batch_size=batch_size), detector)
   results = stage.annotate([item(picture(*shape), ["a red box", "sofa"]) for shape in SHAPES])
-  for ((width, height), (x0, y0, x1, y1)), result in zip(SHAPES, results, strict=True):
-    true = np.array([y0 / height, x0 / width, y1 / height, x1 / width])
-    assert [r["description"] for r in result.line["regions"]] == ["a red box", "sofa"]
-    for region in result.line["regions"]:
-      assert iou(np.array(region["box"]), true) == pytest.approx(1, abs=1e-9), (width, height)
-      assert region["score"] == pytest.approx(1 / (1 + np.exp(-2.0)))
-    assert not result.losses
+  check_all_found(results, truths)
   assert stub.looked >= 5
+
+
+def test_the_boxes_of_scenes_are_found(folder):
+  """As drawn, and drawn out to another shape."""
+  detector, items, truths = detectors.load(folder, device="cpu"), [], []
+  drawn = scenes.Scenes(scenes.SceneSettings(concepts=6, train=6))
+  for i in range(6):
+    record = drawn.record("train", i)
+    image = Image.open(io.BytesIO(record["image"]))
+    size = (image.width * (1 + i), image.height)
+    texts = list(dict.fromkeys(region["description"] for region in record["regions"]))
+    boxes = [
+      next(list(map(float, r["box"])) for r in record["regions"] if r["description"] == t)
+      for t in texts
+    ]
+    truths.append((size, [(b[1] * size[0], b[0] * size[1], b[3] * size[0], b[2] * size[1])
+                          for b in boxes]))  # fmt: skip
+    items.append(item(image.resize(size), texts))
+  detector.model = Truth(detector.model, detector.processor, truths, look=False)
+  results = ground.Ground(settings(batch_size=3), detector).annotate(items)
+  check_all_found(
+    [r._replace(losses=[x for x in r.losses if x[1] != "cut_to_text_limit"]) for r in results],
+    truths,
+  )
 
 
 def test_an_image_of_any_shape_goes_through_the_model(folder):

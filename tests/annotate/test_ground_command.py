@@ -8,7 +8,7 @@ import tiny_detectors
 import toy_data
 
 from grain_jax.annotate import __main__ as command
-from grain_jax.annotate import ground
+from grain_jax.annotate import ground, report
 from grain_jax.data import build, dataset, sources
 from grain_jax.data.building import flags as build_flags
 
@@ -64,6 +64,10 @@ def test_from_descriptions_to_shards(pictures, kind, capsys):
   arguments = ["--source=folder", f"--input={pictures / 'in'}", f"--out={pictures / 'built'}",
                f"--annotated={pictures / 'out'}"]  # fmt: skip
   assert not build.main(arguments)
+  page = pictures / "report.html"
+  arguments = ["--source=folder", f"--input={pictures / 'in'}", f"--out={page}"]
+  assert report.main([*arguments, f"--annotated={pictures / 'out'}"]) == 0
+  assert "<b>4.20</b>boxes an image" in page.read_text()
   parsed = dataset.open_dataset(pictures / "built").parse("train", 0)
   assert len(parsed.descriptions) == len(parsed.boxes) == (5 if parsed.key == b"0.jpg" else 4)
 
