@@ -48,6 +48,12 @@ def write(source: base.Source, folder: pathlib.Path, out: pathlib.Path) -> repor
     ValueError: the folder is not finished, or of another source; one line.
   """
   annotated.Annotated.from_flag(folder)
+  stages = report_counts.chain(folder)
+  if not stages.manifests or not (folder / "plan.json").is_file():
+    raise ValueError(
+      f"--annotated={folder}: its {annotated.MANIFEST} or plan.json is not that of a stage of "
+      "grain_jax.annotate. Give a folder that one of them wrote."
+    )
   plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
   given = {name: value for name, value in plan["what"]["source"].items() if name != "annotated"}
   if given != json.loads(json.dumps(source.settings)):
@@ -57,7 +63,6 @@ def write(source: base.Source, folder: pathlib.Path, out: pathlib.Path) -> repor
       "files have changed. Give the --source, --input and other flags of its stages."
     )
   counts = report_counts.count(folder, IMAGES)
-  stages = report_counts.chain(folder)
   shown = _contact_sheet(source, folder, plan["blocks"], counts.chosen())
   page = report_page.page(folder.name, counts, report_counts.asked(stages), stages, shown)
   out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,22 +33,31 @@ class Chain(NamedTuple):
   """Folders of stages, each given the one before."""
 
   manifests: list[dict[str, Any]]  # the first stage first; each with its 'folder'
-  lost: str  # a folder that the first of them was given and that is not there; '' if none
+  lost: str  # a folder that the first of them was given, where no stage's manifest is; '' if none
 
 
 def chain(folder: pathlib.Path) -> Chain:
   """The stages that led to a folder of annotations, as their manifests name each other."""
   found: list[dict[str, Any]] = []
-  while (folder / annotated.MANIFEST).is_file():
-    manifest = json.loads((folder / annotated.MANIFEST).read_text(encoding="utf-8"))
+  while (manifest := _manifest(folder)) is not None:
     found.insert(0, {**manifest, "folder": folder})
-    before = manifest.get("source", {}).get("annotated")
+    before = manifest["source"].get("annotated")
     if before is None:
       return Chain(found, "")
     folder = pathlib.Path(before["path"]).parent
     if any(folder == one["folder"] for one in found):
       break
   return Chain(found, str(folder))
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+  """That of a stage; None: there is none."""
+  try:
+    found = json.loads((folder / annotated.MANIFEST).read_text(encoding="utf-8"))
+  except (FileNotFoundError, ValueError):
+    return None
+  names = ("stage", "settings", "source", "counts", "losses", "totals", "seconds")
+  return found if isinstance(found, dict) and all(name in found for name in names) else None
 
 
 class Counts:

@@ -248,8 +248,8 @@ def _spent(stages: report_counts.Chain) -> Iterable[str]:
   yield '<p class="quiet">Work is that of all workers, added up.</p>'
   if stages.lost:
     yield (
-      f'<p class="lost">{_text(stages.lost)}, which the first of these stages was given, is not '
-      "there any more: its time and drops are missing here.</p>"
+      f'<p class="lost">{_text(stages.lost)}, which the first of these stages was given, '
+      "has no manifest of a stage (any more): its time and drops are missing here.</p>"
     )
 
 

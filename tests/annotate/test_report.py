@@ -191,7 +191,7 @@ def test_a_stage_whose_folder_is_gone_is_named(folders):
   (folders / "described").rename(folders / "elsewhere")
   assert run(folders) == 0
   page = (folders / "page" / "report.html").read_text()
-  assert "described, which the first of these stages was given, is not there" in page
+  assert "described, which the first of these stages was given, has no manifest" in page
   assert rows(page, "Time and cost")[0] == ["", "ground"]
 
 
@@ -209,5 +209,7 @@ def test_what_cannot_be_is_told_in_one_line(folders, capsys):
   assert "no such file or folder" in told(annotated=folders / "none")
   assert "is a folder. Give the file" in told(out=folders)
   assert "is of another source" in told(val_fraction=0.5)
+  (folders / "grounded" / "manifest.json").write_text("{}")
+  assert "is not that of a stage" in told()
   (folders / "grounded" / "manifest.json").unlink()
   assert "not finished" in told()
