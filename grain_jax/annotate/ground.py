@@ -49,6 +49,7 @@ FLAGS = (
   base.Flag("dtype", "of the detector's computations", "float32", choices=DTYPES),
 )  # fmt: skip
 _LEAST_SIDE = 1e-6  # of a box, as a fraction of the image
+_DIGITS = 7  # of numbers that are written: a detector computes with no more
 
 
 class Box(NamedTuple):
@@ -243,7 +244,11 @@ def best_boxes(
       found.append(i)
     if len(found) == top_k:
       break
-  return [Box(tuple(map(float, boxes[i])), float(scores[i])) for i in found]
+  return [Box(tuple(map(_rounded, boxes[i])), _rounded(scores[i])) for i in found]
+
+
+def _rounded(number: float) -> float:
+  return round(float(number), _DIGITS)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
