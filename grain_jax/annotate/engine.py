@@ -84,7 +84,7 @@ class Job:
     items: list[stages.Item] = []
     known: list[dict[str, Any]] = []
     for _, key, _, checked in block_lib.checked_records(
-      self.source, block, self.out / "scratch", threads=1
+      self.source, block, self.out / "scratch", threads=1, need_caption=False
     ):
       for what, why in checked.dropped:
         lose(key, "pictures" if what == "records" else what, why)

@@ -227,6 +227,7 @@ def check(
   max_side: int = 0,
   box_format: str = "yxyx",
   box_units: str = "fractions",
+  need_caption: bool = True,
 ) -> Checked:
   """Takes out of a record what cannot be used.
 
@@ -241,6 +242,7 @@ def check(
     max_side: pixels of the longer side beyond which an image is stored smaller; 0: never.
     box_format: of the regions' boxes, one of `box_formats.FORMATS`.
     box_units: of the regions' boxes, one of `box_formats.UNITS`.
+    need_caption: an image without a caption is not kept; off where captions are yet to come.
   """
   dropped: list[tuple[str, str]] = []
   given = list(record[schema.RECORD_CAPTIONS])
@@ -250,7 +252,7 @@ def check(
   captions = [t for t in captions if t]
   if not _is_text(record[schema.RECORD_KEY]):
     return Checked(None, [*dropped, ("records", MALFORMED)])
-  if not captions:
+  if need_caption and not captions:
     return Checked(None, [*dropped, ("records", NO_CAPTION)])
   image = record[schema.RECORD_IMAGE]
   if check_image:

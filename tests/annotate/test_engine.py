@@ -16,6 +16,7 @@ import toy_data
 from grain_jax import failures
 from grain_jax.annotate import __main__ as annotate
 from grain_jax.annotate import engine, stages
+from grain_jax.data import build, dataset
 from grain_jax.data.building import ray_tasks
 from grain_jax.data.sources import folder as folder_source
 from grain_jax.data.sources import options
@@ -136,6 +137,37 @@ def test_a_stage_is_given_what_the_one_before_wrote(lengths, source, tmp_path):
   second = options.apply(source, {"annotated": str(tmp_path / "first")})
   run(second, tmp_path / "second")
   assert annotations(tmp_path / "second")["3.jpg"]["descriptions"] == ["4 letters", "4 letters"]
+
+
+class Captions(Lengths):
+  def one(self, item):
+    return stages.Result({"captions": ["a picture"]} if not item.captions else {})
+
+
+def test_a_picture_without_a_caption_is_given_one(tmp_path, monkeypatch):
+  """Annotated all the same; a build that adds what was written keeps it, and drops one without."""
+  monkeypatch.setattr(stages, "make", lambda name, settings: Captions(settings))
+  root = tmp_path / "in"
+  root.mkdir()
+  for name in ("with", "without", "empty"):
+    (root / f"{name}.jpg").write_bytes(toy_data.record(0)["image"])
+  lines = [{"image": "with.jpg", "caption": "mine"}, {"image": "without.jpg"},
+           {"image": "empty.jpg", "captions": [""]}]  # fmt: skip
+  (root / "annotations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  plain = folder_source.source(root)
+  manifest = run(plain, tmp_path / "out")
+  assert manifest["counts"]["read"] == 3 and not manifest["counts"]["failed"]
+  source = options.apply(plain, {"annotated": str(tmp_path / "out")})
+  build.build(source, tmp_path / "built", workers=0, allow_dropped=1.0, say=toy_data.quiet)
+  assert list(captions(tmp_path / "built")) == [["mine"], ["a picture"], ["a picture"]]
+  build.build(plain, tmp_path / "alone", workers=0, allow_dropped=1.0, say=toy_data.quiet)
+  assert list(captions(tmp_path / "alone")) == [["mine"]]
+
+
+def captions(folder):
+  opened = dataset.open_dataset(folder)
+  for i in range(opened.num_records("train")):
+    yield [text.decode() for text in opened.parse("train", i).captions]
 
 
 PROGRAM = """

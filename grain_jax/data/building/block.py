@@ -116,9 +116,17 @@ def _write(source, block, folder, scratch, share, threads, tick) -> dict[str, An
 
 
 def checked_records(
-  source: base.Source, block: base.Block | None, scratch: pathlib.Path, threads: int
+  source: base.Source,
+  block: base.Block | None,
+  scratch: pathlib.Path,
+  threads: int,
+  *,
+  need_caption: bool = True,
 ) -> Iterator[tuple[str, str, Any, records.Checked]]:
-  """(split, key, record as given, as checked) in the source's order."""
+  """(split, key, record as given, as checked) in the source's order.
+
+  `need_caption`: an image that has none, nor was given one by annotation, is dropped.
+  """
 
   added = None if source.annotated is None else source.annotated.open(scratch)
   excluded = None if source.exclusion is None else source.exclusion.open(scratch)
@@ -137,9 +145,10 @@ def checked_records(
       max_side=source.max_side,
       box_format=source.box_format,
       box_units=source.box_units,
+      need_caption=need_caption and added is None,
     )
     if added is not None:
-      checked = annotated.merge(checked, added.find(name))
+      checked = annotated.merge(checked, added.find(name), need_caption=need_caption)
     kept, dropped = checked.record, list(checked.dropped)
     if kept is not None and excluded is not None:
       why = excluded.is_excluded(kept[schema.RECORD_IMAGE], name)

@@ -68,9 +68,14 @@ def _keys(path: pathlib.Path) -> Iterator[tuple[str, int, int]]:
     yield json.loads(line.data)["key"], line.offset, len(line.data)
 
 
-def merge(checked: records.Checked, line: Mapping[str, Any]) -> records.Checked:
-  """A checked record with what was annotated, which is checked too."""
-  if checked.record is None or not line:
+def merge(
+  checked: records.Checked, line: Mapping[str, Any], *, need_caption: bool = True
+) -> records.Checked:
+  """A checked record with what was annotated, which is checked too.
+
+  `need_caption`: one that has no caption, of either, is dropped.
+  """
+  if checked.record is None:
     return checked
   record = checked.record
   added = records.check(
@@ -83,8 +88,10 @@ def merge(checked: records.Checked, line: Mapping[str, Any]) -> records.Checked:
     },
     tolerance=0.05,
     check_image=False,
+    need_caption=need_caption,
   )
-  assert added.record is not None, "a record with captions stays one"
+  if added.record is None:
+    return records.Checked(None, [*checked.dropped, *added.dropped], checked.fates)
   joined = {**record, schema.RECORD_CAPTIONS: added.record[schema.RECORD_CAPTIONS]}
   for name in (schema.RECORD_REGIONS, schema.RECORD_NEGATIVES):
     if name in line:
