@@ -67,8 +67,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   if known.source in sources.KINDS:
     build_flags.add_flags(parser, build_flags.of_source(known.source))
   found = parser.parse_args(arguments)
+  addresses = getattr(stages.module(stage), "ADDRESSES", ()) if stage else ()
   with build_flags.as_error_of(parser):
-    places.check_all({f"--{name}": value for name, value in vars(found).items()})
+    paths = {name: value for name, value in vars(found).items() if name not in addresses}
+    places.check_all({f"--{name}": value for name, value in paths.items()})
   return found
 
 
@@ -123,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"  {name:12} {count:>12,}")
   for name, entry in manifest["losses"].items():
     say(f"  {name}: {entry['count']:,} (first: {', '.join(map(str, entry['first'][:3]))})")
+  for name, total in manifest["totals"].items():
+    say(f"  {name:12} {total:>12,.{0 if total == int(total) else 4}f}")
   say(f"{out}: {flags.stage} in {manifest['seconds']:,.0f} s of work")
   return 0
 

@@ -1,0 +1,307 @@
+"""A client of any server that speaks the OpenAI protocol of chat completions.
+
+Nothing that it prints, raises or returns has the key or a picture in it: what a server says is
+shown without them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import json
+import os
+import random
+import re
+import time
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from email import utils as email_utils
+from typing import Any, NamedTuple
+
+from grain_jax import failures
+from grain_jax.annotate import asking, stages
+
+_MOST_WAIT = 300.0  # seconds between two attempts, whatever the server asks for
+_MOST_BYTES = 4 << 20  # of a reply
+_SECRET = 8  # characters of the shortest key that is one: local servers take "EMPTY" and the like
+_ADAPTED = 3  # times that a request is asked anew because the server has no such parameter
+RATE_LIMITED, SERVER_ERROR, TIMEOUT = "rate_limited", "server_error", "timeout"
+NO_CONNECTION, CUT_REPLY, GARBAGE = "no_connection", "cut_reply", "garbage"
+REQUEST_REFUSED = "request_refused"  # 400, 404, 413, ...: asked again, it is refused again
+REFUSAL, CONTENT_FILTER = "refusal", "content_filter"
+_FINAL = (REQUEST_REFUSED,)
+_LONG_TEXT = re.compile(r"[A-Za-z0-9+/=_-]{64,}")  # a picture
+_BEARER = re.compile(r"(?i)(bearer\s+|\bsk-)[^\s\"']+")
+
+
+class Answer(NamedTuple):
+  """What came of one request."""
+
+  text: str | None  # None: `why`
+  why: str = ""
+  cut: bool = False
+  raw: str | None = None  # without key and pictures
+  status: int = 0  # of HTTP; 0: none came
+  wait: float | None = None  # seconds that the server asks for
+
+
+def import_httpx():
+  try:
+    import httpx
+  except ImportError as error:
+    raise ValueError("this needs httpx: pip install -r requirements-annotate.txt.") from error
+  return httpx
+
+
+def check_url(url: str, flag: str = "--server") -> str:
+  """The address of the chat completions below a base such as http://host:8000/v1; one line else."""
+  try:
+    parts = urllib.parse.urlsplit(url.strip())
+    host, _ = parts.hostname, parts.port
+  except ValueError:
+    host, parts = None, urllib.parse.urlsplit("")
+  if parts.username or parts.password:
+    raise ValueError(
+      f"{flag} has a name or a password in it, which would be written down. Put the key into an "
+      "environment variable and name that with --api_key_env."
+    )
+  if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url.strip()):
+    shown = url.partition("?")[0][:100]
+    raise ValueError(
+      f"{flag}={shown}: not an address of the form http://HOST:PORT/v1 or https://HOST/v1."
+    )
+  if parts.query or parts.fragment:
+    raise ValueError(f"{flag}: leave out what follows the path ({parts.path or '/'}).")
+  path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+  return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+
+
+def key_of(variable: str | None, flag: str = "--api_key_env") -> str | None:
+  """The key in an environment variable; one line, which does not have what was given."""
+  if not variable:
+    return None
+  key = os.environ.get(variable, "").strip() if "\0" not in variable and "=" not in variable else ""
+  if not key:
+    raise ValueError(
+      f"{flag} is not the name of an environment variable that is set. Give the name, not the key: "
+      f"export OPENAI_API_KEY=..., then {flag}=OPENAI_API_KEY."
+    )
+  if not key.isascii() or not key.isprintable() or " " in key:
+    raise ValueError(f"{flag}={variable}: what the variable holds is no key. Correct it.")
+  return key
+
+
+class Chat:
+  """Asks a server, many requests at a time."""
+
+  def __init__(self, settings: Mapping[str, Any]):
+    """`settings`: server, model, api_key_env, concurrency, retries, timeout, backoff, max_tokens,
+    price_in, price_out (dollars a million tokens)."""
+    self._httpx = import_httpx()
+    self.url = check_url(settings["server"])
+    self._key = key_of(settings["api_key_env"])
+    self.settings = settings
+    self.spent = collections.Counter[str]()
+    self.schema: bool | None = None  # whether the server takes one; None: not known
+    self._limit = "max_tokens"  # what the server calls it
+    self._temperature = True
+    self._random = random.Random(0)  # of the waiting
+
+  def totals(self) -> dict[str, float]:
+    """What was spent since it was last asked."""
+    spent, self.spent = self.spent, collections.Counter()
+    cost = spent["tokens_in"] * self.settings["price_in"]
+    cost += spent["tokens_out"] * self.settings["price_out"]
+    return {**spent, "cost": cost / 1e6}
+
+  def run(self, dialogues: Iterable[asking.Dialogue]) -> list[stages.Result]:
+    """The results of dialogues, in their order, at most `concurrency` requests at a time.
+
+    Raises:
+      ValueError: the server refuses the key; one line.
+      failures.TransientError: nobody answers at the address, for any of them; one line.
+    """
+    outcomes = collections.Counter[str]()
+    results = asyncio.run(self._run(list(dialogues), outcomes))
+    if outcomes[NO_CONNECTION] and outcomes[NO_CONNECTION] == outcomes.total():
+      raise failures.TransientError(
+        f"--server={self.settings['server']} does not answer any more. Start it; the same command "
+        "goes on."
+      )
+    return results
+
+  def ask_once(self, request: asking.Request, *, with_image: bool = True) -> Answer:
+    """One request, tried again only as `run` does where the server is busy: for a check."""
+
+    async def ask() -> Answer:
+      async with self._client() as client:
+        return await self._attempt(client, request, with_image=with_image)
+
+    return asyncio.run(ask())
+
+  def _client(self):
+    headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+    limits = self._httpx.Limits(max_connections=self.settings["concurrency"])
+    return self._httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
+
+  async def _run(self, dialogues: Sequence[asking.Dialogue], outcomes) -> list[stages.Result]:
+    places = asyncio.Semaphore(self.settings["concurrency"])
+    async with self._client() as client:
+
+      async def ask(request: asking.Request) -> asking.Reply:
+        async with places:  # waiting for another attempt too: a busy server gets less
+          reply = await self._ask(client, request)
+        outcomes[reply.why] += 1
+        return reply
+
+      async def hold(dialogue: asking.Dialogue) -> stages.Result:
+        try:
+          requests = next(dialogue)
+          while True:
+            requests = dialogue.send(await asyncio.gather(*map(ask, requests)))
+        except StopIteration as stop:
+          return stop.value
+
+      try:
+        async with asyncio.TaskGroup() as group:
+          held = [group.create_task(hold(dialogue)) for dialogue in dialogues]
+      except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return [task.result() for task in held]
+
+  async def _ask(self, client, request: asking.Request) -> asking.Reply:
+    attempts = 0
+    while True:
+      answer = await self._attempt(client, request)
+      attempts += 1
+      why = answer.why if answer.text is None else request.failure(answer.text)
+      if not why:
+        return asking.Reply(answer.text, "", answer.cut, answer.raw, attempts)
+      if why in _FINAL or attempts > self.settings["retries"]:
+        return asking.Reply(None, why, answer.cut, answer.raw, attempts)
+      self.spent["retries"] += 1
+      wait = self.settings["backoff"] * 2 ** (attempts - 1) * self._random.uniform(1.0, 1.5)
+      await asyncio.sleep(min(max(wait, answer.wait or 0.0), _MOST_WAIT))
+
+  async def _attempt(self, client, request: asking.Request, *, with_image: bool = True) -> Answer:
+    """One answer; asked anew where the server lacks a parameter that it can do without."""
+    schema = request.schema is not None and self.schema is not False
+    for _ in range(_ADAPTED):
+      limit, temperature = self._limit, self._temperature
+      answer = await self._post(client, self._body(request, schema, with_image))
+      if answer.status not in (400, 422):
+        break
+      said = (answer.raw or "").lower()
+      if "max_completion_tokens" in said and limit == "max_tokens":
+        self._limit = "max_completion_tokens"
+      elif "temperature" in said and temperature:
+        self._temperature = False
+      elif schema and self.schema is None:
+        schema = False
+      else:
+        break
+    if answer.text is not None and request.schema is not None and self.schema is None:
+      self.schema = schema
+    return answer
+
+  def _body(self, request: asking.Request, schema: bool, with_image: bool) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
+    if with_image:
+      data = base64.b64encode(request.image).decode()
+      parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
+    body: dict[str, Any] = {
+      "model": self.settings["model"],
+      "messages": [{"role": "user", "content": parts}],
+      self._limit: self.settings["max_tokens"],
+    }
+    if self._temperature:
+      body["temperature"] = 0
+    if schema:
+      body["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": request.name, "schema": request.schema, "strict": True},
+      }
+    return body
+
+  async def _post(self, client, body: Mapping[str, Any]) -> Answer:
+    httpx = self._httpx
+    self.spent["requests"] += 1
+    try:
+      async with asyncio.timeout(self.settings["timeout"]):
+        async with client.stream("POST", self.url, json=body) as response:
+          data = bytearray()
+          async for piece in response.aiter_bytes():
+            data += piece
+            if len(data) > _MOST_BYTES:
+              return Answer(None, GARBAGE, status=response.status_code)
+    except (TimeoutError, httpx.TimeoutException):
+      return Answer(None, TIMEOUT)
+    except httpx.ConnectError:
+      return Answer(None, NO_CONNECTION)
+    except httpx.DecodingError:
+      return Answer(None, GARBAGE)
+    except httpx.HTTPError:
+      return Answer(None, CUT_REPLY)
+    return self._read(response, bytes(data))
+
+  def _read(self, response, data: bytes) -> Answer:
+    status, text = response.status_code, data.decode("utf-8", "replace")
+    if status in (401, 403):
+      raise ValueError(
+        f"--server={self.settings['server']} refuses the key ({status}). Put a valid one into an "
+        "environment variable and name that with --api_key_env."
+      )
+    raw = _BEARER.sub("(key)", self._shown(text))[:2000]
+    if status == 429:
+      return Answer(None, RATE_LIMITED, raw=raw, status=status, wait=_wait(response.headers))
+    if status >= 500:
+      return Answer(None, SERVER_ERROR, raw=raw, status=status, wait=_wait(response.headers))
+    if status != 200:
+      return Answer(None, REQUEST_REFUSED, raw=raw, status=status)
+    try:
+      value = json.loads(text)
+      choice, usage = value["choices"][0], value.get("usage")
+      content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+      finish = choice.get("finish_reason")
+      if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+      if not isinstance(content, str | None):
+        raise TypeError
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+      return Answer(None, GARBAGE, raw=raw, status=status)
+    self._count(usage)
+    if finish == CONTENT_FILTER or refusal:
+      raw = self._shown(refusal) if isinstance(refusal, str) else raw
+      return Answer(None, CONTENT_FILTER if finish == CONTENT_FILTER else REFUSAL, raw=raw)
+    shown = self._shown(content or "")
+    return Answer(shown, cut=finish == "length", raw=shown, status=status)
+
+  def _count(self, usage: Any) -> None:
+    found = usage if isinstance(usage, Mapping) else {}
+    numbers = [found.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    if all(isinstance(n, int) and n >= 0 for n in numbers):
+      self.spent["tokens_in"] += numbers[0]
+      self.spent["tokens_out"] += numbers[1]
+    else:
+      self.spent["without_usage"] += 1
+
+  def _shown(self, text: str) -> str:
+    """What a server said, without the key, without pictures, as UTF-8 can hold it."""
+    text = text.encode("utf-8", "replace").decode()
+    if self._key and len(self._key) >= _SECRET:
+      text = text.replace(self._key, "(key)")
+    return _LONG_TEXT.sub("(long text)", text)
+
+
+def _wait(headers: Mapping[str, str]) -> float | None:
+  """Seconds that Retry-After asks for."""
+  value = headers.get("retry-after", "").strip()
+  try:
+    return max(0.0, float(value)) if value[:1].isdigit() else _until(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
+
+
+def _until(date: str) -> float | None:
+  return max(0.0, email_utils.parsedate_to_datetime(date).timestamp() - time.time())
