@@ -25,7 +25,7 @@ from grain_jax.annotate import asking, stages
 _MOST_WAIT = 300.0  # seconds between two attempts, whatever the server asks for
 _MOST_BYTES = 4 << 20  # of a reply
 _SECRET = 8  # characters of the shortest key that is one: local servers take "EMPTY" and the like
-_ADAPTED = 3  # times that a request is asked anew because the server has no such parameter
+_ADAPTED = 4  # requests at most, where the server lacks parameters that it can do without
 RATE_LIMITED, SERVER_ERROR, TIMEOUT = "rate_limited", "server_error", "timeout"
 NO_CONNECTION, CUT_REPLY, GARBAGE = "no_connection", "cut_reply", "garbage"
 REQUEST_REFUSED = "request_refused"  # 400, 404, 413, ...: asked again, it is refused again
@@ -274,8 +274,8 @@ class Chat:
     if finish == CONTENT_FILTER or refusal:
       raw = self._shown(refusal) if isinstance(refusal, str) else raw
       return Answer(None, CONTENT_FILTER if finish == CONTENT_FILTER else REFUSAL, raw=raw)
-    shown = self._shown(content or "")
-    return Answer(shown, cut=finish == "length", raw=shown, status=status)
+    text = self._without_key(content or "")  # `replies` takes no word as long as a picture
+    return Answer(text, cut=finish == "length", raw=self._shown(text), status=status)
 
   def _count(self, usage: Any) -> None:
     found = usage if isinstance(usage, Mapping) else {}
@@ -287,11 +287,15 @@ class Chat:
       self.spent["without_usage"] += 1
 
   def _shown(self, text: str) -> str:
-    """What a server said, without the key, without pictures, as UTF-8 can hold it."""
+    """What a server said, without the key and pictures."""
+    return _LONG_TEXT.sub("(long text)", self._without_key(text))
+
+  def _without_key(self, text: str) -> str:
+    """What a server said, without the key, as UTF-8 can hold it."""
     text = text.encode("utf-8", "replace").decode()
     if self._key and len(self._key) >= _SECRET:
       text = text.replace(self._key, "(key)")
-    return _LONG_TEXT.sub("(long text)", text)
+    return text
 
 
 def _wait(headers: Mapping[str, str]) -> float | None:

@@ -40,9 +40,7 @@ class Dialogues:
       requests.append(self._sentence("caption", item.image, known))
     said = yield requests
     raw += [reply.told(request) for reply, request in zip(said, requests, strict=True)]
-    line = {}
-    if not self.no_caption:
-      self._add_caption(line, item, said[1], losses)
+    caption = said[1] if not self.no_caption else None
     found = self._lines(said[0], "subjects" if self.stages == 2 else "descriptions", losses)
     if self.stages == 2 and found is not None:
       listed = "\n".join(f"- {subject}" for subject in found)
@@ -53,7 +51,10 @@ class Dialogues:
     if found is None:
       why = next(reply.why for reply in said if reply.text is None)
       return stages.Result(None, [*losses, ("pictures", why)], raw)
-    return stages.Result({**line, "descriptions": found}, losses, raw)
+    line = {"descriptions": found}
+    if caption is not None:
+      self._add_caption(line, item, caption, losses)
+    return stages.Result(line, losses, raw)
 
   def regions(self, item: stages.Item) -> asking.Dialogue:
     """Long descriptions of the regions; the picture fails where all of them do."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 MOST = 10  # descriptions a picture (GRAIN, arXiv 2412.04429)
 LONGEST, LONGEST_WORDS = 120, 20  # of a description: what is longer is run-on text
+LONGEST_WORD = 40  # characters: a longer one is an address, a picture, or letters gone wild
 LONGEST_CAPTION = 400  # characters; also of the long description of a region
 _SHOWN = 50_000  # characters of a reply that are read at all
 
@@ -101,9 +102,9 @@ def sentence(text: str, *, any_script: bool = False) -> tuple[str | None, str | 
     return None, EMPTY_REPLY
   if _REFUSAL.match(found):
     return None, REFUSAL
-  if len(found) > LONGEST_CAPTION:
-    return None, TOO_LONG
   words = found.casefold().split()
+  if len(found) > LONGEST_CAPTION or max(map(len, words)) > LONGEST_WORD:
+    return None, TOO_LONG
   if len(words) > 12 and len(set(words)) * 3 < len(words):
     return None, REPEATS_ITSELF
   if not any_script and not _is_latin(found):
@@ -125,7 +126,8 @@ def _one(given: str, *, any_script: bool) -> str | _Dropped:
     return _Dropped(EMPTY)
   if _REFUSAL.match(text):
     return _Dropped(REFUSAL)
-  if len(text) > LONGEST or len(text.split()) > LONGEST_WORDS:
+  words = text.split()
+  if len(text) > LONGEST or len(words) > LONGEST_WORDS or max(map(len, words)) > LONGEST_WORD:
     return _Dropped(TOO_LONG)
   return text if any_script or _is_latin(text) else _Dropped(OTHER_SCRIPT)
 
