@@ -17,7 +17,7 @@ PLACEHOLDERS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _MOST = 20_000  # characters of a prompt: what is larger is another file
-_CONTEXT = 600  # characters of a text that is put into a prompt
+_CONTEXT = 1500  # characters of a text that is put into a prompt
 
 
 def read(names: tuple[str, ...], folder: str | pathlib.Path | None = None) -> dict[str, str]:
