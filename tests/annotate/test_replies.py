@@ -25,6 +25,7 @@ DESCRIPTIONS = st.lists(WORDS.map(" ".join), min_size=1, max_size=10, unique=Tru
     ("**a dog** with `spots`.\n\n\n\"a cat\",", ["a dog with spots", "a cat"], []),
     ("Here are ten of them:\n1. a dog", ["a dog"], ["heading"]),
     ("a dog\nA DOG\n2. a dog.", ["a dog"], ["duplicate", "duplicate"]),
+    ("A Dog\na dog", ["A Dog"], ["duplicate"]),
     ('["a dog", "a cat"]', ["a dog", "a cat"], []),
     ('```json\n{"list": ["a dog", 3, ""]}\n```', ["a dog"], ["not_text", "empty"]),
     ('{"dog": ["brown fur"], "cat": {"tail": "a long tail"}}', ["brown fur", "a long tail"], []),
