@@ -16,6 +16,15 @@ from grain_jax.annotate import __main__ as annotate
 from grain_jax.annotate import asking, describe, local_models, stages
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+  """Of torch: models as small as these wait for each other's threads."""
+  before = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=tiny_models.KINDS)
 def folder(request, tmp_path_factory):
   transformers.utils.logging.disable_progress_bar()
@@ -44,10 +53,8 @@ def requests():
   ]
 
 
-def alone(folder, request, most):
-  """What transformers itself says: one picture, no padding, by its own loop over the tokens."""
-  processor = local_models.load_processor(str(folder))
-  model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+def alone(processor, model, request, most):
+  """What transformers itself says: one picture, no padding."""
   content = [
     {"type": "image", "image": Image.open(io.BytesIO(request.image))},
     {"type": "text", "text": request.prompt},
@@ -65,7 +72,9 @@ def test_a_batch_says_what_each_picture_says_alone(folder):
   """Of different shapes and prompts of different lengths: padding changes nothing."""
   found, asked = local_models.Local(settings(folder)), requests()
   replies = found.ask(asked)
-  singly = [alone(folder, request, 24) for request in asked]
+  processor = local_models.load_processor(str(folder))
+  model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+  singly = [alone(processor, model, request, 24) for request in asked]
   assert [reply.text for reply in replies] == [text for text, _ in singly]
   assert len({reply.text for reply in replies}) > 1  # they depend on what is shown
   totals = found.totals()
