@@ -132,13 +132,27 @@ class Chat:
     return results
 
   def ask_once(self, request: asking.Request, *, with_image: bool = True) -> Answer:
-    """One request, tried again only as `run` does where the server is busy: for a check."""
+    """One request, for a check; tried again where it failed, of time-outs once, unless nobody
+    answers or it is refused."""
 
     async def ask() -> Answer:
       async with self._client() as client:
-        return await self._attempt(client, request, with_image=with_image)
+        for attempt in range(self.settings["retries"] + 1):
+          answer = await self._attempt(client, request, with_image=with_image)
+          if answer.text is not None or answer.why in (*_FINAL, NO_CONNECTION):
+            break
+          if answer.why in (REFUSAL, CONTENT_FILTER) or (answer.why == TIMEOUT and attempt):
+            break
+          if attempt < self.settings["retries"]:
+            await self._wait(attempt, answer)
+        return answer
 
     return asyncio.run(ask())
+
+  async def _wait(self, attempt: int, answer: Answer) -> None:
+    """After attempt 0, 1, ...: longer each time, or as long as the server asks."""
+    wait = self.settings["backoff"] * 2**attempt * self._random.uniform(1.0, 1.5)
+    await asyncio.sleep(min(max(wait, answer.wait or 0.0), _MOST_WAIT))
 
   def _client(self):
     headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
@@ -181,8 +195,7 @@ class Chat:
       if why in _FINAL or attempts > self.settings["retries"]:
         return asking.Reply(None, why, answer.cut, answer.raw, attempts)
       self.spent["retries"] += 1
-      wait = self.settings["backoff"] * 2 ** (attempts - 1) * self._random.uniform(1.0, 1.5)
-      await asyncio.sleep(min(max(wait, answer.wait or 0.0), _MOST_WAIT))
+      await self._wait(attempts - 1, answer)
 
   async def _attempt(self, client, request: asking.Request, *, with_image: bool = True) -> Answer:
     """One answer; asked anew where the server lacks a parameter that it can do without."""

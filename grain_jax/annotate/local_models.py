@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from grain_jax import failures
 from grain_jax.annotate import asking, stages
 
+_NO_TORCH = "--backend=transformers needs torch: pip install -r requirements-annotate.txt."
 MODEL_ERROR, OUT_OF_MEMORY = "model_error", "out_of_memory"
 
 
@@ -24,6 +26,8 @@ def check_folder(folder: str) -> str:
     )
   if not list(path.glob("*.safetensors")):
     raise ValueError(f"--model={folder} has no *.safetensors. Take weights of that format.")
+  if importlib.util.find_spec("torch") is None:
+    raise ValueError(_NO_TORCH)
   return str(path.resolve())
 
 
@@ -32,9 +36,7 @@ def _import():
     import torch
     import transformers
   except ImportError as error:
-    raise ValueError(
-      "--backend=transformers needs torch: pip install -r requirements-annotate.txt."
-    ) from error
+    raise ValueError(_NO_TORCH) from error
   return torch, transformers
 
 

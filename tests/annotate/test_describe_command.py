@@ -4,12 +4,13 @@ import json
 import logging
 import pathlib
 import re
+import sys
 
 import chat_server
 import pytest
 import toy_data
 from describing import item, settings
-from test_describe_server import KEY, annotate_one
+from test_describe_server import BAD, KEY, annotate_one
 
 from grain_jax import failures
 from grain_jax.annotate import __main__ as annotate
@@ -154,6 +155,24 @@ def test_what_cannot_work_is_one_line_before_anything_is_spent(
   assert len(lines) == 1 and re.search(said, lines[0]), lines
   assert KEY not in printed.err and "secret" not in printed.err
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "kind", ["rate_limited", "server_error", "garbage", "cut_reply", "timeout"]
+)
+def test_what_goes_wrong_once_at_the_first_question_is_asked_again(kind, pictures, tmp_path, capfd):
+  def answer(body, number):
+    return BAD[kind] if number == 0 else chat_server.sensible(body, number)
+
+  with chat_server.serve(answer) as server:
+    assert command(server, pictures, tmp_path / "out", "--timeout=0.5") == 0
+  assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["failed"] == 0
+
+
+def test_packages_that_are_missing_are_one_line(pictures, tmp_path, capfd, monkeypatch):
+  monkeypatch.setitem(sys.modules, "httpx", None)
+  assert command("http://127.0.0.1:9/v1", pictures, tmp_path / "out") == 2
+  assert "needs httpx: pip install -r requirements-annotate.txt." in capfd.readouterr().err
 
 
 def test_a_busy_server_is_for_another_start_and_a_blind_one_is_told(pictures, tmp_path, capfd):
