@@ -1,0 +1,1 @@
+"""The building of shards: blocks, tasks, workers, what is said of them."""
