@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       execute=_executor(flags.ray_address, flags.stage, settings, say),
       max_failures=flags.max_failures,
       retry_failed=flags.retry_failed,
+      neutral=getattr(module, "NEUTRAL", ()),
       say=say,
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:

@@ -33,6 +33,10 @@ from grain_jax.data.sources import base
 
 SERVER, TRANSFORMERS = "server", "transformers"
 ADDRESSES = ("server",)  # flags that are no paths
+NEUTRAL = (
+  "server", "api_key_env", "concurrency", "retries", "timeout", "backoff", "price_in", "price_out",
+  "max_cost", "sample", "batch_size",
+)  # fmt: skip
 FLAGS = (
   base.Flag("backend", "where the model is", SERVER, choices=(SERVER, TRANSFORMERS)),
   base.Flag("server", "address of an OpenAI-compatible server: http://HOST:PORT/v1", ""),

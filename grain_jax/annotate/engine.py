@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grain_jax import failures
 from grain_jax.annotate import stages
 from grain_jax.data import records, sources
 from grain_jax.data.building import block as block_lib
@@ -23,6 +24,7 @@ from grain_jax.data.sources import annotated, base
 
 _VERSION = 1  # of what a block's files are
 _EXAMPLES = 10  # keys of each kind of loss
+_HOPELESS = 3  # blocks after which a run ends of whose pictures more than half failed
 
 
 class Job:
@@ -65,6 +67,9 @@ class Job:
         raws += [{"key": item.key, "raw": reply} for reply in result.raw]
         counts["failed"] += result.line is None
         whole = {"key": item.key, **line, **(result.line or {})}
+        captions = [*line.get("captions", ()), *(result.line or {}).get("captions", ())]
+        if captions:  # they come one after another, as those of a source and of a stage do
+          whole["captions"] = list(dict.fromkeys(captions))
         counts["descriptions"] += len(whole.get("descriptions", ()))
         counts["regions"] += len(whole.get("regions", ()))
         counts["negatives"] += len(whole.get("negatives", ()))
@@ -147,6 +152,7 @@ def run(
   execute: Executor,
   max_failures: float = 0.05,
   retry_failed: bool = False,
+  neutral: Sequence[str] = (),
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Annotates what is not annotated yet; the manifest.
@@ -159,6 +165,7 @@ def run(
     execute: who does the blocks.
     max_failures: part of the pictures that may fail.
     retry_failed: do blocks again of which pictures failed.
+    neutral: settings with which what is there goes on, whatever they were (how fast, from where).
     say: takes lines of progress.
 
   Raises:
@@ -175,11 +182,13 @@ def run(
       raise ValueError(
         f"another command writes {out}. Wait for it, stop it, or choose another --out."
       ) from None
-    what = json.loads(
-      json.dumps(
-        {"version": _VERSION, "stage": stage, "settings": settings, "source": source.settings}
-      )
-    )
+    what = {
+      "version": _VERSION,
+      "stage": stage,
+      "settings": {name: value for name, value in settings.items() if name not in neutral},
+      "source": source.settings,
+    }
+    what = json.loads(json.dumps(what))
     blocks = _plan(source, out, what)
     job = {"stage": stage, "settings": settings, "source": source.recipe}
     job["out"] = str(out.resolve())  # in a cluster, processes have other folders
@@ -191,10 +200,13 @@ def run(
     there = {n for n in range(len(blocks)) if file_of(out, "facts", n).is_file()}
     if there:
       say(f"goes on in {out}: {len(there):,} of {len(blocks):,} blocks are there")
-    began = time.monotonic()
+    began, seen = time.monotonic(), collections.Counter[str]()
 
     def done(task: tasks.Task) -> None:
       there.add(task["number"])
+      seen.update(json.loads(file_of(out, "facts", task["number"]).read_text())["counts"])
+      seen["blocks"] += 1
+      _check_hopeless(seen, out)
       left = (time.monotonic() - began) * (len(blocks) / len(there) - 1)
       say(f"{len(there):,} of {len(blocks):,} blocks, {left:,.0f} s left")
 
@@ -241,6 +253,16 @@ def _summary(out: pathlib.Path, blocks: int) -> dict[str, Any]:
       own["count"] += entry["count"]
       own["first"] = (own["first"] + entry["first"])[:_EXAMPLES]
   return {"counts": counts, "losses": losses, "totals": totals, "seconds": round(seconds, 1)}
+
+
+def _check_hopeless(seen: Mapping[str, int], out: pathlib.Path) -> None:
+  """Ends a run of which so many pictures fail that the cause is none of theirs."""
+  failed, read = seen.get("failed", 0), seen.get("read", 0)
+  if seen["blocks"] >= _HOPELESS and failed > read / 2:
+    raise failures.TransientError(
+      f"{failed:,} of the last {read:,} pictures failed: the model, or its server, does not answer "
+      f"as it should (facts of {out}). Mend that, then the same command with --retry_failed."
+    )
 
 
 def _check_failures(manifest: Mapping[str, Any], allowed: float, out: pathlib.Path) -> None:

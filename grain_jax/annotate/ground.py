@@ -33,6 +33,7 @@ from grain_jax.data.sources import base
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
+NEUTRAL = ("batch_size", "device")
 FLAGS = (
   base.Flag("model", "folder of the detector", required=True),
   base.Flag("threshold", "score that a box must exceed", 0.3, float),

@@ -170,6 +170,39 @@ def captions(folder):
     yield [text.decode() for text in opened.parse("train", i).captions]
 
 
+def test_a_run_goes_on_with_other_settings_that_change_nothing(lengths, source, tmp_path):
+  out, quiet = tmp_path / "out", lambda line: None
+  for seconds in (1, 2):
+    engine.run(
+      source, "lengths", {"a": 1, "timeout": seconds}, out, execute=engine.here,
+      neutral=("timeout",), say=quiet,
+    )  # fmt: skip
+
+
+def test_a_run_of_which_all_fails_ends_early(source, tmp_path, monkeypatch):
+  """A server that is down is no fault of 12 million pictures."""
+
+  class Nothing(Lengths):
+    def one(self, item):
+      return stages.Result(None, [("pictures", "no_reply")])
+
+  monkeypatch.setattr(stages, "make", lambda name, settings: Nothing(settings))
+  with pytest.raises(failures.TransientError, match="2,499 of the last 2,499 pictures failed"):
+    run(source, tmp_path / "out", max_failures=1.0)
+
+
+def test_captions_of_two_stages_stand_one_after_another(source, tmp_path, monkeypatch):
+  class Again(Lengths):
+    def one(self, item):
+      return stages.Result({"captions": ["the same", f"after {len(item.captions)}"]})
+
+  monkeypatch.setattr(stages, "make", lambda name, settings: Again(settings))
+  run(source, tmp_path / "first")
+  second = options.apply(source, {"annotated": str(tmp_path / "first")})
+  run(second, tmp_path / "second")
+  assert annotations(tmp_path / "second")["3.jpg"]["captions"] == ["the same", "after 1", "after 3"]
+
+
 PROGRAM = """
 import sys
 sys.path[:0] = {paths!r}
