@@ -62,11 +62,12 @@ _SYMMETRIC = _words(
   "and or nor & of with near nearby next to beside besides alongside by along around opposite "
   "versus like resembling facing meeting touching adjacent is are was were"
 )
-# Nouns that say where: no phrases to exchange, but a direction.
+# Words that say where: neither changed nor exchanged, but between two nouns a direction.
 _PLACES = _words(
   "left right top bottom front back side sides middle center centre corner edge background "
   "foreground end inside outside"
 )
+_UNTOUCHED = _GENERIC | _PLACES
 _ENDS = frozenset(".!?;:")
 _POSSESSIVES = _words("my your his her its our their")
 _JOINERS = frozenset(("'s", "’s", "'", "’"))
@@ -93,7 +94,7 @@ def targets(doc: Any, kind: str) -> list[Target]:
     for t in doc
     if t.pos_ == POS[kind]
     and _is_word(t.text)
-    and t.text.casefold() not in _GENERIC
+    and t.text.casefold() not in _UNTOUCHED
     and is_whole(doc.text, t.idx, t.idx + len(t.text))
   ]
 
@@ -132,7 +133,7 @@ def may_replace(doc: Any, target: Target, word: str, *, kind: str, known: Collec
     known: words, casefolded, that may be true of the picture.
   """
   new, old = word.casefold(), target.word.casefold()
-  if not _is_word(word) or new in _GENERIC or new in known:
+  if not _is_word(word) or new in _UNTOUCHED or new in known:
     return False
   if same_word(new, old) or any(same_word(new, t.text.casefold()) for t in doc):
     return False
@@ -249,7 +250,7 @@ def _is_of(doc: Any, a: Phrase, b: Phrase) -> bool:
 
 def _may_move(doc: Any, phrase: Phrase) -> bool:
   word = doc[phrase.noun].text.casefold()
-  return _is_word(word) and not {word, _lemma(doc, phrase)} & (_GENERIC | _PLACES)
+  return _is_word(word) and not {word, _lemma(doc, phrase)} & _UNTOUCHED
 
 
 def _lemma(doc: Any, phrase: Phrase) -> str:

@@ -43,6 +43,7 @@ class MaskedModel:
         "transformers, such as distilroberta-base."
       )
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
       self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
       self._model = transformers.AutoModelForMaskedLM.from_pretrained(

@@ -189,10 +189,12 @@ class Negatives:
   def _jobs(self, text: _Text, doc: Any, item: stages.Item) -> list[_Job]:
     kinds = ("attribute", "object") if text.region >= 0 else tuple(false_words.POS)
     wanted = self._values["per_region"] if text.region >= 0 else 1
-    # What another text says of the picture may be true where this caption does not say it.
+    # Objects and actions that another text names may be true where this caption does not name them.
     known = frozenset() if text.region >= 0 else _words(item)
+    known_of = {"object": known, "action": known}
     return [
-      _Job(doc, kind, wanted=wanted, known=known, rng=self._rng(text, item, kind)) for kind in kinds
+      _Job(doc, kind, wanted=wanted, known=known_of.get(kind, ()), rng=self._rng(text, item, kind))
+      for kind in kinds
     ]
 
   def _fill(self, jobs: Sequence[_Job]) -> None:
