@@ -122,7 +122,20 @@ def fill(text: str, target: Target, word: str) -> str:
   return text[: target.start] + word + text[target.end :]
 
 
-def may_replace(doc: Any, target: Target, word: str, *, kind: str, known: Collection[str]) -> bool:
+def words_of(doc: Any) -> frozenset[str]:
+  """The words of a text, casefolded."""
+  return frozenset(token.text.casefold() for token in doc)
+
+
+def may_replace(
+  doc: Any,
+  target: Target,
+  word: str,
+  *,
+  kind: str,
+  there: Collection[str],
+  known: Collection[str] = (),
+) -> bool:
   """Whether a word may stand in the place of another, as far as can be said without tags.
 
   Args:
@@ -130,12 +143,13 @@ def may_replace(doc: Any, target: Target, word: str, *, kind: str, known: Collec
     target: the word that goes.
     word: that comes.
     kind: of the negative.
+    there: `words_of` the text.
     known: words, casefolded, that may be true of the picture.
   """
   new, old = word.casefold(), target.word.casefold()
   if not _is_word(word) or new in _UNTOUCHED or new in known:
     return False
-  if same_word(new, old) or any(same_word(new, t.text.casefold()) for t in doc):
+  if same_word(new, old) or any(same_word(new, other) for other in there):
     return False
   if kind == "attribute" and not _excludes(old, new):
     return False

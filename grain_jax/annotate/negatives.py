@@ -17,6 +17,7 @@ Needs a spaCy pipeline with a tagger (--spacy) and the folder of a masked langua
 from __future__ import annotations
 
 import collections
+import itertools
 import pathlib
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ _PROBE = "a brown dog sleeps on the sofa"
 _LONGEST = 2_000  # characters of a text that is tagged
 _ROUNDS = 3  # words of a text that are tried, one after the other
 _TOP = 200  # proposals that are asked for
-_DRAWN = 6  # of those that pass, among which one is drawn
+_DRAWN = 8  # of those that pass, among which one is drawn
 NOT_TEXT, TOO_LONG, NO_PROPOSAL = "not_text", "too_long", "no_proposal"
 SAME_AS_TRUE, REPLACED = "same_as_a_true_text", "replaced"
 
@@ -127,7 +128,7 @@ class _Job:
 
   def __init__(self, doc: Any, kind: str, *, wanted: int, known: Collection[str], rng: Any):
     self.doc, self.kind, self.wanted, self.known, self.rng = doc, kind, wanted, known, rng
-    self.targets = false_words.targets(doc, kind)
+    self.targets, self.there = false_words.targets(doc, kind), false_words.words_of(doc)
     self.reason = "" if self.targets else false_words.NO_WORD[kind]
     rng.shuffle(self.targets)
     self.found: list[dict[str, Any]] = []
@@ -208,8 +209,8 @@ class Negatives:
       proposed = self._model.propose(places, top=_TOP)
       tries: list[tuple[_Job, false_words.Target, masked.Proposal, str]] = []
       for (job, target), proposals in zip(asked, proposed, strict=True):
-        passed = [p for p in proposals if self._passes(job, target, p)]
-        for proposal in passed[: max(_DRAWN, 2 * job.wanted)]:
+        passed = (p for p in proposals if self._passes(job, target, p))
+        for proposal in itertools.islice(passed, max(_DRAWN, 2 * job.wanted)):
           tries.append(
             (job, target, proposal, false_words.fill(job.doc.text, target, proposal.word))
           )
@@ -233,7 +234,7 @@ class Negatives:
       values["min_probability"] <= proposal.probability <= values["max_probability"]
       and proposal.similarity <= values["max_similarity"]
       and false_words.may_replace(
-        job.doc, target, proposal.word, kind=job.kind, known=job.known
+        job.doc, target, proposal.word, kind=job.kind, there=job.there, known=job.known
       )
     )  # fmt: skip
 

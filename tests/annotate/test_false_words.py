@@ -71,7 +71,8 @@ def test_the_case_is_kept(text, word, comes):
 def may(text, word, old=0, kind="object", known=()):
   doc = NLP(text)
   target = false_words.targets(doc, kind)[old]
-  return false_words.may_replace(doc, target, word, kind=kind, known=known)
+  there = false_words.words_of(doc)
+  return false_words.may_replace(doc, target, word, kind=kind, there=there, known=known)
 
 
 def test_what_may_take_a_words_place():

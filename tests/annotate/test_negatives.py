@@ -1,0 +1,295 @@
+"""Negatives of captions and regions: a stub's words, a real model's, and the whole way."""
+
+import collections
+import json
+
+import pytest
+import tiny_language
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from grain_jax import schema
+from grain_jax.annotate import __main__ as command
+from grain_jax.annotate import masked, negatives, stages
+from grain_jax.data import build, dataset, pipeline
+from grain_jax.training import loop
+
+DEFAULTS = {flag.name: flag.default for flag in negatives.FLAGS}
+TAGS = {word: tags for word, *tags in tiny_language.words()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  root = tmp_path_factory.mktemp("models")
+  tiny_language.make_tagger(root / "tagger")
+  tiny_language.make_masked(root / "masked")
+  return {"spacy": str(root / "tagger"), "model": str(root / "masked")}
+
+
+class Stub:
+  """Proposes, for a word, what it was given."""
+
+  def __init__(self, words):
+    self.words, self.asked = words, []
+
+  def propose(self, places, *, top):
+    self.asked.append(len(places))
+    return [
+      [masked.Proposal(*entry) for entry in self.words.get(p.text[p.start : p.end], ())][:top]
+      for p in places
+    ]
+
+
+def stage_of(folders, *, words=None, monkeypatch=None, **changes):
+  if words is not None:
+    monkeypatch.setattr(masked, "MaskedModel", lambda folder: Stub(words))
+  return negatives.make(negatives.settings({**DEFAULTS, **folders, **changes}))
+
+
+def item(*captions, key="k", regions=(), descriptions=(), **changes):
+  entries = [
+    {"description": text, "box": (0.0, 0.1, 0.5, 0.6), "score": 0.5, "negatives": [], "own": 7}
+    for text in regions
+  ]
+  return stages.Item(key, b"", list(captions), list(descriptions), entries, [])._replace(**changes)
+
+
+def test_one_thing_is_false_in_each(folders, monkeypatch):
+  """Among proposals that are none: improbable, too probable, similar, the same word, of another
+  class, generic, known of the picture, true beside the other."""
+  words = {
+    "brown": [("large", 0.2, 0), ("brown", 0.2, 0), ("black", 0.1, 0.1), ("red", 0.0001, 0)],
+    "dog": [("animal", 0.3, 0), ("horse", 0.2, 0.9), ("dogs", 0.1, 0), ("owl", 0.1, 0),
+            ("tree", 0.1, 0), ("runs", 0.1, 0), ("cat", 0.05, 0.3)],
+    "sofa": [("bench", 0.6, 0)],
+    "sleeps": [("sleeping", 0.2, 0), ("sits", 0.2, 0), ("is", 0.2, 0)],
+  }  # fmt: skip
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch)
+  (result,) = stage.annotate([item("A brown dog sleeps on the sofa.", descriptions=["a tree"])])
+  assert result.line == {
+    "negatives": [
+      {"caption": "The sofa sleeps on a brown dog.", "kind": "relation"},
+      {"caption": "A black dog sleeps on the sofa.", "kind": "attribute"},
+      {"caption": "A brown cat sleeps on the sofa.", "kind": "object"},
+      {"caption": "A brown dog sits on the sofa.", "kind": "action"},
+    ],
+    "regions": [],
+  }
+  assert result.losses == []
+  told = {"negative": "A brown cat sleeps on the sofa.", "kind": "object", "from": "dog"}
+  assert {**told, "word": "cat", "probability": 0.05, "similarity": 0.3} in result.raw
+  totals = stage.totals()  # one word of each kind is tried, and the second noun if need be
+  assert totals["texts"] == 1 and 3 <= totals["masked"] <= 4 and stage.totals() == {}
+
+
+def test_reasons_are_counted(folders, monkeypatch):
+  stage = stage_of(folders, words={}, monkeypatch=monkeypatch)
+  found = stage.annotate(
+    [
+      item("there is", regions=["on", "a red dog", "x" * 2001]),
+      item("a red dog and a cat"),
+      item("a dog sleeps", "y" * 2001, negatives=[{"caption": "q", "kind": "object"}]),
+    ]
+  )
+  assert [result.losses for result in found] == [
+    [
+      ("region_negatives", "too_long"),
+      ("negatives", "no_two_nouns"), ("negatives", "no_adjective"), ("negatives", "no_noun"),
+      ("negatives", "no_verb"),
+      ("region_negatives", "no_adjective_or_noun"), ("region_negatives", "no_proposal"),
+    ],
+    [
+      ("negatives", "no_relation_between_nouns"), ("negatives", "no_proposal"),
+      ("negatives", "no_proposal"), ("negatives", "no_verb"),
+    ],
+    [
+      ("negatives", "too_long"),
+      ("negatives", "no_two_nouns"), ("negatives", "no_adjective"), ("negatives", "no_proposal"),
+      ("negatives", "no_proposal"), ("negatives", "replaced"),
+    ],
+  ]  # fmt: skip
+  assert [len(result.line["negatives"]) for result in found] == [0, 0, 0]
+
+
+def test_what_another_caption_says_is_no_negative(folders, monkeypatch):
+  words = {"red": [("blue", 0.2, 0)], "blue": [("red", 0.2, 0)]}
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch)
+  (result,) = stage.annotate([item("a red dog", "A  blue dog", "a dog above a cat")])
+  made = [entry["caption"] for entry in result.line["negatives"]]
+  assert made == ["a cat above a dog"]
+  assert result.losses.count(("negatives", "same_as_a_true_text")) == 2
+  (result,) = stage.annotate([item("a dog above a cat", "a cat above a dog")])
+  assert result.line["negatives"] == []
+
+
+def test_regions_keep_what_they_have_and_get_false_descriptions(folders, monkeypatch):
+  words = {
+    "brown": [(w, 0.1, 0) for w in ("black", "gray", "pink", "red", "big")],
+    "dog": [(w, 0.1, 0) for w in ("cat", "horse", "dogs", "cow")],
+  }
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch, per_region=4)
+  (result,) = stage.annotate([item("on", regions=["a brown dog", "the dog"])])
+  first, second = result.line["regions"]
+  assert first == {
+    "description": "a brown dog", "box": (0.0, 0.1, 0.5, 0.6), "score": 0.5, "own": 7,
+    "negatives": ["a black dog", "a brown cat", "a gray dog", "a brown horse"],
+  }  # fmt: skip
+  assert second["negatives"] == ["the cat", "the horse", "the cow"]
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch, per_region=0)
+  (result,) = stage.annotate([item("on", regions=["a brown dog"])])
+  assert result.line == {"negatives": []}
+
+
+def test_another_word_is_tried_where_one_gives_none(folders, monkeypatch):
+  words = {"elephant": [("owl", 0.1, 0)]}
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch)
+  for key in "abcdef":  # whatever is drawn first
+    (result,) = stage.annotate([item("a dog, a cat, an elephant", key=key)])
+    assert [n["caption"] for n in result.line["negatives"]] == ["a dog, a cat, an owl"]
+
+
+def test_draws_depend_on_key_and_seed_alone(folders):
+  """With the real model; pictures alone, in other batches, in other company."""
+  texts = ["a red dog sleeps on the old sofa", "a striped cat sits under the table"]
+  items = [item(*texts, key=f"{n}.jpg", regions=["a tiny pig"]) for n in range(12)]
+  loose = {"min_probability": 0.0, "max_similarity": 1.0}
+
+  def lines(size, **changes):
+    stage = stage_of(folders, **loose, **changes)
+    cut = [items[n : n + size] for n in range(0, len(items), size)]
+    return [result.line for part in cut for result in stage.annotate(part)]
+
+  whole = lines(12)
+  assert lines(1) == whole == lines(5)
+  made = {json.dumps(line["negatives"]) for line in whole}
+  assert len(made) > 3  # not the same for each
+  assert lines(12, negatives_seed=1) != whole
+
+
+def words_of(text):
+  return "".join(c if c.isalnum() else " " for c in text).split()
+
+
+SENTENCES = st.lists(st.sampled_from(sorted(TAGS)), min_size=1, max_size=14).map(" ".join)
+TEXTS = st.one_of(SENTENCES, st.text(max_size=40), st.tuples(SENTENCES, st.text()).map("".join))
+
+
+@pytest.fixture(scope="module")
+def loose_stage(folders):
+  return stage_of(folders, min_probability=0.0, max_probability=1.0, max_similarity=1.0)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(captions=st.lists(TEXTS, min_size=1, max_size=3), region=TEXTS)
+def test_any_text_gives_a_negative_or_a_reason(loose_stage, captions, region):
+  given = item(*captions, regions=[region])
+  (result,) = loose_stage.annotate([given])
+  made = result.line["negatives"]
+  lost = [why for what, why in result.losses if what == "negatives"]
+  assert len(made) + len(lost) >= 4 * len(captions) - 3 * (lost.count("not_text"))
+  true = {" ".join(c.casefold().split()) for c in captions}
+  for entry in made:
+    plain = " ".join(entry["caption"].casefold().split())
+    assert plain and plain not in true and entry["kind"] in schema.NEGATIVE_KINDS
+  false = result.line["regions"][0]["negatives"]
+  reasons = [why for what, why in result.losses if what == "region_negatives"]
+  assert bool(false) != bool(reasons) and len(set(false)) == len(false) <= 10
+  pos = {"attribute": "ADJ", "object": "NOUN", "action": "VERB"}
+  for entry in result.raw:
+    new = entry["negative"]
+    sources = captions if new in {n["caption"] for n in made} else [region]
+    sources = [*sources, region]
+    if entry["kind"] == "relation":  # the same words in another order
+      assert any(
+        collections.Counter(words_of(new.casefold())) == collections.Counter(words_of(t.casefold()))
+        for t in sources
+      )
+      continue
+    differing = [
+      [(a, b) for a, b in zip(words_of(t), words_of(new), strict=True) if a != b]
+      for t in sources
+      if len(words_of(t)) == len(words_of(new))
+    ]
+    assert any(
+      len(pairs) == 1
+      and all(TAGS[word.casefold()][0] == pos[entry["kind"]] for word in pairs[0])
+      and TAGS[pairs[0][0].casefold()][1:] != TAGS[pairs[0][1].casefold()][1:]
+      for pairs in differing
+    ), (entry, sources)
+
+
+def test_wrong_settings_are_told_in_one_line(folders, tmp_path):
+  def told(match, **changes):
+    with pytest.raises(ValueError, match=match) as error:
+      values = negatives.settings({**DEFAULTS, **folders, **changes})
+      negatives.check(values, None, say=print)
+    assert "\n" not in str(error.value)
+
+  told("--model is not given", model=None)
+  told("--model = /nowhere: there is no such file", model="/nowhere")
+  told("has no config.json", model=str(tmp_path))
+  told("python -m spacy download en_core_none", spacy="en_core_none")
+  told("must be 0 <= min < max <= 1", min_probability=0.6)
+  told("a cosine is in", max_similarity=2.0)
+  told("--per_region = -1", per_region=-1)
+  told("--batch_size = 0", batch_size=0)
+  import spacy
+
+  spacy.blank("en").to_disk(tmp_path / "blank")
+  told("it has no tagger of English", spacy=str(tmp_path / "blank"))
+  said = []
+  negatives.check(negatives.settings({**DEFAULTS, **folders}), None, say=said.append)
+  assert len(said) == 1
+
+
+SCENES = ["--source=scenes", "--train=48", "--val=8", "--objects_per_class=1", "--concepts=16"]
+
+
+@pytest.mark.slow
+def test_from_the_scenes_captions_to_a_run_that_reads_them(folders, tmp_path, capsys):
+  out, data = tmp_path / "negatives", tmp_path / "data"
+  flags = [f"--spacy={folders['spacy']}", f"--model={folders['model']}"]
+  flags += ["--min_probability=0", "--max_similarity=1", "--per_region=3", "--batch_size=5"]
+  assert command.main(["negatives", *SCENES, f"--out={out}", "--ray_address=none", *flags]) == 0
+  assert "negatives/no_verb" in capsys.readouterr().out
+  lines = [
+    json.loads(line)
+    for path in sorted((out / "annotations").glob("*.jsonl"))
+    for line in path.read_text().splitlines()
+  ]
+  by_key = {line["key"]: line for line in lines}
+  assert build.main([*SCENES, f"--out={data}", f"--annotated={out}"]) in (0, None)
+  opened = dataset.open_dataset(data)
+  has = collections.Counter()
+  for i in range(48):
+    parsed = opened.parse("train", i)
+    line = by_key[parsed.key.decode()]
+    assert [(c.decode(), k.decode()) for c, k in parsed.negatives] == [
+      (entry["caption"], entry["kind"]) for entry in line["negatives"]
+    ]
+    assert [[t.decode() for t in texts] for texts in parsed.region_negatives] == [
+      region["negatives"] for region in line["regions"]
+    ]
+    has.update({kind.decode() for _, kind in parsed.negatives})
+    has["regions"] += sum(map(bool, parsed.region_negatives))
+  assert has["relation"] > 8 and has["attribute"] > 30 and has["object"] > 10
+  assert has["regions"] > 40 and not has["action"]  # no verb is said of a scene
+
+  from configs import ce_clip_coco
+
+  c = ce_clip_coco.get_config("runlocal")
+  c.data.update(dir=str(data), threads=1)
+  c.model.image.update(width=32, depth=1, heads=2)
+  c.model.text.update(width=32, depth=1, heads=2)
+  c.batch_size, c.steps, c.evals, c.eval_every = 48, 3, (), 0
+  c.optimizer.warmup_steps, c.log_every, c.save_every = 1, 1, 3
+  c.data.row_length = 160  # all fit
+  batches = pipeline.train_batches(opened, c)
+  mask = next(batches)["text_mask"]
+  batches.close()
+  assert mask.shape == (48, 1 + 4) and mask[:, 0].all()
+  assert mask[:, 1:].sum(0).tolist() == [has[kind] for kind in schema.NEGATIVE_KINDS]
+  loop.train(c, str(tmp_path / "run"))
+  rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  ranks = [row[name] for row in rows for name in row if name.endswith("rank")]
+  assert rows[-1]["step"] == 3 and ranks and all(value > 0 for value in ranks)
