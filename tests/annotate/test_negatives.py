@@ -82,6 +82,24 @@ def test_one_thing_is_false_in_each(folders, monkeypatch):
   assert totals["texts"] == 1 and 3 <= totals["masked"] <= 4 and stage.totals() == {}
 
 
+@pytest.mark.parametrize(
+  "word, probability, similarity, kept",
+  [("black", 0.1, 0.1, True), ("black", 0.0009, 0.1, False), ("black", 0.51, 0.1, False),
+   ("black", 0.1, 0.61, False), ("black", 0.5, 0.6, True), ("big", 0.1, 0.1, False),
+   ("Brown", 0.1, 0.1, False), ("dog", 0.1, 0.1, False), ("runs", 0.1, 0.1, False),
+   ("unknown", 0.1, 0.1, False)],
+)  # fmt: skip
+def test_a_proposal_lies_within_the_bounds(
+  folders, monkeypatch, word, probability, similarity, kept
+):
+  words = {"brown": [(word, probability, similarity)]}
+  stage = stage_of(folders, words=words, monkeypatch=monkeypatch)
+  (result,) = stage.annotate([item("a brown dog")])
+  made = [entry["caption"] for entry in result.line["negatives"]]
+  assert made == (["a black dog"] if kept else [])
+  assert result.losses.count(("negatives", "no_proposal")) == (1 if kept else 2)
+
+
 def test_reasons_are_counted(folders, monkeypatch):
   stage = stage_of(folders, words={}, monkeypatch=monkeypatch)
   found = stage.annotate(

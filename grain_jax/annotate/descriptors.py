@@ -1,0 +1,349 @@
+"""`python -m grain_jax.annotate.descriptors --classes=FILE --out=FILE.json --model=NAME ...`
+
+Asks a language model what each class looks like, and writes {class: [descriptor, ...]}, as
+`zero_shot` evaluations read it (after Menon and Vondrick, ICLR 2023). --backend=transformers asks a
+model in this process instead, of the folder --model.
+
+FILE.json is written when all classes have descriptors, not before; replies are kept beside it, in
+FILE.replies.jsonl, and a class that stands in either is not asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from grain_jax import failures, helptext, places, textfiles
+from grain_jax.annotate import language_models as chat_lib
+from grain_jax.data.building import flags as build_flags
+from grain_jax.evals import zero_shot
+
+_PROGRAM = "python -m grain_jax.annotate.descriptors"
+PROMPT = pathlib.Path(__file__).parent / "prompts" / "descriptors.txt"
+_BULLET = re.compile(r"^\s*(?:[-*•–—+]|\(?\d{1,2}[.):])\s+(.*)$")
+_LONGEST = 100  # characters of a descriptor
+_REFUSAL = re.compile(
+  r"\b(i'?m sorry|i am sorry|i cannot|i can'?t|as an ai|i'?m unable|i am unable)\b", re.IGNORECASE
+)
+NO_LIST, NO_REPLY, REFUSAL = "no_list", "no_reply", "refusal"
+
+
+class Parsed(NamedTuple):
+  """The descriptors of a reply."""
+
+  descriptors: list[str]
+  losses: list[str]  # why a line, or the whole, is no descriptor
+
+
+def parse(reply: chat_lib.Reply, name: str, *, most: int) -> Parsed:
+  """The descriptors of a reply: the lines of a list, or a JSON array of texts.
+
+  Args:
+    reply: of the model.
+    name: of the class.
+    most: descriptors that are kept.
+  """
+  text = reply.text.replace("’", "'")
+  entries = _json_list(text)
+  if entries is None:
+    lines = [line for line in text.splitlines() if line.strip()]
+    entries = [match[1] for line in lines if (match := _BULLET.match(line))]
+    if reply.is_cut and lines and _BULLET.match(lines[-1]):
+      entries[-1] = ""
+  losses, kept = [], []
+  if not entries:
+    return Parsed([], [REFUSAL if _REFUSAL.search(text) else NO_LIST])
+  for entry in entries:
+    descriptor = " ".join(entry.replace("**", "").split()).strip(' .;,"')
+    why = _fault(descriptor, name, kept)
+    if not why and len(kept) == most:
+      why = "too_many"
+    losses += [why] if why else []
+    kept += [] if why else [descriptor]
+  return Parsed(kept, losses)
+
+
+def _json_list(text: str) -> list[str] | None:
+  text = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
+  if not text.startswith("["):
+    return None
+  try:
+    found = textfiles.parse_json(text)
+  except ValueError:
+    return None
+  if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+    return found
+  return None
+
+
+def _fault(descriptor: str, name: str, kept: Sequence[str]) -> str:
+  """Why a line is no descriptor; '' if it is one."""
+  if not any(map(str.isalnum, descriptor)):
+    return "empty_or_cut"
+  if len(descriptor) > _LONGEST:
+    return "too_long"
+  if _REFUSAL.search(descriptor):
+    return REFUSAL
+  try:
+    descriptor.encode()
+  except UnicodeEncodeError:
+    return "not_text"
+  plain = descriptor.casefold()
+  if plain in map(str.casefold, kept):
+    return "duplicate"
+  own = re.escape(" ".join(name.replace("_", " ").casefold().split()))
+  return "names_the_class" if re.search(rf"(?<!\w){own}(?!\w)", plain) else ""
+
+
+def read_classes(path: pathlib.Path) -> list[str]:
+  """The names in a file, a line each or a JSON array; a one-line ValueError if there is none."""
+  name = f"--classes={path}"
+  if path.suffix == ".json":
+    found = textfiles.read_json(path, name=name)
+    if not isinstance(found, list) or not all(isinstance(n, str) and n.strip() for n in found):
+      raise ValueError(f"{name}: an array of class names is needed.")
+  else:
+    found = textfiles.read_lines(path, name=name)
+  names = [name.strip() for name in found]
+  twice = [n for n, count in collections.Counter(names).items() if count > 1]
+  if twice:
+    raise ValueError(f"{name} names {twice[0]!r} twice. Name each class once.")
+  if not names:
+    raise ValueError(f"{name} names no class. Write one a line.")
+  return names
+
+
+def read_prompt(path: pathlib.Path) -> str:
+  """A prompt with {class} in it, and {number} if it likes; a one-line ValueError if it has none."""
+  text = textfiles.read_text(path, name=f"--prompt={path}").strip()
+  if "{class}" not in text:
+    raise ValueError(f"--prompt={path} lacks {{class}}, where the name goes. Write it in.")
+  return text
+
+
+class Replies:
+  """The replies so far, in a file of JSON lines that one process at a time adds to."""
+
+  def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
+    """Raises ValueError: it is of other settings, or another process writes it; one line."""
+    self._file = path.open("a+b")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(f"another command writes {path}. Wait for it, or stop it.") from None
+    self._file.seek(0)
+    data = self._file.read()
+    whole = data[: data.rfind(b"\n") + 1]  # what was being written when it was killed is gone
+    self._file.truncate(len(whole))
+    try:
+      lines = [json.loads(line) for line in whole.splitlines()]
+      first, self.of = lines[0] if lines else None, {}
+      for line in lines[1:]:
+        self.of[line["class"]] = line
+    except (ValueError, KeyError, TypeError):
+      raise ValueError(
+        f"{path} is no file of replies. Remove it, or choose another --out."
+      ) from None
+    if first is None:
+      self._write({"settings": settings})
+    elif first != {"settings": settings}:
+      raise ValueError(
+        f"{path} holds replies to another prompt or of another model. Remove it, or choose another "
+        "--out."
+      )
+
+  def add(self, line: dict[str, Any]) -> None:
+    self._write(line)
+    self.of[line["class"]] = line
+
+  def _write(self, line: Any) -> None:
+    self._file.write((json.dumps(line) + "\n").encode())
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def make(
+  classes: Sequence[str],
+  out: pathlib.Path,
+  chat: chat_lib.Chat,
+  *,
+  prompt: str,
+  settings: Mapping[str, Any],
+  most: int = 10,
+  allow_failed: bool = False,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Descriptors of all classes, written to `out` when all are there.
+
+  Args:
+    classes: names.
+    out: JSON file to write, and the folder of the replies.
+    chat: who is asked.
+    prompt: with {class} and {number}.
+    settings: JSON, of which replies that are there must be.
+    most: descriptors of a class.
+    allow_failed: classes without descriptors get [], the class name alone.
+    say: takes lines of progress.
+
+  Returns:
+    {counts, losses, totals}.
+
+  Raises:
+    ValueError: classes have no descriptors, or `out` is something else; one line.
+    failures.TransientError: the server does not answer; the same call goes on.
+  """
+  before = zero_shot.read_descriptors(out) if out.is_file() else {}
+  replies = Replies(out.with_name(out.name.removesuffix(".json") + ".replies.jsonl"), settings)
+  try:
+    known = {n for n in classes if before.get(n) or replies.of.get(n, {}).get("descriptors")}
+    todo = [name for name in classes if name not in known]
+    if known:
+      say(f"{len(known):,} of {len(classes):,} classes are there")
+    if todo:
+      chat.check()
+      _ask_all(todo, chat, replies, prompt=prompt, most=most, say=say)
+    losses, found = collections.Counter[str](), dict(before)
+    for name in classes:
+      line = replies.of.get(name)
+      if not before.get(name):
+        found[name] = line["descriptors"] if line else []
+        losses.update(line["losses"] if line else [])
+    failed = [name for name in classes if not found[name]]
+    counts = {"classes": len(classes), "asked": len(todo), "failed": len(failed)}
+    counts["descriptors"] = sum(len(found[name]) for name in classes)
+    if failed and not allow_failed:
+      told = ", ".join(f"{why} {number:,}" for why, number in losses.most_common(3))
+      raise ValueError(
+        f"{len(failed):,} of {len(classes):,} classes have no descriptors ({told}), {failed[0]!r} "
+        f"first: {out} is not written. Ask again by the same command, or give --allow_failed."
+      )
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(found, indent=4, ensure_ascii=False) + "\n")
+    temporary.replace(out)
+  finally:
+    replies.close()
+  return {"counts": counts, "losses": dict(losses), "totals": dict(chat.totals())}
+
+
+def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
+  """Asks for each class; replies are written as they come, in any order."""
+
+  stop = threading.Event()  # futures that are cancelled would never be told as completed
+
+  def ask(name: str) -> tuple[bool, chat_lib.Reply | None]:
+    """(whether it was asked, the reply)."""
+    if stop.is_set():
+      return False, None
+    words = prompt.replace("{number}", str(most))
+    return True, chat.ask(words.replace("{class}", name.replace("_", " ")))
+
+  failed: BaseException | None = None
+  with concurrent.futures.ThreadPoolExecutor(chat.at_once) as pool:
+    asked = {pool.submit(ask, name): name for name in todo}
+    try:
+      for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
+        name, error = asked[future], future.exception()
+        if error is not None:
+          stop.set()
+          failed = failed or error
+          continue
+        was_asked, reply = future.result()
+        if not was_asked:
+          continue
+        parsed = Parsed([], [NO_REPLY]) if reply is None else parse(reply, name, most=most)
+        text = None if reply is None else reply.text
+        replies.add({"class": name, "reply": text, **parsed._asdict()})
+        if done % 50 == 0 or done == len(todo):
+          say(f"{done:,} of {len(todo):,} classes asked")
+    finally:
+      stop.set()
+  if failed is not None:  # what was asked beside it is kept
+    raise failed
+
+
+def _flags() -> argparse.ArgumentParser:
+  parser = build_flags.Parser(
+    prog=_PROGRAM, description=__doc__, formatter_class=helptext.ArgparseFormatter,
+    allow_abbrev=False,
+  )  # fmt: skip
+  add = parser.add_argument
+  add("--classes", required=True, help="file of class names, one a line or a JSON array")
+  add("--out", required=True, help="JSON file to write")
+  add("--model", required=True, help="name that the server knows; a folder with transformers")
+  add("--backend", choices=("server", "transformers"), default="server", help="who answers")
+  add("--server", default="", help="address of a server of OpenAI's protocol")
+  add("--key_variable", default="OPENAI_API_KEY", help="environment variable with the server's key")
+  add("--concurrency", type=int, default=8, help="requests at a time")
+  add("--timeout", type=float, default=120.0, help="seconds that a request may take")
+  add("--prompt", default=str(PROMPT), help="file with the prompt; {class} is the class's name")
+  add("--max_descriptors", type=int, default=10, help="of a class")
+  add("--max_tokens", type=int, default=400, help="of a reply")
+  add("--allow_failed", action="store_true", help="write classes without descriptors as []")
+  return parser
+
+
+def _chat(flags: argparse.Namespace) -> chat_lib.Chat:
+  if flags.backend == "transformers":
+    return chat_lib.TransformersChat(flags.model, max_tokens=flags.max_tokens)
+  if not flags.server:
+    raise ValueError("--server is not given. Give its address, or --backend=transformers.")
+  return chat_lib.ServerChat(
+    flags.server, flags.model, key_variable=flags.key_variable, max_tokens=flags.max_tokens,
+    timeout=flags.timeout, at_once=flags.concurrency,
+  )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = _flags()
+  flags = parser.parse_args(arguments)
+  try:
+    places.check_all({f"--{n}": getattr(flags, n) for n in ("classes", "out", "prompt")})
+    for name in ("concurrency", "max_descriptors", "max_tokens", "timeout"):
+      if not getattr(flags, name) > 0:
+        raise ValueError(f"--{name} = {getattr(flags, name)}: must be more than 0.")
+    classes = read_classes(pathlib.Path(flags.classes).expanduser())
+    prompt = read_prompt(pathlib.Path(flags.prompt).expanduser())
+    out = pathlib.Path(flags.out).expanduser()
+    if not out.parent.is_dir():
+      raise ValueError(f"--out={out}: there is no folder {out.parent}. Make it.")
+    settings = {
+      "model": flags.model, "prompt": hashlib.sha256(prompt.encode()).hexdigest(),
+      "max_descriptors": flags.max_descriptors, "max_tokens": flags.max_tokens,
+    }  # fmt: skip
+    told = make(
+      classes, out, _chat(flags), prompt=prompt, settings=settings, most=flags.max_descriptors,
+      allow_failed=flags.allow_failed,
+    )  # fmt: skip
+  except (ValueError, OSError, failures.TransientError) as error:
+    print(f"{_PROGRAM}: {failures.one_line(error)}", file=sys.stderr)
+    again = isinstance(error, failures.TransientError) or failures.is_storage(error)
+    return failures.EXIT_RESTART if again else 2
+  except KeyboardInterrupt:
+    print(f"{_PROGRAM}: interrupted; the same command goes on.", file=sys.stderr)
+    return failures.EXIT_INTERRUPTED
+  for part in ("counts", "losses", "totals"):
+    for name, count in told[part].items():
+      print(f"  {name:20} {count:>12,}")
+  print(f"wrote {out}")
+  return 0
+
+
+if __name__ == "__main__":
+  from grain_jax import cli
+
+  cli.prepare()
+  sys.exit(main())

@@ -1,0 +1,278 @@
+"""Class descriptors from a language model: of a server of OpenAI's protocol, and in-process."""
+
+import collections
+import http.server
+import json
+import pathlib
+import threading
+
+import pytest
+import tiny_language
+import tokenizers
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grain_jax import failures
+from grain_jax.annotate import language_models, descriptors
+from grain_jax.evals import zero_shot
+
+REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "descriptors"
+KEY = "sk-never-shown"
+
+
+def parsed(text, name="hen", *, most=10, is_cut=False):
+  return descriptors.parse(language_models.Reply(text, is_cut), name, most=most)
+
+
+@pytest.mark.parametrize(
+  "text, kept, losses",
+  [
+    ("- two legs\n- a red comb", ["two legs", "a red comb"], []),
+    ("There are several:\n\n1. **two legs**.\n2) a beak,\n(3) wings",
+     ["two legs", "a beak", "wings"], []),
+    ("* two legs\n• Two  legs\n* -", ["two legs"], ["duplicate", "empty_or_cut"]),
+    ('["two legs", "a beak"]', ["two legs", "a beak"], []),
+    ('```json\n["two legs"]\n```', ["two legs"], []),
+    ("- a hen\n- henna\n- like a Hen's\n- feathers", ["henna", "feathers"],
+     ["names_the_class"] * 2),
+    ("- two legs\n- " + "x" * 101, ["two legs"], ["too_long"]),
+    ("I'm sorry, I can’t help with that.", [], ["refusal"]),
+    ("- I cannot see it\n- two legs", ["two legs"], ["refusal"]),
+    ("A hen has two legs and a beak.", [], ["no_list"]),
+    ("", [], ["no_list"]),
+    ('{"a": 1}', [], ["no_list"]),
+    ("[1, 2]", [], ["no_list"]),
+    ("-5 degrees\n", [], ["no_list"]),
+  ],
+)  # fmt: skip
+def test_replies_are_read_strictly(text, kept, losses):
+  assert parsed(text) == (kept, losses)
+
+
+def test_a_reply_is_cut_at_its_end_and_at_the_most():
+  assert parsed("- a\n- b\n- c d", is_cut=True) == (["a", "b"], ["empty_or_cut"])
+  assert parsed("- a\n- b\n- c", most=2) == (["a", "b"], ["too_many"])
+
+
+@given(st.text(), st.text(min_size=1), st.booleans())
+def test_any_reply_gives_descriptors_or_a_reason(text, name, is_cut):
+  found = parsed(text, name, is_cut=is_cut)
+  assert found.descriptors or found.losses
+  assert all(d.strip() and len(d) <= 100 for d in found.descriptors)
+
+
+class Server:
+  """Answers as it is told: {class: [status or reply, ...]}, the last one again and again."""
+
+  def __init__(self, answers):
+    self.answers, self.asked, self.keys = answers, collections.Counter(), set()
+    self.bodies, lock = [], threading.Lock()
+    server = self
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      def log_message(self, *_):
+        pass
+
+      def send(self, status, data, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+          self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+      def do_GET(self):
+        server.keys.add(self.headers.get("Authorization"))
+        self.send(200, json.dumps({"data": [{"id": "tiny"}]}).encode())
+
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        name = next(n for n in server.answers if f"a {n} in a photo" in prompt)
+        with lock:
+          server.bodies.append(body)
+          turn = server.asked[name]
+          server.asked[name] += 1
+        told = server.answers[name]
+        answer = told[min(turn, len(told) - 1)]
+        if isinstance(answer, int):
+          return self.send(answer, b"{}", Retry_After="0")
+        if isinstance(answer, bytes):
+          return self.send(200, answer)
+        choice = {"message": {"content": answer}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 10, "completion_tokens": 3}
+        self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    self.url = f"http://127.0.0.1:{self.http.server_port}"
+    threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.http.shutdown()
+    self.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+  monkeypatch.setattr(chat, "_BASE", 0.001)
+
+
+def run(tmp_path, server, names, *more):
+  (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
+  return descriptors.main(
+    [f"--classes={tmp_path}/classes.txt", f"--out={tmp_path}/d.json", f"--server={server.url}",
+     "--model=tiny", *more]
+  )  # fmt: skip
+
+
+def test_what_evaluation_reads_is_written(tmp_path, capsys):
+  answers = {"hen": ["- two legs\n- a beak"], "sea_lion": ["- flippers"], "sea lion": ["- fins"]}
+  with Server(answers) as server:
+    assert run(tmp_path, server, ["hen", "sea_lion"]) == 0
+  out = tmp_path / "d.json"
+  classes = ["hen", "sea_lion"]
+  assert zero_shot.load_descriptors(out, classes) == {
+    "hen": ["two legs", "a beak"], "sea_lion": ["fins"],
+  }  # fmt: skip
+  if REAL.is_dir():  # of the same make as a published one
+    real = json.loads((REAL / "food101.json").read_text())
+    assert type(real) is dict and {type(v) for v in real.values()} == {list}
+    assert out.read_text().startswith('{\n    "hen": [\n        "two legs",')
+  assert server.keys == {f"Bearer {KEY}"}
+  body = server.bodies[0]
+  assert body["model"] == "tiny" and body["temperature"] == 0 and "10" in json.dumps(body)
+  told = capsys.readouterr().out
+  assert "descriptors                     3" in told and "completion_tokens               6" in told
+  assert KEY not in told + "".join(p.read_text() for p in tmp_path.iterdir())
+
+
+def test_classes_that_are_there_are_not_asked_again(tmp_path, capsys):
+  """One that failed is, by the same command; nothing is written before all are there."""
+  answers = {"hen": ["- two legs"], "owl": ["no list", "- round eyes"], "cow": ["- horns"]}
+  with Server(answers) as server:
+    assert run(tmp_path, server, ["hen", "owl"]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 2 classes have no descriptors (no_list 1), 'owl' first" in told
+    assert told.count("\n") == 1 and not (tmp_path / "d.json").exists()
+    replies = tmp_path / "d.replies.jsonl"
+    with replies.open("a") as file:
+      file.write('{"class": "co')  # it was killed there
+    assert run(tmp_path, server, ["hen", "owl"]) == 0
+    assert server.asked == {"hen": 1, "owl": 2}
+    lines = [json.loads(line) for line in replies.read_text().splitlines()]
+    assert [line.get("class") for line in lines[-1:]] == ["owl"] and lines[-2]["reply"] == "no list"
+    replies.unlink()  # what was written is enough
+    assert run(tmp_path, server, ["cow", "hen"]) == 0
+    assert server.asked == {"hen": 1, "owl": 2, "cow": 1}
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert found == {"hen": ["two legs"], "owl": ["round eyes"], "cow": ["horns"]}
+    assert run(tmp_path, server, ["cow", "pig"], "--max_descriptors=3") == 2
+    assert "replies to another prompt or of another model" in capsys.readouterr().err
+
+
+def test_allowed_failures_are_classes_by_name_alone(tmp_path):
+  with Server({"hen": ["- two legs"], "owl": ["nothing"]}) as server:
+    assert run(tmp_path, server, ["hen", "owl"], "--allow_failed") == 0
+  said = []
+  found = zero_shot.load_descriptors(tmp_path / "d.json", ["hen", "owl"], warn=said.append)
+  assert found == {"hen": ["two legs"], "owl": []} and "1 of 2 classes by name alone" in said[0]
+
+
+def test_a_server_in_trouble_is_asked_again(tmp_path, capsys):
+  answers = {"hen": [429, 500, b"garbage", b'{"choices": []}', "- two legs"], "owl": [b"garbage"]}
+  with Server(answers) as server:
+    assert run(tmp_path, server, ["hen", "owl"]) == 2
+    assert "no_reply 1), 'owl'" in capsys.readouterr().err
+    assert server.asked == {"hen": 5, "owl": 5}
+  with Server({"hen": [503], "owl": ["- eyes"]}) as server:
+    (tmp_path / "d.replies.jsonl").unlink()
+    assert run(tmp_path, server, ["hen", "owl"]) == failures.EXIT_RESTART
+    told = capsys.readouterr().err
+    assert "gave no answer in 5 tries (status 503). The same command goes on." in told
+    assert KEY not in told
+  with Server({"hen": ["- two legs"], "owl": ["- eyes"]}) as server:
+    assert run(tmp_path, server, ["hen", "owl"]) == 0
+    assert server.asked == {"hen": 1}  # the owl's came, though the hen's did not
+
+
+def test_after_a_failure_no_further_class_is_asked(tmp_path):
+  names = ["hen", *(f"bird{n}" for n in range(30))]
+  with Server({"hen": [500], **{name: ["- wings"] for name in names[1:]}}) as server:
+    assert run(tmp_path, server, names, "--concurrency=1") == failures.EXIT_RESTART
+    assert server.asked == {"hen": 5}
+
+
+@pytest.mark.parametrize(
+  "changes, match",
+  [
+    (["--server=ftp://x"], "is no http or https address"),
+    (["--server=http://a:b@x"], "holds a password"),
+    (["--server="], "--server is not given"),
+    (["--server=http://127.0.0.1:9"], "does not answer"),
+    (["--model=other"], "has tiny. Name one of them"),
+    (["--prompt=PROMPT"], "lacks {class}"),
+    (["--max_tokens=0"], "must be more than 0"),
+    (["--classes=/nowhere"], "No such file"),
+    (["--classes=TWICE"], "names 'a' twice"),
+    (["--classes=EMPTY"], "names no class"),
+    (["--out=/nowhere/x.json"], "there is no folder"),
+    (["--backend=transformers", "--model=/nowhere"], "has no config.json"),
+  ],
+)
+def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, capsys, changes, match):
+  for name, text in (("PROMPT", "describe it"), ("TWICE", "a\na\n"), ("EMPTY", "\n")):
+    (tmp_path / name).write_text(text)
+    changes = [change.replace(name, str(tmp_path / name)) for change in changes]
+  with Server({"hen": ["- two legs"]}) as server:
+    assert run(tmp_path, server, ["hen"], *changes) == 2
+    told = capsys.readouterr().err
+    assert match in told and told.count("\n") == 1 and not server.asked
+
+
+def test_a_key_that_is_refused_ends_it_at_once(tmp_path, capsys):
+  with Server({"hen": [401]}) as server:
+    assert run(tmp_path, server, ["hen"]) == 2
+    assert server.asked == {"hen": 1}
+  told = capsys.readouterr().err
+  assert "refuses the key (401)" in told and KEY not in told
+
+
+def test_a_model_in_this_process_says_what_transformers_says(tmp_path, capsys):
+  """A random Llama: its words are no list, which is counted."""
+  words = {"<s>": 0, "</s>": 1, "<unk>": 2}
+  for word, *_ in tiny_language.words():
+    words.setdefault(word, len(words))
+  plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+  plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+  )
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(
+    vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+  )  # fmt: skip
+  folder = tmp_path / "model"
+  transformers.LlamaForCausalLM(config).save_pretrained(folder)
+  tokenizer.save_pretrained(folder)
+  own = language_models.TransformersChat(str(folder), max_tokens=12)
+  pipeline = transformers.pipeline("text-generation", model=str(folder), tokenizer=str(folder))
+  prompt = "a photo of a red dog"
+  want = pipeline(prompt, max_new_tokens=12, do_sample=False, return_full_text=False)
+  reply = own.ask(prompt)
+  assert reply.text.strip() == want[0]["generated_text"].strip() and reply.text.strip()
+  assert reply.is_cut and own.totals() == {
+    "requests": 1, "prompt_tokens": 6, "completion_tokens": 12,
+  }  # fmt: skip
+  (tmp_path / "classes.json").write_text('["dog", "cat"]')
+  flags = [f"--classes={tmp_path}/classes.json", f"--out={tmp_path}/d.json", f"--model={folder}"]
+  flags += ["--backend=transformers", "--max_tokens=8"]
+  assert descriptors.main(flags) == 2
+  assert "2 of 2 classes have no descriptors (no_list 2)" in capsys.readouterr().err
