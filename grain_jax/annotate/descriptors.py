@@ -249,7 +249,11 @@ def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
     if stop.is_set():
       return False, None
     words = prompt.replace("{number}", str(most))
-    return True, chat.ask(words.replace("{class}", name.replace("_", " ")))
+    try:
+      return True, chat.ask(words.replace("{class}", name.replace("_", " ")))
+    except BaseException:
+      stop.set()
+      raise
 
   failed: BaseException | None = None
   with concurrent.futures.ThreadPoolExecutor(chat.at_once) as pool:
@@ -258,7 +262,6 @@ def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
       for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
         name, error = asked[future], future.exception()
         if error is not None:
-          stop.set()
           failed = failed or error
           continue
         was_asked, reply = future.result()

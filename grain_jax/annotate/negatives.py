@@ -9,7 +9,8 @@ negatives that were there.
 A proposal is kept if its probability lies within bounds (an improbable word makes no sense, an all
 too probable one may well be true), if it is no form of a word that is there, is not too similar to
 the one that goes, and is tagged as that was in the new text. Where nothing is left there is no
-negative, and the reason is counted. The draws depend on --seed and the picture's key alone.
+negative, and the reason is counted. The draws depend on --negatives_seed, the text and the
+picture's key alone.
 
 Needs a spaCy pipeline with a tagger (--spacy) and the folder of a masked language model (--model).
 """
