@@ -31,7 +31,6 @@ from grain_jax.evals import zero_shot
 
 _PROGRAM = "python -m grain_jax.annotate.descriptors"
 PROMPT = pathlib.Path(__file__).parent / "prompts" / "descriptors.txt"
-_BULLET = re.compile(r"^\s*(?:[-*•–—+]|\(?\d{1,2}[.):])\s+(.*)$")
 _LONGEST = 100  # characters of a descriptor
 _REFUSAL = re.compile(
   r"\b(i'?m sorry|i am sorry|i cannot|i can'?t|as an ai|i'?m unable|i am unable)\b", re.IGNORECASE
@@ -54,16 +53,10 @@ def parse(reply: chat_lib.Reply, name: str, *, most: int) -> Parsed:
     name: of the class.
     most: descriptors that are kept.
   """
-  text = reply.text.replace("’", "'")
-  entries = _json_list(text)
-  if entries is None:
-    lines = [line for line in text.splitlines() if line.strip()]
-    entries = [match[1] for line in lines if (match := _BULLET.match(line))]
-    if reply.is_cut and lines and _BULLET.match(lines[-1]):
-      entries[-1] = ""
+  entries = chat_lib.listed(reply)
   losses, kept = [], []
   if not entries:
-    return Parsed([], [REFUSAL if _REFUSAL.search(text) else NO_LIST])
+    return Parsed([], [REFUSAL if _REFUSAL.search(reply.text.replace("’", "'")) else NO_LIST])
   for entry in entries:
     descriptor = " ".join(entry.replace("**", "").split()).strip(' .;,"')
     why = _fault(descriptor, name, kept)
@@ -74,26 +67,13 @@ def parse(reply: chat_lib.Reply, name: str, *, most: int) -> Parsed:
   return Parsed(kept, losses)
 
 
-def _json_list(text: str) -> list[str] | None:
-  text = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
-  if not text.startswith("["):
-    return None
-  try:
-    found = textfiles.parse_json(text)
-  except ValueError:
-    return None
-  if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
-    return found
-  return None
-
-
 def _fault(descriptor: str, name: str, kept: Sequence[str]) -> str:
   """Why a line is no descriptor; '' if it is one."""
   if not any(map(str.isalnum, descriptor)):
     return "empty_or_cut"
   if len(descriptor) > _LONGEST:
     return "too_long"
-  if _REFUSAL.search(descriptor):
+  if _REFUSAL.search(descriptor.replace("’", "'")):
     return REFUSAL
   try:
     descriptor.encode()

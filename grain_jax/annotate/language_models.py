@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 from urllib import parse
 
-from grain_jax import failures
+from grain_jax import failures, textfiles
 
 _NEEDS = "{} needs {}: pip install -r requirements-annotate.txt."
 _TRIES = 5  # of a request
 _LONGEST_WAIT = 60.0  # seconds between two of them
 _BASE = 1.0  # seconds before the second
+_BULLET = re.compile(r"^\s*(?:[-*•–—+]|\(?\d{1,2}[.):])\s+(.*)$")
 _REFUSED = (401, 403)
 _LATER = (408, 409, 425, 429)  # and 5xx
 
@@ -25,6 +27,34 @@ class Reply(NamedTuple):
 
   text: str
   is_cut: bool = False  # at the limit of tokens
+
+
+def listed(reply: Reply) -> list[str]:
+  """The entries of a list in a reply: its lines with bullets or numbers, or a JSON array of texts.
+
+  The last one is '' where it was cut; [] where there is no list.
+  """
+  found = _json_list(reply.text)
+  if found is not None:
+    return found
+  lines = [line for line in reply.text.splitlines() if line.strip()]
+  entries = [match[1] for line in lines if (match := _BULLET.match(line))]
+  if reply.is_cut and lines and _BULLET.match(lines[-1]):
+    entries[-1] = ""
+  return entries
+
+
+def _json_list(text: str) -> list[str] | None:
+  text = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
+  if not text.startswith("["):
+    return None
+  try:
+    found = textfiles.parse_json(text)
+  except ValueError:
+    return None
+  if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+    return found
+  return None
 
 
 class Chat(Protocol):
@@ -80,6 +110,12 @@ class ServerChat:
 
   def totals(self) -> Mapping[str, int]:
     return dict(self._spent)
+
+  def take_totals(self) -> Mapping[str, int]:
+    """What was spent since it was last taken."""
+    with self._lock:
+      taken, self._spent = self._spent, dict.fromkeys(self._spent, 0)
+    return taken
 
   def check(self) -> None:
     try:

@@ -14,8 +14,8 @@ class Proposal(NamedTuple):
   """A word for a place."""
 
   word: str
-  probability: float  # among all tokens of the model
-  similarity: float  # to the word that stands there: cosine of the centred input embeddings
+  probability: float | None  # among all tokens of the model; None: not known
+  similarity: float | None  # to the word that stands there: cosine of the centred input embeddings
 
 
 class Place(NamedTuple):

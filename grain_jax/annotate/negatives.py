@@ -12,7 +12,9 @@ the one that goes, and is tagged as that was in the new text. Where nothing is l
 negative, and the reason is counted. The draws depend on --negatives_seed, the text and the
 picture's key alone.
 
-Needs a spaCy pipeline with a tagger (--spacy) and the folder of a masked language model (--model).
+Needs a spaCy pipeline with a tagger (--spacy) and the folder of a masked language model (--model);
+or, with --backend=server, a language model behind OpenAI's protocol that names such words: without
+the bounds, under the same rules and tags.
 """
 
 from __future__ import annotations
@@ -25,12 +27,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import schema
-from grain_jax.annotate import false_words, masked, stages
+from grain_jax.annotate import asked_words, language_models, false_words, masked, stages
 from grain_jax.data.sources import base
 
 FLAGS = (
   base.Flag("spacy", "name or folder of a spaCy pipeline with a tagger", "en_core_web_sm"),
-  base.Flag("model", "folder of a masked language model (distilroberta-base; must be given)"),
+  base.Flag("backend", "who proposes words", "masked", str, ("masked", "server")),
+  base.Flag("model", "folder of a masked language model; the name that a server knows"),
+  base.Flag("server", "address of a server of OpenAI's protocol, with --backend=server", ""),
+  base.Flag("key_variable", "environment variable with the server's key", "OPENAI_API_KEY"),
+  base.Flag("prompt", "file with the prompt for a server", str(asked_words.PROMPT)),
   base.Flag("per_region", "false descriptions of a region, at most", 10, int),
   base.Flag("min_probability", "of a proposed word, by the model", 0.001, float),
   base.Flag("max_probability", "of a proposed word: beyond it, it may well be true", 0.5, float),
@@ -62,7 +68,13 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
       "--model is not given: the folder of a masked language model of transformers, such as "
       "distilroberta-base, is needed. Download one and name its folder."
     )
-  found["model"] = str(base.existing(found["model"], "--model"))
+  of_server = found["backend"] == "server"
+  if of_server != bool(found["server"]):
+    raise ValueError("--server and --backend=server belong together. Give both, or neither.")
+  prompt = pathlib.Path(found.pop("prompt")).expanduser()
+  found["prompt"] = asked_words.read_prompt(prompt) if of_server else ""
+  if not of_server:
+    found["model"] = str(base.existing(found["model"], "--model"))
   if pathlib.Path(found["spacy"]).expanduser().exists():
     found["spacy"] = str(base.existing(found["spacy"], "--spacy"))
   for name, low in (("per_region", 0), ("batch_size", 1), ("negatives_seed", 0)):
@@ -82,7 +94,9 @@ def check(values: Mapping[str, Any], source: base.Source, *, say: Callable[[str]
   """Loads both models once; raises a one-line ValueError where one is none."""
   del source
   load_tagger(values["spacy"])
-  masked.MaskedModel(values["model"])
+  model = load_model(values)
+  if values["backend"] == "server":
+    model.chat.check()
   say(f"negatives: words by {values['model']}, tags by {values['spacy']}")
 
 
@@ -116,6 +130,16 @@ def load_tagger(name: str) -> Any:
   return tagger
 
 
+def load_model(values: Mapping[str, Any]) -> Any:
+  """What proposes words: a `masked.MaskedModel`, or an `asked_words.AskedModel`."""
+  if values["backend"] == "masked":
+    return masked.MaskedModel(values["model"])
+  server = language_models.ServerChat(
+    values["server"], values["model"], key_variable=values["key_variable"], max_tokens=200
+  )
+  return asked_words.AskedModel(server, values["prompt"])
+
+
 class _Text(NamedTuple):
   """A true text of a picture."""
 
@@ -141,23 +165,25 @@ class _Job:
 class Negatives:
   """The stage (`stages.Stage`)."""
 
-  num_gpus = 1.0
-
   def __init__(self, values: Mapping[str, Any]):
     self._values = values
     self.batch_size = values["batch_size"]
+    self.num_gpus = 1.0 if values["backend"] == "masked" else 0.0
     self._tagger: Any = None
     self._model: Any = None
     self._spent = collections.Counter[str]()
 
   def totals(self) -> Mapping[str, float]:
     spent, self._spent = self._spent, collections.Counter()
+    of_server = getattr(self._model, "chat", None)
+    if of_server is not None:
+      spent.update(of_server.take_totals())
     return spent
 
   def annotate(self, items: Sequence[stages.Item]) -> list[stages.Result]:
     if self._model is None:
       self._tagger = load_tagger(self._values["spacy"])
-      self._model = masked.MaskedModel(self._values["model"])
+      self._model = load_model(self._values)
     losses: list[list[tuple[str, str]]] = [[] for _ in items]
     texts = [t for n, item in enumerate(items) for t in self._texts(n, item, losses[n])]
     self._spent["texts"] += len(texts)
@@ -230,10 +256,10 @@ class Negatives:
         job.found += own[: job.wanted - len(job.found)]
 
   def _passes(self, job: _Job, target: false_words.Target, proposal: masked.Proposal) -> bool:
-    values = self._values
+    values, p = self._values, proposal.probability
     return (
-      values["min_probability"] <= proposal.probability <= values["max_probability"]
-      and proposal.similarity <= values["max_similarity"]
+      (p is None or values["min_probability"] <= p <= values["max_probability"])
+      and (proposal.similarity is None or proposal.similarity <= values["max_similarity"])
       and false_words.may_replace(
         job.doc, target, proposal.word, kind=job.kind, there=job.there, known=job.known
       )

@@ -3,14 +3,15 @@
 import collections
 import json
 
+import text_server
 import pytest
 import tiny_language
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grain_jax import schema
+from grain_jax import failures, schema
 from grain_jax.annotate import __main__ as command
-from grain_jax.annotate import masked, negatives, stages
+from grain_jax.annotate import language_models, masked, negatives, stages
 from grain_jax.data import build, dataset, pipeline
 from grain_jax.training import loop
 
@@ -158,6 +159,38 @@ def test_regions_keep_what_they_have_and_get_false_descriptions(folders, monkeyp
   assert result.line == {"negatives": []}
 
 
+def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
+  """Under the same rules; what is no list, and no answer at all, is counted."""
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(chat, "_BASE", 0.001)
+  answers = {
+    "brown": ["- big\n- brown\n- **Black**"], "dog": ["1. an animal\n2. dogs\n3. horse."],
+    "sofa": ['["bench"]'], "sleeps": ["It sits"], "red": [500, "- blue"], "cat": [b"garbage"],
+  }  # fmt: skip
+  with text_server.Server(answers) as server:
+    changes = {"backend": "server", "server": server.url, "model": "tiny"}
+    values = negatives.settings({**DEFAULTS, **folders, **changes})
+    negatives.check(values, None, say=print)
+    stage = negatives.make(values)
+    first, second = stage.annotate(
+      [item("A brown dog sleeps", "on the sofa"), item("a red cat", key="b")]
+    )
+    assert [entry["caption"] for entry in first.line["negatives"]] == [
+      "A black dog sleeps", "A brown horse sleeps", "on the bench",
+    ]  # fmt: skip
+    assert first.losses.count(("negatives", "no_proposal")) == 1
+    assert [entry["caption"] for entry in second.line["negatives"]] == ["a blue cat"]
+    assert second.losses.count(("negatives", "no_proposal")) == 1
+    totals = stage.totals()
+    assert totals["requests"] == 4 + 2 + 5 and totals["completion_tokens"] == 3 * 5
+    assert "requests" not in stage.totals() or stage.totals()["requests"] == 0
+    assert any("A brown [dog] sleeps" in b["messages"][0]["content"] for b in server.bodies)
+  with text_server.Server({"dog": [503]}) as server:
+    values = negatives.settings({**DEFAULTS, **folders, **changes, "server": server.url})
+    with pytest.raises(failures.TransientError, match="The same command goes on"):
+      negatives.make(values).annotate([item("dog")])
+
+
 def test_another_word_is_tried_where_one_gives_none(folders, monkeypatch):
   words = {"elephant": [("owl", 0.1, 0)]}
   stage = stage_of(folders, words=words, monkeypatch=monkeypatch)
@@ -251,6 +284,13 @@ def test_wrong_settings_are_told_in_one_line(folders, tmp_path):
   told("a cosine is in", max_similarity=2.0)
   told("--per_region = -1", per_region=-1)
   told("--batch_size = 0", batch_size=0)
+  told("belong together", backend="server")
+  told("belong together", server="http://x")
+  of_server = {"backend": "server", "model": "m", "server": "http://127.0.0.1:9"}
+  told("does not answer", **of_server)
+  told("is no http or https address", **{**of_server, "server": "file:///etc"})
+  (tmp_path / "prompt").write_text("name words")
+  told("lacks {text}", **of_server, prompt=str(tmp_path / "prompt"))
   import spacy
 
   spacy.blank("en").to_disk(tmp_path / "blank")
