@@ -10,10 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grain_jax import failures, schema
-from grain_jax.annotate import __main__ as command
 from grain_jax.annotate import language_models, masked, negatives, stages
-from grain_jax.data import build, dataset, pipeline
-from grain_jax.training import loop
 
 DEFAULTS = {flag.name: flag.default for flag in negatives.FLAGS}
 TAGS = {word: tags for word, *tags in tiny_language.words()}
@@ -166,6 +163,7 @@ def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
   answers = {
     "brown": ["- big\n- brown\n- **Black**"], "dog": ["1. an animal\n2. dogs\n3. horse."],
     "sofa": ['["bench"]'], "sleeps": ["It sits"], "red": [500, "- blue"], "cat": [b"garbage"],
+    "young": ["- fluffy\n- happy"],
   }  # fmt: skip
   with text_server.Server(answers) as server:
     changes = {"backend": "server", "server": server.url, "model": "tiny"}
@@ -184,6 +182,11 @@ def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
     totals = stage.totals()
     assert totals["requests"] == 4 + 2 + 5 and totals["completion_tokens"] == 3 * 5
     assert "requests" not in stage.totals() or stage.totals()["requests"] == 0
+    (third,) = stage.annotate([item("the young", "dog, dog")])
+    made = [entry["caption"] for entry in third.line["negatives"]]
+    assert made in (["horse, dog"], ["dog, horse"])  # fluffy is true of the young
+    asked = [b["messages"][0]["content"].splitlines()[0] for b in server.bodies]
+    assert {text.count("[") for text in asked} == {1}
     assert any("A brown [dog] sleeps" in b["messages"][0]["content"] for b in server.bodies)
   with text_server.Server({"dog": [503]}) as server:
     values = negatives.settings({**DEFAULTS, **folders, **changes, "server": server.url})
@@ -205,16 +208,16 @@ def test_draws_depend_on_key_and_seed_alone(folders):
   items = [item(*texts, key=f"{n}.jpg", regions=["a tiny pig"]) for n in range(12)]
   loose = {"min_probability": 0.0, "max_similarity": 1.0}
 
-  def lines(size, **changes):
-    stage = stage_of(folders, **loose, **changes)
+  def lines(size, stage):
     cut = [items[n : n + size] for n in range(0, len(items), size)]
     return [result.line for part in cut for result in stage.annotate(part)]
 
-  whole = lines(12)
-  assert lines(1) == whole == lines(5)
+  stage = stage_of(folders, **loose)
+  whole = lines(12, stage)
+  assert lines(1, stage) == whole == lines(5, stage_of(folders, **loose))
   made = {json.dumps(line["negatives"]) for line in whole}
   assert len(made) > 3  # not the same for each
-  assert lines(12, negatives_seed=1) != whole
+  assert lines(12, stage_of(folders, **loose, negatives_seed=1)) != whole
 
 
 def words_of(text):
@@ -230,7 +233,7 @@ def loose_stage(folders):
   return stage_of(folders, min_probability=0.0, max_probability=1.0, max_similarity=1.0)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(captions=st.lists(TEXTS, min_size=1, max_size=3), region=TEXTS)
 def test_any_text_gives_a_negative_or_a_reason(loose_stage, captions, region):
   given = item(*captions, regions=[region])
@@ -298,56 +301,3 @@ def test_wrong_settings_are_told_in_one_line(folders, tmp_path):
   said = []
   negatives.check(negatives.settings({**DEFAULTS, **folders}), None, say=said.append)
   assert len(said) == 1
-
-
-SCENES = ["--source=scenes", "--train=48", "--val=8", "--objects_per_class=1", "--concepts=16"]
-
-
-@pytest.mark.slow
-def test_from_the_scenes_captions_to_a_run_that_reads_them(folders, tmp_path, capsys):
-  out, data = tmp_path / "negatives", tmp_path / "data"
-  flags = [f"--spacy={folders['spacy']}", f"--model={folders['model']}"]
-  flags += ["--min_probability=0", "--max_similarity=1", "--per_region=3", "--batch_size=5"]
-  assert command.main(["negatives", *SCENES, f"--out={out}", "--ray_address=none", *flags]) == 0
-  assert "negatives/no_verb" in capsys.readouterr().out
-  lines = [
-    json.loads(line)
-    for path in sorted((out / "annotations").glob("*.jsonl"))
-    for line in path.read_text().splitlines()
-  ]
-  by_key = {line["key"]: line for line in lines}
-  assert build.main([*SCENES, f"--out={data}", f"--annotated={out}"]) in (0, None)
-  opened = dataset.open_dataset(data)
-  has = collections.Counter()
-  for i in range(48):
-    parsed = opened.parse("train", i)
-    line = by_key[parsed.key.decode()]
-    assert [(c.decode(), k.decode()) for c, k in parsed.negatives] == [
-      (entry["caption"], entry["kind"]) for entry in line["negatives"]
-    ]
-    assert [[t.decode() for t in texts] for texts in parsed.region_negatives] == [
-      region["negatives"] for region in line["regions"]
-    ]
-    has.update({kind.decode() for _, kind in parsed.negatives})
-    has["regions"] += sum(map(bool, parsed.region_negatives))
-  assert has["relation"] > 8 and has["attribute"] > 30 and has["object"] > 10
-  assert has["regions"] > 40 and not has["action"]  # no verb is said of a scene
-
-  from configs import ce_clip_coco
-
-  c = ce_clip_coco.get_config("runlocal")
-  c.data.update(dir=str(data), threads=1)
-  c.model.image.update(width=32, depth=1, heads=2)
-  c.model.text.update(width=32, depth=1, heads=2)
-  c.batch_size, c.steps, c.evals, c.eval_every = 48, 3, (), 0
-  c.optimizer.warmup_steps, c.log_every, c.save_every = 1, 1, 3
-  c.data.row_length = 160  # all fit
-  batches = pipeline.train_batches(opened, c)
-  mask = next(batches)["text_mask"]
-  batches.close()
-  assert mask.shape == (48, 1 + 4) and mask[:, 0].all()
-  assert mask[:, 1:].sum(0).tolist() == [has[kind] for kind in schema.NEGATIVE_KINDS]
-  loop.train(c, str(tmp_path / "run"))
-  rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  ranks = [row[name] for row in rows for name in row if name.endswith("rank")]
-  assert rows[-1]["step"] == 3 and ranks and all(value > 0 for value in ranks)
