@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from grain_jax import textfiles
-from grain_jax.annotate import language_models as chat_lib
-from grain_jax.annotate import masked
+from grain_jax.annotate import language_models, masked
 
 PROMPT = pathlib.Path(__file__).parent / "prompts" / "negative_words.txt"
 _NUMBER = 10  # words that are asked for
@@ -17,7 +16,7 @@ _NUMBER = 10  # words that are asked for
 class AskedModel:
   """Proposes words as `masked.MaskedModel` does, without probability or similarity."""
 
-  def __init__(self, chat: chat_lib.Chat, prompt: str):
+  def __init__(self, chat: language_models.Chat, prompt: str):
     """`prompt`: of `read_prompt`."""
     self.chat, self._prompt = chat, prompt.replace("{number}", str(_NUMBER))
 
@@ -33,14 +32,14 @@ class AskedModel:
       [masked.Proposal(word, None, None) for word in _words(reply)][:top] for reply in replies
     ]
 
-  def _ask(self, place: masked.Place) -> chat_lib.Reply | None:
+  def _ask(self, place: masked.Place) -> language_models.Reply | None:
     text, start, end = place
     marked = f"{text[:start]}[{text[start:end]}]{text[end:]}"
     return self.chat.ask(self._prompt.replace("{text}", marked))
 
 
-def _words(reply: chat_lib.Reply | None) -> list[str]:
-  entries = [] if reply is None else chat_lib.listed(reply)
+def _words(reply: language_models.Reply | None) -> list[str]:
+  entries = [] if reply is None else language_models.listed(reply)
   return [entry.replace("**", "").strip(" .,;\"'").lower() for entry in entries]
 
 

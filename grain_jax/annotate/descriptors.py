@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import failures, helptext, places, textfiles
-from grain_jax.annotate import language_models as chat_lib
+from grain_jax.annotate import language_models
 from grain_jax.data.building import flags as build_flags
 from grain_jax.evals import zero_shot
 
@@ -45,7 +45,7 @@ class Parsed(NamedTuple):
   losses: list[str]  # why a line, or the whole, is no descriptor
 
 
-def parse(reply: chat_lib.Reply, name: str, *, most: int) -> Parsed:
+def parse(reply: language_models.Reply, name: str, *, most: int) -> Parsed:
   """The descriptors of a reply: the lines of a list, or a JSON array of texts.
 
   Args:
@@ -53,7 +53,7 @@ def parse(reply: chat_lib.Reply, name: str, *, most: int) -> Parsed:
     name: of the class.
     most: descriptors that are kept.
   """
-  entries = chat_lib.listed(reply)
+  entries = language_models.listed(reply)
   losses, kept = [], []
   if not entries:
     return Parsed([], [REFUSAL if _REFUSAL.search(reply.text.replace("’", "'")) else NO_LIST])
@@ -159,7 +159,7 @@ class Replies:
 def make(
   classes: Sequence[str],
   out: pathlib.Path,
-  chat: chat_lib.Chat,
+  chat: language_models.Chat,
   *,
   prompt: str,
   settings: Mapping[str, Any],
@@ -224,7 +224,7 @@ def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
 
   stop = threading.Event()  # futures that are cancelled would never be told as completed
 
-  def ask(name: str) -> tuple[bool, chat_lib.Reply | None]:
+  def ask(name: str) -> tuple[bool, language_models.Reply | None]:
     """(whether it was asked, the reply)."""
     if stop.is_set():
       return False, None
@@ -279,12 +279,12 @@ def _flags() -> argparse.ArgumentParser:
   return parser
 
 
-def _chat(flags: argparse.Namespace) -> chat_lib.Chat:
+def _chat(flags: argparse.Namespace) -> language_models.Chat:
   if flags.backend == "transformers":
-    return chat_lib.TransformersChat(flags.model, max_tokens=flags.max_tokens)
+    return language_models.TransformersChat(flags.model, max_tokens=flags.max_tokens)
   if not flags.server:
     raise ValueError("--server is not given. Give its address, or --backend=transformers.")
-  return chat_lib.ServerChat(
+  return language_models.ServerChat(
     flags.server, flags.model, key_variable=flags.key_variable, max_tokens=flags.max_tokens,
     timeout=flags.timeout, at_once=flags.concurrency,
   )  # fmt: skip

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import schema
-from grain_jax.annotate import asked_words, language_models, false_words, masked, stages
+from grain_jax.annotate import asked_words, false_words, language_models, masked, stages
 from grain_jax.data.sources import base
 
 FLAGS = (

@@ -3,8 +3,8 @@
 import json
 import pathlib
 
-import text_server
 import pytest
+import text_server
 import tiny_language
 import tokenizers
 import torch
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grain_jax import failures
-from grain_jax.annotate import language_models, descriptors
+from grain_jax.annotate import descriptors, language_models
 from grain_jax.evals import zero_shot
 
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "descriptors"
@@ -65,7 +65,7 @@ def test_any_reply_gives_descriptors_or_a_reason(text, name, is_cut):
 def quick(monkeypatch):
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
   monkeypatch.setenv("OPENAI_API_KEY", KEY)
-  monkeypatch.setattr(chat, "_BASE", 0.001)
+  monkeypatch.setattr(language_models, "_BASE", 0.001)
 
 
 def run(tmp_path, server, names, *more):

@@ -3,8 +3,8 @@
 import collections
 import json
 
-import text_server
 import pytest
+import text_server
 import tiny_language
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -159,7 +159,7 @@ def test_regions_keep_what_they_have_and_get_false_descriptions(folders, monkeyp
 def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
   """Under the same rules; what is no list, and no answer at all, is counted."""
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  monkeypatch.setattr(chat, "_BASE", 0.001)
+  monkeypatch.setattr(language_models, "_BASE", 0.001)
   answers = {
     "brown": ["- big\n- brown\n- **Black**"], "dog": ["1. an animal\n2. dogs\n3. horse."],
     "sofa": ['["bench"]'], "sleeps": ["It sits"], "red": [500, "- blue"], "cat": [b"garbage"],
