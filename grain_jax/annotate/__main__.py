@@ -3,7 +3,8 @@
 STAGE is describe, ground or negatives: a stage over the pictures of a source (`python -m
 grain_jax.data.build --help` lists them), given what the stage before wrote as --annotated=DIR. A
 command that was stopped goes on when it is given again. Blocks are done by Ray, on this machine or
-on a cluster (--ray_address), or here in this process (--ray_address=none).
+on a cluster (--ray_address), or here in this process (--ray_address=none). `report` makes a page of
+what a stage wrote, `descriptors` descriptors of class names: `report --help`, `descriptors --help`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grain_jax import failures, helptext, places
-from grain_jax.annotate import engine, stages
+from grain_jax.annotate import descriptors, engine, report, stages
 from grain_jax.data import sources
 from grain_jax.data.building import flags as build_flags
 from grain_jax.data.building import ray_tasks, tasks
@@ -25,6 +26,7 @@ from grain_jax.data.sources import base
 
 _PROGRAM = "python -m grain_jax.annotate"
 NO_RAY = "none"
+_OTHERS = {"report": report.main, "descriptors": descriptors.main}  # commands that are no stage
 
 
 class Annotator(ray_tasks.Doer):
@@ -91,8 +93,11 @@ def _executor(address: str, stage: str, settings: Mapping[str, Any], say: Any) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  given = sys.argv[1:] if arguments is None else list(arguments)
+  if given and given[0] in _OTHERS:
+    return _OTHERS[given[0]](given[1:])
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  flags = _parse(sys.argv[1:] if arguments is None else list(arguments))
+  flags = _parse(given)
 
   def say(line: str) -> None:
     print(line, flush=True)
