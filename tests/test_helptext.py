@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme_are_among_those_asked():
   asked = set(commands())
   readme = (ROOT / "README.md").read_text()
   named = set(re.findall(r"python -m ((?:grain_jax|bench)[\w.]*)", readme))
-  assert named - asked == {"grain_jax.data.build"} and len(asked) > 12
+  assert named - asked == {"grain_jax.data.build", "grain_jax.annotate"} and len(asked) > 12
 
 
 @pytest.mark.slow
