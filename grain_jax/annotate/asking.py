@@ -9,11 +9,11 @@ from grain_jax.annotate import stages
 
 
 class Request(NamedTuple):
-  """One picture and one question."""
+  """One question, of a picture or of none."""
 
   name: str  # of the prompt
   prompt: str
-  image: bytes  # JPEG
+  image: bytes | None  # JPEG; None: the prompt is all
   failure: Callable[[str], str | None]  # why a reply cannot be used; None: it can
   schema: dict[str, Any] | None = None  # JSON schema of the reply, where the model can keep to it
 

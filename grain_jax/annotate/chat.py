@@ -1,4 +1,4 @@
-"""A client of any server that speaks the OpenAI protocol of chat completions.
+"""The client of any server that speaks the OpenAI protocol of chat completions.
 
 Nothing that it prints, raises or returns has the key or a picture in it: what a server says is
 shown without them.
@@ -31,6 +31,7 @@ NO_CONNECTION, CUT_REPLY, GARBAGE = "no_connection", "cut_reply", "garbage"
 REQUEST_REFUSED = "request_refused"  # 400, 404, 413, ...: asked again, it is refused again
 REFUSAL, CONTENT_FILTER = "refusal", "content_filter"
 _FINAL = (REQUEST_REFUSED,)
+_LATER = (408, 409, 425)  # may do better when asked again, as 429 and 5xx
 _LONG_TEXT = re.compile(r"[A-Za-z0-9+/=_-]{64,}")  # a picture
 _BEARER = re.compile(r"(?i)(bearer\s+|\bsk-)[^\s\"']+")
 
@@ -131,14 +132,14 @@ class Chat:
       )
     return results
 
-  def ask_once(self, request: asking.Request, *, with_image: bool = True) -> Answer:
+  def ask_once(self, request: asking.Request) -> Answer:
     """One request, for a check; tried again where it failed, of time-outs once, unless nobody
     answers or it is refused."""
 
     async def ask() -> Answer:
-      async with self._client() as client:
+      async with self.client() as client:
         for attempt in range(self.settings["retries"] + 1):
-          answer = await self._attempt(client, request, with_image=with_image)
+          answer = await self._attempt(client, request)
           if answer.text is not None or answer.why in (*_FINAL, NO_CONNECTION):
             break
           if answer.why in (REFUSAL, CONTENT_FILTER) or (answer.why == TIMEOUT and attempt):
@@ -154,18 +155,19 @@ class Chat:
     wait = self.settings["backoff"] * 2**attempt * self._random.uniform(1.0, 1.5)
     await asyncio.sleep(min(max(wait, answer.wait or 0.0), _MOST_WAIT))
 
-  def _client(self):
+  def client(self):
+    """An `httpx.AsyncClient` with the key; it serves one event loop."""
     headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
     limits = self._httpx.Limits(max_connections=self.settings["concurrency"])
     return self._httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
 
   async def _run(self, dialogues: Sequence[asking.Dialogue], outcomes) -> list[stages.Result]:
     places = asyncio.Semaphore(self.settings["concurrency"])
-    async with self._client() as client:
+    async with self.client() as client:
 
       async def ask(request: asking.Request) -> asking.Reply:
         async with places:  # waiting for another attempt too: a busy server gets less
-          reply = await self._ask(client, request)
+          reply = await self.ask(client, request)
         outcomes[reply.why] += 1
         return reply
 
@@ -184,7 +186,8 @@ class Chat:
         raise several.exceptions[0] from None
     return [task.result() for task in held]
 
-  async def _ask(self, client, request: asking.Request) -> asking.Reply:
+  async def ask(self, client, request: asking.Request) -> asking.Reply:
+    """One reply by `client`, after retries; ValueError where the key is refused."""
     attempts = 0
     while True:
       answer = await self._attempt(client, request)
@@ -197,12 +200,36 @@ class Chat:
       self.spent["retries"] += 1
       await self._wait(attempts - 1, answer)
 
-  async def _attempt(self, client, request: asking.Request, *, with_image: bool = True) -> Answer:
+  async def check_model(self, client) -> None:
+    """Asks which models there are, which costs nothing.
+
+    Raises:
+      ValueError: nobody answers, the key is refused, or others are there; one line.
+    """
+    where, model = f"--server={self.settings['server']}", self.settings["model"]
+    found = await self._send(client, "GET", self.url.removesuffix("chat/completions") + "models")
+    if isinstance(found, Answer):
+      if found.why == GARBAGE:
+        return  # it has no such list
+      raise ValueError(
+        f"{where} does not answer ({found.why}). Start the server, or correct the address."
+      )
+    response, data = found
+    self._check_key(response.status_code)
+    try:
+      names = [str(entry["id"]) for entry in json.loads(data)["data"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+      return  # it has no such list
+    if names and model not in names:
+      told = self._shown(", ".join(names[:5]))
+      raise ValueError(f"--model={model}: {where} has {told}. Name one of them.")
+
+  async def _attempt(self, client, request: asking.Request) -> Answer:
     """One answer; asked anew where the server lacks a parameter that it can do without."""
     schema = request.schema is not None and self.schema is not False
     for _ in range(_ADAPTED):
       limit, temperature = self._limit, self._temperature
-      answer = await self._post(client, self._body(request, schema, with_image))
+      answer = await self._post(client, self._body(request, schema))
       if answer.status not in (400, 422):
         break
       said = (answer.raw or "").lower()
@@ -218,14 +245,17 @@ class Chat:
       self.schema = schema
     return answer
 
-  def _body(self, request: asking.Request, schema: bool, with_image: bool) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
-    if with_image:
-      data = base64.b64encode(request.image).decode()
-      parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
+  def _body(self, request: asking.Request, schema: bool) -> dict[str, Any]:
+    content: str | list[dict[str, Any]] = request.prompt
+    if request.image is not None:
+      url = f"data:image/jpeg;base64,{base64.b64encode(request.image).decode()}"
+      content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": request.prompt},
+      ]
     body: dict[str, Any] = {
       "model": self.settings["model"],
-      "messages": [{"role": "user", "content": parts}],
+      "messages": [{"role": "user", "content": content}],
       self._limit: self.settings["max_tokens"],
     }
     if self._temperature:
@@ -238,11 +268,16 @@ class Chat:
     return body
 
   async def _post(self, client, body: Mapping[str, Any]) -> Answer:
-    httpx = self._httpx
     self.spent["requests"] += 1
+    found = await self._send(client, "POST", self.url, json=body)
+    return found if isinstance(found, Answer) else self._read(*found)
+
+  async def _send(self, client, method: str, url: str, **more: Any) -> Answer | tuple[Any, bytes]:
+    """(response, its body), or why there is none."""
+    httpx = self._httpx
     try:
       async with asyncio.timeout(self.settings["timeout"]):
-        async with client.stream("POST", self.url, json=body) as response:
+        async with client.stream(method, url, **more) as response:
           data = bytearray()
           async for piece in response.aiter_bytes():
             data += piece
@@ -256,19 +291,15 @@ class Chat:
       return Answer(None, GARBAGE)
     except httpx.HTTPError:
       return Answer(None, CUT_REPLY)
-    return self._read(response, bytes(data))
+    return response, bytes(data)
 
   def _read(self, response, data: bytes) -> Answer:
     status, text = response.status_code, data.decode("utf-8", "replace")
-    if status in (401, 403):
-      raise ValueError(
-        f"--server={self.settings['server']} refuses the key ({status}). Put a valid one into an "
-        "environment variable and name that with --api_key_env."
-      )
+    self._check_key(status)
     raw = _BEARER.sub("(key)", self._shown(text))[:2000]
     if status == 429:
       return Answer(None, RATE_LIMITED, raw=raw, status=status, wait=_wait(response.headers))
-    if status >= 500:
+    if status >= 500 or status in _LATER:
       return Answer(None, SERVER_ERROR, raw=raw, status=status, wait=_wait(response.headers))
     if status != 200:
       return Answer(None, REQUEST_REFUSED, raw=raw, status=status)
@@ -289,6 +320,13 @@ class Chat:
       return Answer(None, CONTENT_FILTER if finish == CONTENT_FILTER else REFUSAL, raw=raw)
     text = self._without_key(content or "")  # `replies` takes no word as long as a picture
     return Answer(text, cut=finish == "length", raw=self._shown(text), status=status)
+
+  def _check_key(self, status: int) -> None:
+    if status in (401, 403):
+      raise ValueError(
+        f"--server={self.settings['server']} refuses the key ({status}). Put a valid one into an "
+        "environment variable and name that with --api_key_env."
+      )
 
   def _count(self, usage: Any) -> None:
     found = usage if isinstance(usage, Mapping) else {}

@@ -40,7 +40,7 @@ def check(
   where = f"--server={settings['server']}"
   _raise_if_no_server(answer, where, settings)
   if answer.status in (400, 404, 413, 415, 422) or answer.why == chat.SERVER_ERROR:
-    blind = client.ask_once(_question(), with_image=False)
+    blind = client.ask_once(_question()._replace(image=None))
     if blind.text is not None:
       raise ValueError(
         f"--model={settings['model']} answers texts but refuses a picture ({answer.status}: "

@@ -268,8 +268,10 @@ def _flags() -> argparse.ArgumentParser:
   add("--out", required=True, help="JSON file to write")
   add("--model", required=True, help="name that the server knows; a folder with transformers")
   add("--backend", choices=("server", "transformers"), default="server", help="who answers")
-  add("--server", default="", help="address of a server of OpenAI's protocol")
-  add("--key_variable", default="OPENAI_API_KEY", help="environment variable with the server's key")
+  add("--server", default="", help="address of an OpenAI-compatible server: http://HOST:PORT/v1")
+  add(
+    "--api_key_env", default="", help="NAME of the environment variable with the key; none: no key"
+  )
   add("--concurrency", type=int, default=8, help="requests at a time")
   add("--timeout", type=float, default=120.0, help="seconds that a request may take")
   add("--prompt", default=str(PROMPT), help="file with the prompt; {class} is the class's name")
@@ -285,7 +287,7 @@ def _chat(flags: argparse.Namespace) -> language_models.Chat:
   if not flags.server:
     raise ValueError("--server is not given. Give its address, or --backend=transformers.")
   return language_models.ServerChat(
-    flags.server, flags.model, key_variable=flags.key_variable, max_tokens=flags.max_tokens,
+    flags.server, flags.model, api_key_env=flags.api_key_env, max_tokens=flags.max_tokens,
     timeout=flags.timeout, at_once=flags.concurrency,
   )  # fmt: skip
 

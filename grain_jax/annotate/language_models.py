@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import pathlib
 import re
 import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
-from urllib import parse
+import weakref
+from collections.abc import Coroutine, Mapping
+from concurrent import futures
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from grain_jax import failures, textfiles
+from grain_jax.annotate import asking, chat
 
 _NEEDS = "{} needs {}: pip install -r requirements-annotate.txt."
 _TRIES = 5  # of a request
-_LONGEST_WAIT = 60.0  # seconds between two of them
 _BASE = 1.0  # seconds before the second
 _BULLET = re.compile(r"^\s*(?:[-*•–—+]|\(?\d{1,2}[.):])\s+(.*)$")
-_REFUSED = (401, 403)
-_LATER = (408, 409, 425, 429)  # and 5xx
+_EMPTY = "empty_reply"
+_NO_ANSWER = (
+  chat.RATE_LIMITED, chat.SERVER_ERROR, chat.TIMEOUT, chat.NO_CONNECTION, chat.CUT_REPLY,
+)  # fmt: skip
+_NAMES = {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}
+_T = TypeVar("_T")
 
 
 class Reply(NamedTuple):
@@ -73,138 +77,107 @@ class Chat(Protocol):
 
 
 class ServerChat:
-  """A server of OpenAI's protocol (vLLM and many others)."""
+  """A server of OpenAI's protocol (vLLM and many others), for texts: `chat.Chat`, from any thread.
+
+  What is asked runs in one event loop, in a thread of its own, as long as this is there.
+  """
 
   def __init__(
     self,
     url: str,
     model: str,
     *,
-    key_variable: str = "OPENAI_API_KEY",
+    api_key_env: str = "",
     max_tokens: int = 400,
     timeout: float = 120.0,
     at_once: int = 8,
-    sleep: Callable[[float], Any] = time.sleep,
   ):
-    """`key_variable`: the environment variable with the key, which is shown nowhere."""
-    try:
-      import httpx
-    except ImportError as error:
-      raise ValueError(_NEEDS.format("--server", "httpx")) from error
-    parts = parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-      raise ValueError(
-        f"--server={url!r} is no http or https address, as http://localhost:8000 is."
-      )
-    if parts.username or parts.password:
-      raise ValueError(f"--server holds a password: put it into the variable {key_variable}.")
-    self._httpx, self._sleep, self.at_once = httpx, sleep, at_once
-    self._name, self._model, self._max_tokens = url, model, max_tokens
-    self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    key = os.environ.get(key_variable, "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    self._key_variable = key_variable
-    self._client = httpx.Client(headers=headers, timeout=timeout)
-    self._lock = threading.Lock()
-    self._spent = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    """`api_key_env`: the environment variable with the key; '': no key.
+
+    Raises:
+      ValueError: no address, or no such variable; one line.
+    """
+    self.at_once, self._name = at_once, url
+    self._chat = chat.Chat({
+      "server": url, "model": model, "api_key_env": api_key_env, "concurrency": at_once,
+      "retries": _TRIES - 1, "timeout": timeout, "backoff": _BASE, "max_tokens": max_tokens,
+      "price_in": 0.0, "price_out": 0.0,
+    })  # fmt: skip
+    self._client = self._chat.client()
+    self._lock, self._spent = threading.Lock(), _nothing_spent()
+    ready: futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = futures.Future()
+    threading.Thread(target=_hold_loop, args=(self._client, ready), daemon=True).start()
+    self._loop, stop = ready.result()
+    weakref.finalize(self, self._loop.call_soon_threadsafe, stop.set).atexit = False
 
   def totals(self) -> Mapping[str, int]:
-    return dict(self._spent)
+    with self._lock:
+      self._gather()
+      return dict(self._spent)
 
   def take_totals(self) -> Mapping[str, int]:
     """What was spent since it was last taken."""
     with self._lock:
-      taken, self._spent = self._spent, dict.fromkeys(self._spent, 0)
+      self._gather()
+      taken, self._spent = self._spent, _nothing_spent()
     return taken
 
-  def check(self) -> None:
-    try:
-      answer = self._client.get(f"{self._url}/models")
-    except self._httpx.HTTPError as error:
-      raise ValueError(
-        f"--server={self._name} does not answer ({failures.one_line(error, limit=100)}). Start it, "
-        "or correct the address."
-      ) from None
-    self._check_key(answer.status_code)
-    try:
-      names = [entry["id"] for entry in answer.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-      return  # it has no such list
-    if names and self._model not in names:
-      raise ValueError(
-        f"--model={self._model}: --server={self._name} has {', '.join(map(str, names[:5]))}. "
-        "Name one of them."
-      )
+  def _gather(self) -> None:
+    """Adds what was spent since this was last called; requests that go on are not interrupted."""
 
-  def _check_key(self, status: int) -> None:
-    if status in _REFUSED:
-      raise ValueError(
-        f"--server={self._name} refuses the key ({status}). Put a valid one into the variable "
-        f"{self._key_variable}."
-      )
+    async def take() -> Mapping[str, float]:  # in the loop, where it is counted
+      return self._chat.totals()
+
+    for name, number in self._wait_for(take()).items():
+      if name != "cost":
+        name = _NAMES.get(name, name)
+        self._spent[name] = self._spent.get(name, 0) + int(number)
+
+  def check(self) -> None:
+    self._wait_for(self._chat.check_model(self._client))
 
   def ask(self, prompt: str) -> Reply | None:
-    """Raises failures.TransientError where it does not answer in several tries."""
-    body = {
-      "model": self._model, "messages": [{"role": "user", "content": prompt}],
-      "max_tokens": self._max_tokens, "temperature": 0, "seed": 0,
-    }  # fmt: skip
-    why = ""
-    for attempt in range(_TRIES):
-      wait = min(_BASE * 2.0**attempt, _LONGEST_WAIT)
-      try:
-        answer = self._client.post(f"{self._url}/chat/completions", json=body)
-      except self._httpx.HTTPError as error:
-        why = type(error).__name__
-      else:
-        status, why = answer.status_code, f"status {answer.status_code}"
-        self._count("requests", 1)
-        if status == 200:
-          reply = self._read(answer)
-          if reply is not None:
-            return reply
-          why = ""
-        elif status not in _LATER and status < 500:
-          self._check_key(status)
-          raise ValueError(
-            f"--server={self._name} refuses the request (status {status}). Check --model and the "
-            "server's log."
-          )
-        wait = _seconds(answer.headers.get("retry-after"), wait)
-      if attempt + 1 < _TRIES:
-        self._sleep(wait)
-    if why:
+    """Its answer; None where it says nothing, or what is none, in several tries.
+
+    Raises:
+      ValueError: the key or the request is refused; one line.
+      failures.TransientError: it does not answer in several tries; one line.
+    """
+    request = asking.Request("text", prompt, None, lambda text: None if text.strip() else _EMPTY)
+    reply = self._wait_for(self._chat.ask(self._client, request))
+    if reply.text is not None:
+      return Reply(reply.text, reply.cut)
+    if reply.why == chat.REQUEST_REFUSED:
+      said = " ".join((reply.raw or "").split())[:100]
+      raise ValueError(
+        f"--server={self._name} refuses the request ({said or reply.why}). Check --model and the "
+        "server's log."
+      )
+    if reply.why in _NO_ANSWER:
       raise failures.TransientError(
-        f"--server={self._name} gave no answer in {_TRIES} tries ({why}). The same command goes on."
+        f"--server={self._name} gave no answer in {reply.attempts} tries ({reply.why}). The same "
+        "command goes on."
       )
     return None
 
-  def _read(self, answer: Any) -> Reply | None:
-    try:
-      found = answer.json()
-      choice = found["choices"][0]
-      text = choice["message"]["content"]
-    except (ValueError, KeyError, TypeError, IndexError):
-      return None
-    if not isinstance(text, str):
-      return None
-    usage = found.get("usage")
-    for name in ("prompt_tokens", "completion_tokens"):
-      spent = usage.get(name) if isinstance(usage, dict) else None
-      self._count(name, spent if isinstance(spent, int) else 0)
-    return Reply(text, choice.get("finish_reason") == "length")
-
-  def _count(self, name: str, number: int) -> None:
-    with self._lock:
-      self._spent[name] += number
+  def _wait_for(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+    return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-def _seconds(value: str | None, default: float) -> float:
-  """What Retry-After asks for, within reason; it may also be a date."""
-  try:
-    return min(max(float(value or ""), 0.0), _LONGEST_WAIT)
-  except ValueError:
-    return default
+def _nothing_spent() -> dict[str, int]:
+  return {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+
+def _hold_loop(client: Any, ready: futures.Future) -> None:
+  """Runs an event loop until the event is set that `ready` gets beside it."""
+
+  async def hold() -> None:
+    stop = asyncio.Event()
+    ready.set_result((asyncio.get_running_loop(), stop))
+    async with client:
+      await stop.wait()
+
+  asyncio.run(hold())
 
 
 class TransformersChat:
@@ -236,7 +209,7 @@ class TransformersChat:
       ) from error
     self._torch, self._max_tokens = torch, max_tokens
     self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    self._spent = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    self._spent = _nothing_spent()
 
   def totals(self) -> Mapping[str, int]:
     return dict(self._spent)

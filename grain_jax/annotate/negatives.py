@@ -27,15 +27,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import schema
-from grain_jax.annotate import asked_words, false_words, language_models, masked, stages
+from grain_jax.annotate import asked_words, chat, false_words, language_models, masked, stages
 from grain_jax.data.sources import base
 
+ADDRESSES = ("server",)  # flags that are no paths
+NEUTRAL = ("server", "api_key_env", "batch_size")
 FLAGS = (
   base.Flag("spacy", "name or folder of a spaCy pipeline with a tagger", "en_core_web_sm"),
   base.Flag("backend", "who proposes words", "masked", str, ("masked", "server")),
   base.Flag("model", "folder of a masked language model; the name that a server knows"),
-  base.Flag("server", "address of a server of OpenAI's protocol, with --backend=server", ""),
-  base.Flag("key_variable", "environment variable with the server's key", "OPENAI_API_KEY"),
+  base.Flag("server", "address of an OpenAI-compatible server: http://HOST:PORT/v1", ""),
+  base.Flag("api_key_env", "NAME of the environment variable with the key; none: no key", ""),
   base.Flag("prompt", "file with the prompt for a server", str(asked_words.PROMPT)),
   base.Flag("per_region", "false descriptions of a region, at most", 10, int),
   base.Flag("min_probability", "of a proposed word, by the model", 0.001, float),
@@ -60,7 +62,7 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
   """The flags' values, checked.
 
   Raises:
-    ValueError: a bound that is none, a folder that is not there; one line.
+    ValueError: a bound that is none, a folder that is not there, no address, no key; one line.
   """
   found = dict(values)
   if not found["model"]:
@@ -71,6 +73,10 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
   of_server = found["backend"] == "server"
   if of_server != bool(found["server"]):
     raise ValueError("--server and --backend=server belong together. Give both, or neither.")
+  if of_server:
+    chat.check_url(found["server"])
+    chat.key_of(found["api_key_env"])
+    chat.import_httpx()
   prompt = pathlib.Path(found.pop("prompt")).expanduser()
   found["prompt"] = asked_words.read_prompt(prompt) if of_server else ""
   if not of_server:
@@ -135,7 +141,7 @@ def load_model(values: Mapping[str, Any]) -> Any:
   if values["backend"] == "masked":
     return masked.MaskedModel(values["model"])
   server = language_models.ServerChat(
-    values["server"], values["model"], key_variable=values["key_variable"], max_tokens=200
+    values["server"], values["model"], api_key_env=values["api_key_env"], max_tokens=200
   )
   return asked_words.AskedModel(server, values["prompt"])
 

@@ -1,8 +1,10 @@
 """A server that speaks the OpenAI protocol of chat completions, and misbehaves where a test asks.
 
 `answer(body, number)` gives what happens to a request: a string (the model's text), or a `Reply`.
+`Told` is one that answers texts as it is told. The one model that it lists is "tiny".
 """
 
+import collections
 import contextlib
 import dataclasses
 import http.server
@@ -41,13 +43,42 @@ def asked(body):
 
 
 def prompt(body):
-  return next(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
+  content = body["messages"][0]["content"]
+  if isinstance(content, str):
+    return content
+  return next(part["text"] for part in content if part["type"] == "text")
 
 
 def picture(body):
   """The data URL of a request; None: it has no picture."""
-  parts = body["messages"][0]["content"]
+  content = body["messages"][0]["content"]
+  parts = [] if isinstance(content, str) else content
   return next((p["image_url"]["url"] for p in parts if p["type"] == "image_url"), None)
+
+
+class Told:
+  """Answers of {words: [status, bytes of a body or text, ...]}, the last again and again.
+
+  The words are of a prompt: as a class, "a WORDS in a photo", or as a marked word, "[WORDS]".
+  """
+
+  def __init__(self, answers):
+    self.answers, self.asked = answers, collections.Counter()
+    self._lock = threading.Lock()
+
+  def __call__(self, body, number):
+    text = prompt(body)
+    name = next(n for n in self.answers if f"a {n} in a photo" in text or f"[{n}]" in text)
+    with self._lock:
+      turn = self.asked[name]
+      self.asked[name] += 1
+    told = self.answers[name]
+    answer = told[min(turn, len(told) - 1)]
+    if isinstance(answer, int):
+      return Reply(answer, b"{}", headers={"Retry-After": "0"})
+    if isinstance(answer, bytes):
+      return Reply(body=answer)
+    return Reply(text=answer, usage={"prompt_tokens": 10, "completion_tokens": 3})
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -64,6 +95,15 @@ class Server(http.server.ThreadingHTTPServer):
   def url(self):
     return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+  @property
+  def keys(self):
+    return {headers.get("Authorization") for headers in self.headers}
+
+  @property
+  def asked(self):
+    """How often each of the words of a `Told` was asked for."""
+    return self.answer.asked
+
   def handle_error(self, request, client_address):
     pass  # the client went away
 
@@ -73,6 +113,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def log_message(self, *arguments):
     pass
+
+  def do_GET(self):
+    self.server.headers.append(dict(self.headers))
+    self._send(Reply(body=json.dumps({"data": [{"id": "tiny"}]}).encode()))
 
   def do_POST(self):
     server = self.server

@@ -3,8 +3,8 @@
 import json
 import pathlib
 
+import chat_server
 import pytest
-import text_server
 import tiny_language
 import tokenizers
 import torch
@@ -72,13 +72,13 @@ def run(tmp_path, server, names, *more):
   (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
   return descriptors.main(
     [f"--classes={tmp_path}/classes.txt", f"--out={tmp_path}/d.json", f"--server={server.url}",
-     "--model=tiny", *more]
+     "--model=tiny", "--api_key_env=OPENAI_API_KEY", *more]
   )  # fmt: skip
 
 
 def test_what_evaluation_reads_is_written(tmp_path, capsys):
   answers = {"hen": ["- two legs\n- a beak"], "sea_lion": ["- flippers"], "sea lion": ["- fins"]}
-  with text_server.Server(answers) as server:
+  with chat_server.serve(chat_server.Told(answers)) as server:
     assert run(tmp_path, server, ["hen", "sea_lion"]) == 0
   out = tmp_path / "d.json"
   classes = ["hen", "sea_lion"]
@@ -100,7 +100,7 @@ def test_what_evaluation_reads_is_written(tmp_path, capsys):
 def test_classes_that_are_there_are_not_asked_again(tmp_path, capsys):
   """One that failed is, by the same command; nothing is written before all are there."""
   answers = {"hen": ["- two legs"], "owl": ["no list", "- round eyes"], "cow": ["- horns"]}
-  with text_server.Server(answers) as server:
+  with chat_server.serve(chat_server.Told(answers)) as server:
     assert run(tmp_path, server, ["hen", "owl"]) == 2
     told = capsys.readouterr().err
     assert "1 of 2 classes have no descriptors (no_list 1), 'owl' first" in told
@@ -123,7 +123,7 @@ def test_classes_that_are_there_are_not_asked_again(tmp_path, capsys):
 
 
 def test_allowed_failures_are_classes_by_name_alone(tmp_path):
-  with text_server.Server({"hen": ["- two legs"], "owl": ["nothing"]}) as server:
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs"], "owl": ["nothing"]})) as server:
     assert run(tmp_path, server, ["hen", "owl"], "--allow_failed") == 0
   said = []
   found = zero_shot.load_descriptors(tmp_path / "d.json", ["hen", "owl"], warn=said.append)
@@ -132,24 +132,26 @@ def test_allowed_failures_are_classes_by_name_alone(tmp_path):
 
 def test_a_server_in_trouble_is_asked_again(tmp_path, capsys):
   answers = {"hen": [429, 500, b"garbage", b'{"choices": []}', "- two legs"], "owl": [b"garbage"]}
-  with text_server.Server(answers) as server:
+  with chat_server.serve(chat_server.Told(answers)) as server:
     assert run(tmp_path, server, ["hen", "owl"]) == 2
     assert "no_reply 1), 'owl'" in capsys.readouterr().err
     assert server.asked == {"hen": 5, "owl": 5}
-  with text_server.Server({"hen": [503], "owl": ["- eyes"]}) as server:
+  with chat_server.serve(chat_server.Told({"hen": [503], "owl": ["- eyes"]})) as server:
     (tmp_path / "d.replies.jsonl").unlink()
     assert run(tmp_path, server, ["owl", "hen"]) == failures.EXIT_RESTART
     told = capsys.readouterr().err
-    assert "gave no answer in 5 tries (status 503). The same command goes on." in told
+    assert "gave no answer in 5 tries (server_error). The same command goes on." in told
     assert KEY not in told
-  with text_server.Server({"hen": ["- two legs"], "owl": ["- eyes"]}) as server:
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs"], "owl": ["- eyes"]})) as server:
     assert run(tmp_path, server, ["hen", "owl"]) == 0
     assert server.asked == {"hen": 1}  # the owl's came, though the hen's did not
 
 
 def test_after_a_failure_no_further_class_is_asked(tmp_path):
   names = ["hen", *(f"bird{n}" for n in range(30))]
-  with text_server.Server({"hen": [500], **{name: ["- wings"] for name in names[1:]}}) as server:
+  with chat_server.serve(
+    chat_server.Told({"hen": [500], **{name: ["- wings"] for name in names[1:]}})
+  ) as server:
     assert run(tmp_path, server, names, "--concurrency=1") == failures.EXIT_RESTART
     assert server.asked == {"hen": 5}
 
@@ -157,10 +159,11 @@ def test_after_a_failure_no_further_class_is_asked(tmp_path):
 @pytest.mark.parametrize(
   "changes, match",
   [
-    (["--server=ftp://x"], "is no http or https address"),
-    (["--server=http://a:b@x"], "holds a password"),
+    (["--server=ftp://x"], "not an address of the form http://HOST:PORT/v1"),
+    (["--server=http://a:b@x"], "has a name or a password in it"),
     (["--server="], "--server is not given"),
     (["--server=http://127.0.0.1:9"], "does not answer"),
+    ([f"--api_key_env={KEY}"], "not the name of an environment variable"),
     (["--model=other"], "has tiny. Name one of them"),
     (["--prompt=PROMPT"], "lacks {class}"),
     (["--max_tokens=0"], "must be more than 0"),
@@ -175,14 +178,14 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, capsys, change
   for name, text in (("PROMPT", "describe it"), ("TWICE", "a\na\n"), ("EMPTY", "\n")):
     (tmp_path / name).write_text(text)
     changes = [change.replace(name, str(tmp_path / name)) for change in changes]
-  with text_server.Server({"hen": ["- two legs"]}) as server:
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs"]})) as server:
     assert run(tmp_path, server, ["hen"], *changes) == 2
     told = capsys.readouterr().err
-    assert match in told and told.count("\n") == 1 and not server.asked
+    assert match in told and told.count("\n") == 1 and not server.asked and KEY not in told
 
 
 def test_a_key_that_is_refused_ends_it_at_once(tmp_path, capsys):
-  with text_server.Server({"hen": [401]}) as server:
+  with chat_server.serve(chat_server.Told({"hen": [401]})) as server:
     assert run(tmp_path, server, ["hen"]) == 2
     assert server.asked == {"hen": 1}
   told = capsys.readouterr().err

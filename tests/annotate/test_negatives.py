@@ -3,8 +3,8 @@
 import collections
 import json
 
+import chat_server
 import pytest
-import text_server
 import tiny_language
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -165,7 +165,7 @@ def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
     "sofa": ['["bench"]'], "sleeps": ["It sits"], "red": [500, "- blue"], "cat": [b"garbage"],
     "young": ["- fluffy\n- happy"],
   }  # fmt: skip
-  with text_server.Server(answers) as server:
+  with chat_server.serve(chat_server.Told(answers)) as server:
     changes = {"backend": "server", "server": server.url, "model": "tiny"}
     values = negatives.settings({**DEFAULTS, **folders, **changes})
     negatives.check(values, None, say=print)
@@ -188,7 +188,7 @@ def test_a_server_may_name_the_words(folders, monkeypatch, capsys):
     asked = [b["messages"][0]["content"].splitlines()[0] for b in server.bodies]
     assert {text.count("[") for text in asked} == {1}
     assert any("A brown [dog] sleeps" in b["messages"][0]["content"] for b in server.bodies)
-  with text_server.Server({"dog": [503]}) as server:
+  with chat_server.serve(chat_server.Told({"dog": [503]})) as server:
     values = negatives.settings({**DEFAULTS, **folders, **changes, "server": server.url})
     with pytest.raises(failures.TransientError, match="The same command goes on"):
       negatives.make(values).annotate([item("dog")])
@@ -291,7 +291,7 @@ def test_wrong_settings_are_told_in_one_line(folders, tmp_path):
   told("belong together", server="http://x")
   of_server = {"backend": "server", "model": "m", "server": "http://127.0.0.1:9"}
   told("does not answer", **of_server)
-  told("is no http or https address", **{**of_server, "server": "file:///etc"})
+  told("not an address of the form http://HOST", **{**of_server, "server": "file:///etc"})
   (tmp_path / "prompt").write_text("name words")
   told("lacks {text}", **of_server, prompt=str(tmp_path / "prompt"))
   import spacy
