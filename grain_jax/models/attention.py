@@ -87,7 +87,8 @@ def attend(
     return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple)
   heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   scale = query.shape[-1] ** -0.5 if scale is None else scale
-  return jnp.swapaxes(_attend(scale, *heads_first, mask, bias), 1, 2)
+  written_out = elementwise.are_layers_written_out()
+  return jnp.swapaxes(_attend(scale, written_out, *heads_first, mask, bias), 1, 2)
 
 
 def _refuse_cudnn(fused: str, part: str) -> None:
@@ -138,16 +139,28 @@ def _logits(
   return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-  scale: float, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+  scale: float,
+  written_out: bool,
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None,
+  bias: Array | None,
 ) -> Array:
-  """Attention of heads-first arrays [B, H, L, D]."""
-  return _forward(scale, query, key, value, mask, bias)[0]
+  """Attention of heads-first arrays [B, H, L, D]; `written_out`: `elementwise.compute_again`."""
+  return _forward(scale, written_out, query, key, value, mask, bias)[0]
 
 
 def _forward(
-  scale: float, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+  scale: float,
+  written_out: bool,
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None,
+  bias: Array | None,
 ) -> tuple[Array, tuple]:
   """Result and residuals: never the weights, which are the largest arrays of a block.
 
@@ -167,10 +180,10 @@ def _forward(
 
 
 def _backward(
-  scale: float, residuals: tuple, gradient: Array
+  scale: float, written_out: bool, residuals: tuple, gradient: Array
 ) -> tuple[Array, Array, Array, None, Array | None]:
   query, key, value, mask, bias, out, log_total = residuals
-  query, key, gradient = elementwise.compute_again(query, key, gradient)
+  query, key, gradient = elementwise.compute_again(written_out, query, key, gradient)
   with jax.named_scope(RECOMPUTED_SCOPE):
     weights = jnp.exp(_logits(scale, query, key, mask, bias) - log_total)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

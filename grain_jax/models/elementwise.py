@@ -6,8 +6,10 @@ deviations and the normalised values, of GELU the argument and the value of its 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -22,28 +24,46 @@ def quick_gelu(x: Array) -> Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def compute_again(*arrays: Array) -> tuple[Array, ...]:
+_written_out = contextvars.ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def layers_written_out() -> Iterator[None]:
+  """Around the trace of layers that are no body of a loop: see `compute_again`."""
+  token = _written_out.set(True)
+  try:
+    yield
+  finally:
+    _written_out.reset(token)
+
+
+def are_layers_written_out() -> bool:
+  return _written_out.get()
+
+
+def compute_again(written_out: bool, *arrays: Array) -> tuple[Array, ...]:
   """The arrays, from which what is computed is not found to be the same as in the forward pass.
 
   Where layers are written out, the compiler otherwise keeps the forward pass's values, all layers'
-  at once, instead of computing them a second time.
+  at once, instead of computing them a second time. In the body of a loop it cannot, and a barrier
+  would only keep it from fusing.
   """
-  return jax.lax.optimization_barrier(arrays)
+  return jax.lax.optimization_barrier(arrays) if written_out else arrays
 
 
 def keeping_input(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
   """The function of one array, whose backward pass computes again all that it needs of it."""
 
-  @jax.custom_vjp
-  def call(x: Array) -> Array:
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def keeping(written_out: bool, x: Array) -> Array:
     return function(x)
 
-  def backward(x: Array, gradient: Array) -> tuple[Array]:
-    x, gradient = compute_again(x, gradient)
+  def backward(written_out: bool, x: Array, gradient: Array) -> tuple[Array]:
+    x, gradient = compute_again(written_out, x, gradient)
     return jax.vjp(function, x)[1](gradient)
 
-  call.defvjp(lambda x: (function(x), x), backward)
-  return functools.wraps(function)(call)
+  keeping.defvjp(lambda written_out, x: (function(x), x), backward)
+  return lambda x: keeping(are_layers_written_out(), x)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -71,14 +91,20 @@ class LayerNorm(nn.Module):
     return normalize(self.epsilon, jnp.dtype(self.dtype), x, scale, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def normalize(epsilon: float, dtype: jnp.dtype, x: Array, scale: Array, bias: Array) -> Array:
   """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in `dtype`."""
-  return _forward(epsilon, dtype, x, scale, bias)[0]
+  return _normalize(epsilon, dtype, are_layers_written_out(), x, scale, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalize(
+  epsilon: float, dtype: jnp.dtype, written_out: bool, x: Array, scale: Array, bias: Array
+) -> Array:
+  return _forward(epsilon, dtype, written_out, x, scale, bias)[0]
 
 
 def _forward(
-  epsilon: float, dtype: jnp.dtype, x: Array, scale: Array, bias: Array
+  epsilon: float, dtype: jnp.dtype, written_out: bool, x: Array, scale: Array, bias: Array
 ) -> tuple[Array, tuple[Array, ...]]:
   wide = x.astype(jnp.float32)
   mean = jnp.mean(wide, -1, keepdims=True)
@@ -88,10 +114,14 @@ def _forward(
 
 
 def _backward(
-  epsilon: float, dtype: jnp.dtype, residuals: tuple[Array, ...], gradient: Array
+  epsilon: float,
+  dtype: jnp.dtype,
+  written_out: bool,
+  residuals: tuple[Array, ...],
+  gradient: Array,
 ) -> tuple[Array, Array, Array]:
   x, mean, inverse, scale = residuals
-  x, gradient = compute_again(x, gradient)
+  x, gradient = compute_again(written_out, x, gradient)
   normal = (x.astype(jnp.float32) - mean) * inverse
   gradient = gradient.astype(jnp.float32)
   rows = tuple(range(x.ndim - 1))
@@ -103,4 +133,4 @@ def _backward(
   return x_gradient.astype(x.dtype), scale_gradient.astype(scale.dtype), bias_gradient
 
 
-normalize.defvjp(_forward, _backward)
+_normalize.defvjp(_forward, _backward)

@@ -263,7 +263,8 @@ class Stack:
     outputs = []
     for i, layer in enumerate(split_stack(params, [1] * depth)):
       layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
-      carry, output = scan_body(carry, (layer, None if keys is None else keys[i]))
+      with elementwise.layers_written_out():
+        carry, output = scan_body(carry, (layer, None if keys is None else keys[i]))
       outputs.append(output)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
