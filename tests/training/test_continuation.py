@@ -53,8 +53,8 @@ def test_a_run_that_has_begun_keeps_how_it_started(tiny, tmp_path):
 def test_other_data_at_the_old_place_is_a_change_too(tiny, tmp_path, monkeypatch):
   (tmp_path / "config.json").write_text(configs.to_json(tiny))
   monkeypatch.setattr(
-    continuation.dataset, "open_dataset",
-    lambda path: SimpleNamespace(fingerprint=lambda split: "b" * 20),
+    continuation.mixture, "open_training",
+    lambda config: SimpleNamespace(fingerprint=lambda split: "b" * 20),
   )  # fmt: skip
 
   def newest(data):
