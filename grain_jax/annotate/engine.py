@@ -8,7 +8,6 @@ those of `data.build`.
 from __future__ import annotations
 
 import collections
-import fcntl
 import json
 import pathlib
 import time
@@ -19,7 +18,7 @@ from grain_jax import failures
 from grain_jax.annotate import stages
 from grain_jax.data import records, sources
 from grain_jax.data.building import block as block_lib
-from grain_jax.data.building import tasks
+from grain_jax.data.building import locks, tasks
 from grain_jax.data.sources import annotated, base
 
 _VERSION = 1  # of what a block's files are
@@ -174,14 +173,7 @@ def run(
   """
   if source.recipe is None:
     raise ValueError(f"the source {source.name} can be read in one process alone.")
-  out.mkdir(parents=True, exist_ok=True)
-  with (out / "lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(
-        f"another command writes {out}. Wait for it, stop it, or choose another --out."
-      ) from None
+  with locks.held(out, say):
     what = {
       "version": _VERSION,
       "stage": stage,

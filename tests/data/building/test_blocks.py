@@ -1,5 +1,6 @@
 """A build in blocks: by one process or several, killed or not, it comes to the same shards."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from grain_jax import failures
 from grain_jax.data import build, dataset
 from grain_jax.data.building import block as block_lib
-from grain_jax.data.building import tasks, workers
+from grain_jax.data.building import locks, run, tasks, workers
 from grain_jax.data.sources import base, folder_lines
 from grain_jax.data.sources import folder as folder_source
 from grain_jax.data.sources import scenes as scenes_source
@@ -201,7 +202,10 @@ def test_blocks_of_other_inputs_are_not_gone_on_with(images, tmp_path, monkeypat
 
 def test_two_builds_of_one_folder_are_told_apart(images, tmp_path):
   source = folder_source.source(images)
-  with build._held(tmp_path / "out.part"), pytest.raises(ValueError, match="another build writes"):
+  with (
+    locks.held(tmp_path / "out.part", toy_data.quiet),
+    pytest.raises(ValueError, match="another command writes"),
+  ):
     build.build(source, tmp_path / "out", say=toy_data.quiet)
 
 
@@ -221,9 +225,9 @@ def test_a_key_of_another_block_is_a_duplicate(tmp_path):
 
 
 def test_a_long_build_of_which_too_much_is_dropped_need_not_read_again(tmp_path, monkeypatch):
-  monkeypatch.setattr(build, "_FEW", 1)
+  monkeypatch.setattr(run, "_FEW", 1)
   folder = write_folder(tmp_path / "in", 1100, bad=range(0, 1100, 3))
-  monkeypatch.setattr(build.tally, "check_missing", lambda *a: None)
+  monkeypatch.setattr(run.tally, "check_missing", lambda *a: None)
   source = folder_source.source(folder)
   with pytest.raises(ValueError, match="What was read is kept in .*out.part"):
     build.build(source, tmp_path / "out", workers=0, say=toy_data.quiet)
@@ -232,6 +236,43 @@ def test_a_long_build_of_which_too_much_is_dropped_need_not_read_again(tmp_path,
     folder_source.source(folder), tmp_path / "out", workers=0, allow_dropped=1, say=toy_data.quiet
   )
   assert dataset.open_dataset(tmp_path / "out").num_records("train") == 733
+
+
+def test_an_error_of_a_later_command_does_not_undo_what_was_read(images, tmp_path, monkeypatch):
+  """A cluster that does not answer, pictures that are not mounted."""
+  monkeypatch.setattr(run, "_FEW", 1)
+  out, options = tmp_path / "out", {"workers": 0, "shard_size": 900, "say": toy_data.quiet}
+  perform, done = tasks.perform, []
+
+  def failing(task, *arguments, **named):
+    if len(done) == 2:
+      raise failures.TransientError("gone")
+    done.append(task)
+    perform(task, *arguments, **named)
+
+  monkeypatch.setattr(tasks, "perform", failing)
+  source = folder_source.source(images)
+  with pytest.raises(failures.TransientError):
+    build.build(source, out, **options)
+  monkeypatch.setattr(tasks, "perform", perform)
+  with pytest.raises(ValueError, match="no cluster answers there.*is kept in"):
+    build.build(source, out, **{**options, "ray_address": "localhost:1"})
+  with monkeypatch.context() as patch, pytest.raises(ValueError, match="not there.*is kept in"):
+    patch.setattr(run, "images_of", lambda *_: (_ for _ in ()).throw(ValueError("not there.")))
+    build.build(source, out, **options)
+  said = []
+  build.build(source, out, **{**options, "say": said.append})
+  assert any("2 of 4 blocks are there" in line for line in said)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "no locks")
+
+  monkeypatch.setattr(locks.fcntl, "flock", refuse)
+  said = []
+  with locks.held(tmp_path / "out", said.append):
+    assert len(said) == 1 and "without locks" in said[0]
 
 
 def test_scenes_of_several_processes_are_those_of_one(tmp_path, monkeypatch):
