@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax.annotate import report_counts
-from grain_jax.data.building import tally
+from grain_jax.data.building import figures
 
-_MOST = 12  # boxes or texts of an image that are shown
-_LONGEST = 300  # characters of a text
 _FREQUENT = 20  # descriptions
 _MOST_BARS = 20  # of counts an image; the last bar is of all that are more
-# Told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
-_COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
 _BAR, _PALE = "#0072B2", "#B8CFE0"
 _PARTS = (
   ("images", "images"), ("many", "how many an image"), ("scores", "scores"),
@@ -82,9 +77,9 @@ def page(
   """
   names = " → ".join(one["stage"] for one in stages.manifests)
   parts = [
-    f"<h1>{_text(name)}: annotations</h1>",
-    f'<p class="quiet">{_text(names)}. Read it before you spend more: are the boxes around what '
-    "their descriptions say, and do the descriptions say what is there?</p>",
+    f"<h1>{figures.escaped(name)}: annotations</h1>",
+    f'<p class="quiet">{figures.escaped(names)}. Read it before you spend more: are the boxes '
+    "around what their descriptions say, and do the descriptions say what is there?</p>",
     _key_figures(counts, asked),
     f'<p class="quiet">{" · ".join(f"<a href=#{at}>{about}</a>" for at, about in _PARTS)}</p>',
     f"<h2 id=images>{len(shown)} images, chosen by chance</h2>",
@@ -102,7 +97,7 @@ def page(
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f"<title>{_text(name)}: annotations</title><style>{_STYLE}</style></head>"
+    f"<title>{figures.escaped(name)}: annotations</title><style>{_STYLE}</style></head>"
     f"<body>{''.join(parts)}</body></html>\n"
   )
 
@@ -198,9 +193,11 @@ def _dropped(stages: report_counts.Chain) -> Iterable[str]:
     losses = sorted(one["losses"].items(), key=lambda entry: (-entry[1]["count"], entry[0]))
     for name, entry in losses:
       what, _, why = name.partition("/")
-      first = ", ".join(map(_text, entry["first"][:3]))
-      told = f'{_text(why.replace("_", " "))}<br><span class="quiet">{first}</span>'
-      rows.append([_text(one["stage"]), _text(what), told, f"{entry['count']:,}"])
+      first = ", ".join(map(figures.escaped, entry["first"][:3]))
+      told = f'{figures.escaped(why.replace("_", " "))}<br><span class="quiet">{first}</span>'
+      rows.append(
+        [figures.escaped(one["stage"]), figures.escaped(what), told, f"{entry['count']:,}"]
+      )
   if not rows:
     yield "<p>Nothing was dropped.</p>"
     return
@@ -209,7 +206,7 @@ def _dropped(stages: report_counts.Chain) -> Iterable[str]:
 
 def _frequent(counts: report_counts.Counts) -> Iterable[str]:
   rows = [
-    [_text(text), f"{images:,}", _share(without, images)]
+    [figures.escaped(text), f"{images:,}", _share(without, images)]
     for text, (images, without) in counts.frequent(_FREQUENT)
   ]
   about = " (rare ones were left out while counting)" if counts.approximate else ""
@@ -222,7 +219,7 @@ def _frequent(counts: report_counts.Counts) -> Iterable[str]:
 
 def _text_only(counts: report_counts.Counts) -> Iterable[str]:
   yield "<h2 id=text_only>Images with text only</h2>"
-  keys = ", ".join(map(_text, counts.text_only_keys))
+  keys = ", ".join(map(figures.escaped, counts.text_only_keys))
   more = ", ..." if counts.text_only > len(counts.text_only_keys) else ""
   yield (
     f"<p>{counts.text_only:,} of {counts.images:,} images "
@@ -242,13 +239,15 @@ def _spent(stages: report_counts.Chain) -> Iterable[str]:
   ]
   for name in dict.fromkeys(name for one in stages.manifests for name in one["totals"]):
     spent = (one["totals"].get(name) for one in stages.manifests)
-    rows.append([_text(name.replace("_", " ")), *("" if x is None else _number(x) for x in spent)])
-  header = ["", *(_text(one["stage"]) for one in stages.manifests)]
+    rows.append(
+      [figures.escaped(name.replace("_", " ")), *("" if x is None else _number(x) for x in spent)]
+    )
+  header = ["", *(figures.escaped(one["stage"]) for one in stages.manifests)]
   yield _table(header, rows, numbers=range(1, len(header)))
   yield '<p class="quiet">Work is that of all workers, added up.</p>'
   if stages.lost:
     yield (
-      f'<p class="lost">{_text(stages.lost)}, which the first of these stages was given, '
+      f'<p class="lost">{figures.escaped(stages.lost)}, which the first of these stages was given, '
       "has no manifest of a stage (any more): its time and drops are missing here.</p>"
     )
 
@@ -298,39 +297,25 @@ def _chart(
 
 def _figure(shown: Shown) -> str:
   width, height = shown.size
-  boxes = [_box(i, r["box"], shown.size) for i, r in enumerate(shown.regions[:_MOST])]
+  boxes = [
+    figures.box_over(i, r["box"], shown.size) for i, r in enumerate(shown.regions[: figures.MOST])
+  ]
   regions = [
-    f'<b style="border-color:{_color(i)}">{i + 1}</b>{_text(region["description"])}'
-    f' <span class="quiet">{region["score"]:.2f}</span>'
+    figures.numbered(i, region["description"])
+    + f' <span class="quiet">{region["score"]:.2f}</span>'
     for i, region in enumerate(shown.regions)
   ]
-  alt = _text(shown.captions[0]) if shown.captions else ""
-  lost = _list("ul", map(_text, shown.without_box))
+  alt = figures.escaped(shown.captions[0]) if shown.captions else ""
+  lost = figures.listed("ul", map(figures.escaped, shown.without_box))
   return (
     f'<figure><div class="picture"><img src="data:image/jpeg;base64,{shown.jpeg}" width="{width}" '
     f'height="{height}" alt="{alt}"><svg viewBox="0 0 {width} {height}" aria-hidden="true">'
     # In reverse, so that the first ones lie on top.
     f"{''.join(reversed(boxes))}</svg></div><figcaption>"
-    f'<div class="quiet">{_text(shown.key)}</div>{_list("ol", map(_text, shown.captions))}'
-    f"{_list('ul class=regions', regions)}"
+    f'<div class="quiet">{figures.escaped(shown.key)}</div>'
+    f"{figures.listed('ol', map(figures.escaped, shown.captions))}"
+    f"{figures.listed('ul class=regions', regions)}"
     f"{f'<div class=lost>no box: {lost}</div>' if lost else ''}</figcaption></figure>"
-  )
-
-
-def _box(number: int, box: Sequence[float], size: tuple[int, int]) -> str:
-  """A box over an image of a size, in its colour and with its number, on white."""
-  width, height = size
-  ymin, xmin, ymax, xmax = (x * side for x, side in zip(box, (height, width) * 2, strict=True))
-  place = f'x="{xmin:.1f}" y="{ymin:.1f}" width="{xmax - xmin:.1f}" height="{ymax - ymin:.1f}"'
-  rects = "".join(
-    f'<rect {place} fill="none" stroke="{color}" stroke-width="{wide}" '
-    'vector-effect="non-scaling-stroke"/>'
-    for color, wide in (("#fff", 4), (_color(number), 2))
-  )
-  x, y = min(xmin + 4, width - 9), min(ymin + 15, height - 3)
-  return (
-    f'{rects}<text x="{x:.1f}" y="{y:.1f}" font-size="14" font-weight="700" paint-order="stroke" '
-    f'stroke="#fff" stroke-width="4" fill="{_color(number)}">{number + 1}</text>'
   )
 
 
@@ -352,27 +337,9 @@ def _table(
   return f'<div class="wide"><table>{head}{body}</table></div>'
 
 
-def _list(tag: str, items: Iterable[str]) -> str:
-  lines = list(items)
-  if not lines:
-    return ""
-  more = f"<li class=quiet>and {len(lines) - _MOST} more</li>" if len(lines) > _MOST else ""
-  body = "".join(f"<li>{line}</li>" for line in lines[:_MOST])
-  return f"<{tag}>{body}{more}</{tag.split()[0]}>"
-
-
 def _ratio(a: float, b: float) -> str:
   return f"{a / b:.2f}" if b else "0"
 
 
 def _share(a: float, b: float) -> str:
   return f"{100 * a / b:.1f} %" if b else "-"
-
-
-def _color(number: int) -> str:
-  return _COLORS[number % len(_COLORS)]
-
-
-def _text(text: str) -> str:
-  text = tally.printable(text)
-  return html.escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...")

@@ -9,27 +9,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import heapq
-import html
 import io
 import pathlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from grain_jax import schema
 from grain_jax.data import decoding, records
-from grain_jax.data.building import tally
+from grain_jax.data.building import figures, tally
 
 NAME = "preview.html"
 _COUNT = 24  # images
 _SEED = 0  # of which ones
 _SIDE = 360  # pixels of the longer side of a picture
-_LONGEST = 300  # characters of a text
-_MOST = 12  # boxes, captions or losses of an image that are shown
 _EXAMPLES = 5  # of a kind of loss, with what was given
-# Told apart with colour-blind eyes too (Okabe and Ito, 2008), orange first.
-_COLORS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#7F5AA2", "#8C6D1F")
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 1.5rem auto;
   padding: 0 1rem; overflow-wrap: anywhere; }
@@ -174,13 +169,13 @@ class Preview:
     chosen = sorted(self._heap, reverse=True, key=lambda e: e[:2])
     shown = [_small(entry) for _, _, entry in chosen]
     parts = [
-      f"<h1>{_text(name)}</h1>",
-      f'<p class="quiet">Images: {_text(splits)}. Are the boxes around what their descriptions '
-      "say?</p>",
+      f"<h1>{figures.escaped(name)}</h1>",
+      f'<p class="quiet">Images: {figures.escaped(splits)}. Are the boxes around what their '
+      "descriptions say?</p>",
       _table(summary),
     ]
     if hints:
-      items = "".join(f"<li>{_text(line)}</li>" for line in hints)
+      items = "".join(f"<li>{figures.escaped(line)}</li>" for line in hints)
       parts.append(f'<h2>What may be wrong</h2><ul class="hints">{items}</ul>')
     parts.append(f"<h2>{len(shown)} images, chosen by chance</h2>")
     parts.append(f'<div class="images">{"".join(map(_figure, shown))}</div>')
@@ -188,7 +183,7 @@ class Preview:
     page = (
       '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
       '<meta name="viewport" content="width=device-width, initial-scale=1">'
-      f"<title>{_text(name)}: preview</title><style>{_STYLE}</style></head>"
+      f"<title>{figures.escaped(name)}: preview</title><style>{_STYLE}</style></head>"
       f"<body>{''.join(parts)}</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
@@ -201,7 +196,7 @@ class Preview:
       title = tally.title(kind)
       count = summary[title]["reasons"][why]
       items = "".join(
-        f"<li>{_text(loss.key)}{''.join(f': {_text(t)}' for t in loss.texts if t)}</li>"
+        f"<li>{': '.join(map(figures.escaped, [loss.key, *filter(None, loss.texts)]))}</li>"
         for loss in examples
       )
       more = '<li class="quiet">...</li>' if count > len(examples) else ""
@@ -264,43 +259,26 @@ def _thumbnail(image: bytes) -> tuple[bytes, tuple[int, int]]:
 def _figure(shown: _Shown) -> str:
   width, height = shown.size
   source = f"data:image/jpeg;base64,{base64.b64encode(shown.jpeg).decode()}"
-  drawn = enumerate(shown.regions[:_MOST])
+  drawn = enumerate(shown.regions[: figures.MOST])
   # In reverse, so that the first ones, of highest score more often than not, lie on top.
-  boxes = "".join(reversed([_box(i, region["box"], shown.size) for i, region in drawn]))
+  boxes = "".join(reversed([figures.box_over(i, region["box"], shown.size) for i, region in drawn]))
   parts = [
     f'<div class="picture"><img src="{source}" width="{width}" height="{height}" '
-    f'alt="{_text(shown.captions[0])}"><svg viewBox="0 0 {width} {height}" '
+    f'alt="{figures.escaped(shown.captions[0])}"><svg viewBox="0 0 {width} {height}" '
     f'aria-hidden="true">{boxes}</svg></div><figcaption>'
-    f'<div class="quiet">{_text(shown.key)} ({_text(shown.split)})</div>',
-    _list("ol", (_text(caption) for caption in shown.captions)),
+    f'<div class="quiet">{figures.escaped(shown.key)} ({figures.escaped(shown.split)})</div>',
+    figures.listed("ol", (figures.escaped(caption) for caption in shown.captions)),
   ]
   regions = (
-    f'<b style="border-color:{_color(i)}">{i + 1}</b>{_text(region["description"])}'
+    figures.numbered(i, region["description"])
     + (f' <span class="quiet">{region["score"]:.2f}</span>' if region["score"] != 1 else "")
     for i, region in enumerate(shown.regions)
   )
-  parts.append(_list('ul class="regions"', regions))
+  parts.append(figures.listed('ul class="regions"', regions))
   if shown.lost:
-    lines = _list("ul", map(_text, shown.lost))
+    lines = figures.listed("ul", map(figures.escaped, shown.lost))
     parts.append(f'<div class="lost">dropped: {lines}</div>')
   return f"<figure>{''.join(parts)}</figcaption></figure>"
-
-
-def _box(number: int, box: Sequence[float], size: tuple[int, int]) -> str:
-  """A box over a picture of a size, in its colour and with its number, on white."""
-  width, height = size
-  ymin, xmin, ymax, xmax = (x * side for x, side in zip(box, (height, width) * 2, strict=True))
-  place = f'x="{xmin:.1f}" y="{ymin:.1f}" width="{xmax - xmin:.1f}" height="{ymax - ymin:.1f}"'
-  rects = "".join(
-    f'<rect {place} fill="none" stroke="{color}" stroke-width="{wide}" '
-    'vector-effect="non-scaling-stroke"/>'
-    for color, wide in (("#fff", 4), (_color(number), 2))
-  )
-  x, y = min(xmin + 4, width - 9), min(ymin + 15, height - 3)
-  return (
-    f'{rects}<text x="{x:.1f}" y="{y:.1f}" font-size="14" font-weight="700" paint-order="stroke" '
-    f'stroke="#fff" stroke-width="4" fill="{_color(number)}">{number + 1}</text>'
-  )
 
 
 def _table(summary: Mapping[str, Any]) -> str:
@@ -312,21 +290,3 @@ def _table(summary: Mapping[str, Any]) -> str:
       f"<td class=number>{entry['dropped']:,}</td><td>{reasons}</td></tr>"
     )
   return f'<div class="wide"><table>{"".join(rows)}</table></div>'
-
-
-def _list(tag: str, items: Iterable[str]) -> str:
-  lines = list(items)
-  if not lines:
-    return ""
-  more = f"<li class=quiet>and {len(lines) - _MOST} more</li>" if len(lines) > _MOST else ""
-  body = "".join(f"<li>{line}</li>" for line in lines[:_MOST])
-  return f"<{tag}>{body}{more}</{tag.split()[0]}>"
-
-
-def _color(number: int) -> str:
-  return _COLORS[number % len(_COLORS)]
-
-
-def _text(text: str) -> str:
-  text = tally.printable(text)
-  return html.escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...")
