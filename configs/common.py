@@ -70,7 +70,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.remat = "none"  # what the backward pass rematerialises: none | elementwise (all but the
   # matrix products) | attention (their products in attention too) | block (each block)
   c.model.attention = "auto"  # auto (cuDNN's fused one where that is possible: NVIDIA's GPUs,
-  # bfloat16, no mask) | xla | cudnn (masked too, or an error; never with dropout)
+  # bfloat16, no dropout) | xla | cudnn (or an error)
+  c.model.norm = "auto"  # LayerNorm: auto (Pallas kernels on NVIDIA's GPUs, in half precision, if
+  # they compile) | xla | pallas (unasked)
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)
   c.model.logit_scale_max = 4.6052  # ln(100); clamped to [0, this] after each update
   c.model.logit_bias = False  # a learned bias of the logits, which the sigmoid contrast needs

@@ -25,6 +25,7 @@ CHOICES = {
   "model.dtype": ("float32", "bfloat16", "auto"),
   "model.remat": ("none", "elementwise", "attention", "block"),
   "model.attention": ("auto", "xla", "cudnn"),
+  "model.norm": ("auto", "xla", "pallas"),
   "model.image.variant": tuple(VARIANTS),
   "model.pool": ("default", "query", "class", "max", "mean", "map"),
   "model.auxiliary_pool": ("none", "max", "mean"),
@@ -69,6 +70,7 @@ FREE_KEYS = frozenset(
     "loss.matcher",
     "loss.precision",
     "model.attention",
+    "model.norm",
     "model.remat",
     "model.text.tokenizer",  # its content is part of what a checkpoint is checked by
     "model.unroll",
@@ -176,6 +178,7 @@ ADDED = {
   "model.image.stem": "linear",
   "model.logit_bias": False,
   "model.logit_bias_init": -10.0,
+  "model.norm": "auto",
   "model.pool": "default",
   "model.pool_includes_class": True,
   "model.projects_images": True,

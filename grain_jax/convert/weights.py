@@ -106,7 +106,7 @@ def _check_holds_a_model(folder: pathlib.Path) -> None:
 
 def _without_machine_settings(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The configuration without what its run asked of its own machine, which may differ from this."""
-  config.model.attention = "auto"
+  config.model.attention = config.model.norm = "auto"
   return config
 
 

@@ -6,6 +6,7 @@ Dimensions: B batch, L tokens, H heads, D width of a head.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ def attend(
   mask: Array | None = None,
   bias: Array | None = None,
   scale: float | None = None,
+  tokens: int | None = None,
   fused: str = "xla",
   part: str = "model",
 ) -> Array:
@@ -66,12 +68,13 @@ def attend(
     bias: of the logits, of rank 4 and broadcastable to [B, H, Lq, Lk] (T5's relative positions);
       XLA alone.
     scale: of the logits, 1 / sqrt(D) by default; another one: XLA alone.
+    tokens: of queries and keys, without a mask; what follows them is padding, which nothing sees.
     fused: config.model.attention: 'xla'; 'cudnn', or an error; 'auto' takes cuDNN where it can, for
-      unmasked half precision on NVIDIA's GPUs.
+      half precision on NVIDIA's GPUs.
     part: of the model, for messages.
 
   Returns:
-    [B, Lq, H, D].
+    [B, Lq, H, D]; of padding meaningless.
 
   Raises:
     ValueError: 'cudnn' was asked for by name and is impossible; one line.
@@ -82,13 +85,82 @@ def attend(
   if bias is not None or scale is not None:
     _refuse_cudnn(fused, part)
   elif fused != "xla":
-    multiple = _cudnn_multiple(query, key, mask, fused=fused, part=part)
+    multiple = _cudnn_multiple(query, key, mask, tokens, fused=fused, part=part)
   if multiple:
-    return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple)
+    return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple, tokens=tokens)
+  if tokens and tokens < key.shape[1]:
+    mask = (jnp.arange(key.shape[1]) < tokens)[None, None, None]
   heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   written_out = elementwise.are_layers_written_out()
   return jnp.swapaxes(_attend(scale, written_out, *heads_first, mask, bias), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(formula: str, a: Array, b: Array) -> Array:
+  """einsum in float32, whose gradients are products of the inputs' own dtype."""
+  return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+def _wide_einsum_backward(
+  formula: str, inputs: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+  pull = jax.vjp(functools.partial(jnp.einsum, formula), *inputs)[1]
+  return pull(gradient.astype(inputs[0].dtype))
+
+
+_wide_einsum.defvjp(
+  lambda formula, a, b: (_wide_einsum(formula, a, b), (a, b)), _wide_einsum_backward
+)
+
+
+def few_queries(queries: int, heads: int, width: int, keys: int) -> bool:
+  """Whether `attend_memory` has less to do than projecting every key and value."""
+  return keys > 1 and 2 * queries * heads <= width
+
+
+def attend_memory(
+  query: Array,
+  memory: Array,
+  key_kernel: Array,
+  value_kernel: Array,
+  value_bias: Array,
+  *,
+  mask: Array | None = None,
+  tokens: int | None = None,
+  drop: Callable[[Array], Array] | None = None,
+) -> Array:
+  """Attention of few queries to many tokens, of which no key and no value is computed.
+
+  By associativity q (m K)^T = (q K^T) m^T and w (m V) = (w m) V, so that the projections act on
+  Lq H vectors instead of L. The key's bias adds the same to all logits of a query and changes
+  nothing.
+
+  Args:
+    query: [B, Lq, H, D], projected.
+    memory: [B, L, E].
+    key_kernel: [E, H, D].
+    value_kernel: [E, H, D].
+    value_bias: [H, D].
+    mask: bool, broadcastable to [B, H, Lq, L]; false where attention is forbidden.
+    tokens: of memory; what follows them is padding. None: all.
+    drop: dropout of the attention weights.
+
+  Returns:
+    [B, Lq, H, D], the softmax in float32.
+  """
+  asked = jnp.einsum("bqhd,ehd->bhqe", query, key_kernel)
+  logits = _wide_einsum("bhqe,ble->bhql", asked, memory) * query.shape[-1] ** -0.5
+  if tokens and tokens < memory.shape[1]:
+    mask = jnp.arange(memory.shape[1]) < tokens
+  if mask is not None:
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits)
+  weights = weights if drop is None else drop(weights)
+  read = jnp.einsum("bhql,ble->bhqe", weights.astype(memory.dtype), memory)
+  out = jnp.einsum("bhqe,ehd->bqhd", read, value_kernel)
+  total = 1.0 if drop is None else jnp.swapaxes(jnp.sum(weights, -1, keepdims=True), 1, 2)
+  return (out.astype(jnp.float32) + total * value_bias).astype(out.dtype)
 
 
 def _refuse_cudnn(fused: str, part: str) -> None:
@@ -102,17 +174,20 @@ def _refuse_cudnn(fused: str, part: str) -> None:
     record_implementation(part, "XLA (relative positions)")
 
 
-def _cudnn_multiple(query: Array, key: Array, mask: Array | None, *, fused: str, part: str) -> int:
+def _cudnn_multiple(
+  query: Array, key: Array, mask: Array | None, tokens: int | None, *, fused: str, part: str
+) -> int:
   """To which multiple lengths are padded for cuDNN; 0: XLA's form is to be taken."""
   why = fused_attention.unavailable()
   if not why and query.dtype not in (jnp.bfloat16, jnp.float16):
     why = f"{query.dtype}"
-  if not why and mask is not None and fused == "auto":
-    why = "masked"
-  result = fused_attention.ProbeResult(0, why) if why else fused_attention.probe(query, key, mask)
+  result = fused_attention.ProbeResult(0, why)
+  if not why:
+    result = fused_attention.probe(query, key, mask, tokens)
   if result.multiple:
     lengths = sorted({query.shape[1], key.shape[1]}, reverse=True)
     padded = [fused_attention.pad_to(length, result.multiple) for length in lengths]
+    lengths = [tokens] if tokens else lengths
     text = " and ".join(map(str, lengths))
     text += "" if padded == lengths else f" padded to {' and '.join(map(str, padded))}"
     record_implementation(part, f"cuDNN, {text} tokens")
@@ -186,11 +261,15 @@ def _backward(
   query, key, gradient = elementwise.compute_again(written_out, query, key, gradient)
   with jax.named_scope(RECOMPUTED_SCOPE):
     weights = jnp.exp(_logits(scale, query, key, mask, bias) - log_total)
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  # Summed in float32 and rounded once to their inputs' dtype, as a float32 product would be.
+  product = functools.partial(jnp.einsum, preferred_element_type=query.dtype)
   value_gradient = product("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient)
   # Of the softmax: dL/ds = w (dL/dw - sum over keys of w dL/dw), and that sum is <dL/do, o>.
   mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-  logits_gradient = weights * (product("bhqd,bhkd->bhqk", gradient, value) - mean)
+  weights_gradient = jnp.einsum(
+    "bhqd,bhkd->bhqk", gradient, value, preferred_element_type=jnp.float32
+  )
+  logits_gradient = weights * (weights_gradient - mean)
   bias_gradient = None
   if bias is not None:
     repeated = tuple(i for i, size in enumerate(bias.shape) if size < logits_gradient.shape[i])
@@ -198,13 +277,7 @@ def _backward(
   logits_gradient = (logits_gradient * scale).astype(query.dtype)
   query_gradient = product("bhqk,bhkd->bhqd", logits_gradient, key)
   key_gradient = product("bhqk,bhqd->bhkd", logits_gradient, query)
-  return (
-    query_gradient.astype(query.dtype),
-    key_gradient.astype(key.dtype),
-    value_gradient.astype(value.dtype),
-    None,
-    bias_gradient,
-  )
+  return query_gradient, key_gradient, value_gradient, None, bias_gradient
 
 
 _attend.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grain_jax.models import layers, vit
+from grain_jax.models import attention, elementwise, fused_attention, layers, vit
 
 Array = jax.Array
 
@@ -51,6 +51,7 @@ class DecoderLayer(nn.Module):
   norm_eps: float
   deterministic: bool
   init_scheme: str
+  tokens: int | None = None  # of memory; what follows is padding
   fused: str = "xla"
   dtype: Any = jnp.float32
 
@@ -58,29 +59,36 @@ class DecoderLayer(nn.Module):
   def __call__(self, x: Array, queries: Array, memory: Array) -> tuple[Array, Array]:
     """x, queries [B, Q + 1, D] and memory [B, L, D] -> x twice (carry and the layer's output)."""
 
-    def attention(name: str) -> nn.Module:
+    def attend(name: str, tokens: int | None = None) -> nn.Module:
       return layers.Attention(
         self.heads, PROJECTION[self.init_scheme], XAVIER,
-        dropout=self.dropout, fused=self.fused, part=f"query decoder, {name.replace('_', '-')}",
+        dropout=self.dropout, tokens=tokens,
+        fused=self.fused, part=f"query decoder, {name.replace('_', '-')}",
         dtype=self.dtype, name=name,
       )  # fmt: skip
 
-    def drop(y: Array) -> Array:
-      return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+    def add(x: Array, branch: tuple[Array, Array]) -> Array:
+      if self.deterministic or not self.dropout:
+        return elementwise.add_residual(x, *branch)
+      y, bias = branch
+      return x + nn.Dropout(self.dropout, deterministic=False)(y + bias.astype(y.dtype))
 
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
     q = y + queries
-    x = x + drop(attention("self_attention")(q, q, y, deterministic=self.deterministic))
+    x = add(x, attend("self_attention")(q, q, y, deterministic=self.deterministic))
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
-    x = x + drop(
-      attention("cross_attention")(y + queries, memory, memory, deterministic=self.deterministic)
+    x = add(
+      x,
+      attend("cross_attention", self.tokens)(
+        y + queries, memory, memory, deterministic=self.deterministic
+      ),
     )
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm3")
     mlp = layers.Mlp(
       self.mlp_dim, "relu", XAVIER, XAVIER, self.init_scheme != "torch",
       dropout=self.dropout, dtype=self.dtype, name="mlp",
     )  # fmt: skip
-    x = x + drop(mlp(y, deterministic=self.deterministic))
+    x = add(x, mlp(y, deterministic=self.deterministic))
     return x, x
 
 
@@ -134,6 +142,12 @@ class QueryDecoder(nn.Module):
     if alone:
       queries = queries[:1]
     queries = jnp.broadcast_to(queries.astype(self.dtype), (len(memory), *queries.shape))
+    length = memory.shape[1]
+    padding = 0
+    if attention.few_queries(queries.shape[1], self.heads, self.width, length):
+      padding = fused_attention.padded_length(length, self.dtype) - length
+    if padding:
+      memory = jnp.pad(memory, ((0, 0), (0, padding), (0, 0)))
     decoder_layers = layers.Stack(
       DecoderLayer,
       {
@@ -142,6 +156,7 @@ class QueryDecoder(nn.Module):
         "dropout": self.dropout,
         "norm_eps": self.norm_eps,
         "deterministic": not train,
+        "tokens": length if padding else None,
         "init_scheme": self.init_scheme,
         "fused": self.fused,
         "dtype": self.dtype,

@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from grain_jax.models import norm_kernels
 
 Array = jax.Array
 
@@ -51,44 +55,180 @@ def compute_again(written_out: bool, *arrays: Array) -> tuple[Array, ...]:
   return jax.lax.optimization_barrier(arrays) if written_out else arrays
 
 
-def keeping_input(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """The function of one array, whose backward pass computes again all that it needs of it."""
+def gelu(x: Array) -> Array:
+  """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, arXiv 1606.08415), exact.
 
-  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-  def keeping(written_out: bool, x: Array) -> Array:
-    return function(x)
-
-  def backward(written_out: bool, x: Array, gradient: Array) -> tuple[Array]:
-    x, gradient = compute_again(written_out, x, gradient)
-    return jax.vjp(function, x)[1](gradient)
-
-  keeping.defvjp(lambda written_out, x: (function(x), x), backward)
-  return lambda x: keeping(are_layers_written_out(), x)
+  Half precision takes Phi from Abramowitz and Stegun's formula 7.1.26, whose error of 7.5e-8 is a
+  rounding of float32; its exponential is the density too, so that the function and its derivative
+  need that and a division, where the error function costs a GPU more than reading x does.
+  """
+  if x.dtype not in _HALF:
+    return jax.nn.gelu(x, approximate=False)
+  return _wide_gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
-  "gelu_tanh": keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
-  "quick_gelu": keeping_input(quick_gelu),
+_HALF = (jnp.bfloat16, jnp.float16)
+_PHI = (0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145)  # half of 7.1.26's
+
+
+@jax.custom_jvp
+def _wide_gelu(x: Array) -> Array:
+  return x * _normal(x)[0]
+
+
+@_wide_gelu.defjvp
+def _wide_gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+  (x,), (tangent,) = primals, tangents
+  below, density = _normal(x)
+  return x * below, tangent * (below + x * density)
+
+
+def _normal(x: Array) -> tuple[Array, Array]:
+  """The normal distribution's Phi(x) and density, float32."""
+  inverse = 1.0 + (0.3275911 * 0.5**0.5) * jnp.abs(x)
+  t = jax.lax.rsqrt(inverse * inverse)  # one instruction of a GPU, where a division is a dozen
+  exponential = jnp.exp2((-0.5 / math.log(2)) * x * x)
+  tail = t * exponential * functools.reduce(lambda sum_, c: sum_ * t + c, reversed(_PHI))
+  return jnp.where(x < 0, tail, 1.0 - tail), exponential * (2 * jnp.pi) ** -0.5
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": gelu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": quick_gelu,
   "relu": jax.nn.relu,
 }
+
+
+def activate(name: str, x: Array, bias: Array | None = None) -> Array:
+  """An activation of x + bias, whose backward pass keeps x and the bias alone.
+
+  Args:
+    name: of config.model.*.activation.
+    x: [..., D].
+    bias: [D] or None. Given apart, a product that x comes from need not be written a second time.
+
+  Returns:
+    [..., D], in the dtype of x.
+  """
+  bias = jnp.zeros(x.shape[-1:], x.dtype) if bias is None else bias
+  return _activate(name, are_layers_written_out(), x, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activate(name: str, written_out: bool, x: Array, bias: Array) -> Array:
+  return _FUNCTIONS[name](x + bias.astype(x.dtype))
+
+
+def _activate_backward(
+  name: str, written_out: bool, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+  x, bias = residuals
+  x, gradient = compute_again(written_out, x, gradient)
+  gradient = jax.vjp(_FUNCTIONS[name], x + bias.astype(x.dtype))[1](gradient)[0]
+  return gradient, sum_rows(gradient, bias.dtype)
+
+
+def sum_rows(gradient: Array, dtype: Any) -> Array:
+  """Gradient of a bias: [..., D] summed in float32 over all but the last axis, in `dtype`."""
+  return jnp.sum(gradient.astype(jnp.float32), tuple(range(gradient.ndim - 1))).astype(dtype)
+
+
+@jax.custom_vjp
+def add_residual(x: Array, branch: Array, bias: Array) -> Array:
+  """x + (branch + bias), summed in float32 and rounded once: x, branch [..., D], bias [D]."""
+  total = x.astype(jnp.float32) + (branch.astype(jnp.float32) + bias.astype(jnp.float32))
+  return total.astype(x.dtype)
+
+
+add_residual.defvjp(
+  lambda x, branch, bias: (add_residual(x, branch, bias), bias),
+  lambda bias, gradient: (gradient, gradient, sum_rows(gradient, bias.dtype)),
+)
+
+
+@jax.custom_vjp
+def project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+  """x kernel + bias for each: x [..., D], kernels [D, E], biases [E] -> [..., E] in x's dtype.
+
+  The gradient of x is added up product by product, each onto the sum of those before it, which a
+  matrix product of cuBLAS does in its own pass.
+  """
+  return tuple(
+    product(x, kernel) + bias.astype(x.dtype) for kernel, bias in zip(kernels, biases, strict=True)
+  )
+
+
+PRODUCT_NAME = "product"  # checkpoint_name of products that a function of our own hides
+
+
+def product(x: Array, kernel: Array) -> Array:
+  """[..., D] times [D, E]."""
+  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _project_backward(residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
+  x, kernels, biases = residuals
+  total, kernel_gradients = None, []
+  for kernel, gradient in zip(kernels, gradients, strict=True):
+    part = product(gradient, kernel.T)
+    total = part if total is None else part + total
+    rows = tuple(range(x.ndim - 1))
+    kernel_gradients.append(jax.lax.dot_general(x, gradient, ((rows, rows), ((), ()))))
+  bias_gradients = [sum_rows(g, b.dtype) for g, b in zip(gradients, biases, strict=True)]
+  return total, tuple(kernel_gradients), tuple(bias_gradients)
+
+
+project.defvjp(
+  lambda x, kernels, biases: (project(x, kernels, biases), (x, kernels, biases)),
+  _project_backward,
+)
+
+
+_activate.defvjp(
+  lambda name, written_out, x, bias: (_activate(name, written_out, x, bias), (x, bias)),
+  _activate_backward,
+)
 
 
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis (Ba et al., arXiv 1607.06450), computed in float32.
 
-  `scale` and `bias` are float32 [D], as those of flax.linen.LayerNorm.
+  By `norm_kernels` where they can be used. `scale` and `bias` are float32 [D], as those of
+  flax.linen.LayerNorm.
   """
 
   epsilon: float
   dtype: Any = jnp.float32  # of the result
 
-  @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., D]."""
+    """[B, ..., D] -> [B, ..., D]."""
+    return self._normalize(False, x, None)[1]
+
+  def keep(self, x: Array, branch: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+    """x + branch and its LayerNorm.
+
+    Args:
+      x: [B, ..., D].
+      branch: (product [B, ..., D], bias [D]), for `add_residual`; None: x alone.
+
+    Returns:
+      What is normalised, to be used from here on instead of x, and the result, both [B, ..., D].
+    """
+    return self._normalize(True, x, branch)
+
+  @nn.compact
+  def _normalize(
+    self, keep: bool, x: Array, branch: tuple[Array, Array] | None
+  ) -> tuple[Array | None, Array]:
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-    return normalize(self.epsilon, jnp.dtype(self.dtype), x, scale, bias)
+    dtype = jnp.dtype(self.dtype)
+    if not self.is_initializing() and norm_kernels.usable(x, dtype):
+      return norm_kernels.layer_norm(self.epsilon, keep, x, branch, scale, bias)
+    if branch is not None:
+      x = add_residual(x, *branch)
+    return x, normalize(self.epsilon, dtype, x, scale, bias)
 
 
 def normalize(epsilon: float, dtype: jnp.dtype, x: Array, scale: Array, bias: Array) -> Array:
@@ -108,7 +248,14 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
   wide = x.astype(jnp.float32)
   mean = jnp.mean(wide, -1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + epsilon)
+  if x.dtype == jnp.bfloat16:
+    # Both sums in one pass. The difference loses what the square of mean / deviation has of digits:
+    # 16 bits of float32's 24 at most, as bfloat16 knows no deviation below a 256th of a mean.
+    variance = jnp.mean(jnp.square(wide), -1, keepdims=True) - jnp.square(mean)
+    variance = jnp.maximum(variance, 0.0)
+  else:
+    variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
+  inverse = jax.lax.rsqrt(variance + epsilon)
   y = (wide - mean) * inverse * scale + bias
   return y.astype(dtype), (x, mean, inverse, scale)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ Array = jax.Array
 
 # Lengths are padded to a multiple of the first of these with which the problem is taken.
 MULTIPLES = (1, 2, 8, 64)
+_ALIGNED = 8
 _LEAST_CAPABILITY = 8.0  # Ampere; cuDNN has no fused attention for older cards
 _BATCH_AXES, _HEAD_AXIS = ("data", "fsdp"), "tensor"
 
@@ -33,6 +35,7 @@ class Problem(NamedTuple):
   key: tuple[int, ...]  # B, Lk, H, D
   mask: tuple[int, ...] | None
   dtype: str
+  tokens: int | None = None  # of queries and keys; what follows them is padding
 
 
 class ProbeResult(NamedTuple):
@@ -42,12 +45,27 @@ class ProbeResult(NamedTuple):
   refusal: str  # what was said of the form without padding, one line; '' where it is taken
 
 
-def unavailable() -> str:
-  """Why no cuDNN is to be had where the current program will run; '' where it may be."""
+def _platform() -> str:
+  """Of the devices that the current program will run on."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else getattr(mesh, "abstract_device", None)
   platform = getattr(device, "platform", None) or jax.default_backend()
-  if platform not in ("gpu", "cuda"):
+  return "gpu" if platform == "cuda" else platform
+
+
+def padded_length(length: int, dtype: Any) -> int:
+  """To how many tokens a tower pads its own, once, for attention that is not masked.
+
+  Matrix products of half precision on a GPU, cuDNN's attention too, want lengths that divide by 8.
+  Queries, keys and values would each be padded and cut again at every call.
+  """
+  half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+  return pad_to(length, _ALIGNED) if half and _platform() == "gpu" else length
+
+
+def unavailable() -> str:
+  """Why no cuDNN is to be had where the current program will run; '' where it may be."""
+  if (platform := _platform()) != "gpu":
     return f"{platform.upper()} devices"
   local = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
   if not local:
@@ -65,7 +83,15 @@ def pad_to(length: int, multiple: int) -> int:
   return math.ceil(length / multiple) * multiple
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int) -> Array:
+def attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None,
+  *,
+  multiple: int,
+  tokens: int | None = None,
+) -> Array:
   """softmax(q k^T / sqrt(D)) v by cuDNN, with lengths padded to `multiple` and sliced back.
 
   Padding is told to cuDNN as sequence lengths, or, where there is a mask, within the mask.
@@ -76,21 +102,22 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, *, multip
     value: [B, Lk, H, D].
     mask: bool [B or 1, H or 1, Lq, Lk], or None.
     multiple: of the padded lengths.
+    tokens: of queries and keys, where padding follows them already; without a mask.
 
   Returns:
-    [B, Lq, H, D].
+    [B, Lq, H, D]; where `tokens` is given, what follows them is meaningless.
   """
   lengths = query.shape[1], key.shape[1]
   extra = [pad_to(length, multiple) - length for length in lengths]
   options: dict[str, Any] = {}
-  if any(extra):
+  if any(extra) or tokens:
     query = jnp.pad(query, ((0, 0), (0, extra[0]), (0, 0), (0, 0)))
     key, value = (jnp.pad(x, ((0, 0), (0, extra[1]), (0, 0), (0, 0))) for x in (key, value))
     if mask is not None:
       mask = jnp.pad(mask, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
     else:
       names = ("query_seq_lengths", "key_value_seq_lengths")
-      for name, length in zip(names, lengths, strict=True):
+      for name, length in zip(names, (tokens, tokens) if tokens else lengths, strict=True):
         options[name] = jnp.full(len(query), length, jnp.int32)
   out = jax.nn.dot_product_attention(
     query, key, value, mask=mask, implementation="cudnn", **options
@@ -123,10 +150,16 @@ def partition_specs(query: Array, mask: Array | None) -> tuple[PartitionSpec, Pa
 
 
 def attend_sharded(
-  query: Array, key: Array, value: Array, mask: Array | None, *, multiple: int
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None,
+  *,
+  multiple: int,
+  tokens: int | None = None,
 ) -> Array:
   """`attend` on each device's shard of batch and heads, which is what was probed."""
-  function = functools.partial(attend, multiple=multiple)
+  function = functools.partial(attend, multiple=multiple, tokens=tokens)
   mesh, specs = jax.sharding.get_abstract_mesh(), partition_specs(query, mask)
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or specs is None:
     return function(query, key, value, mask)
@@ -139,7 +172,7 @@ def attend_sharded(
   )(query, key, value, mask)
 
 
-def probe(query: Array, key: Array, mask: Array | None) -> ProbeResult:
+def probe(query: Array, key: Array, mask: Array | None, tokens: int | None = None) -> ProbeResult:
   """Whether cuDNN compiles this problem here; each problem is compiled once in a process."""
   mesh, specs = jax.sharding.get_abstract_mesh(), partition_specs(query, mask)
   if specs is None:
@@ -150,7 +183,7 @@ def probe(query: Array, key: Array, mask: Array | None) -> ProbeResult:
       None if shape is None else _shard_shape(shape, spec)
       for shape, spec in zip(shapes, (specs[0], specs[0], specs[1]), strict=True)
     ]
-  return _probe(Problem(*shapes, jnp.dtype(query.dtype).name))
+  return _probe(Problem(*shapes, jnp.dtype(query.dtype).name, tokens))
 
 
 @functools.cache
@@ -173,7 +206,9 @@ def _refusal(problem: Problem, multiple: int) -> str:
   """What is said of the problem in this form, in one line; '' where it compiles."""
 
   def gradients(query, key, value, gradient, *mask):
-    function = functools.partial(attend, mask=mask[0] if mask else None, multiple=multiple)
+    function = functools.partial(
+      attend, mask=mask[0] if mask else None, multiple=multiple, tokens=problem.tokens
+    )
     out, vjp_fn = jax.vjp(function, query, key, value)
     return out, vjp_fn(gradient)
 
@@ -181,11 +216,16 @@ def _refusal(problem: Problem, multiple: int) -> str:
   inputs = [query, key, key, query]
   if problem.mask is not None:
     inputs.append(jax.ShapeDtypeStruct(problem.mask, jnp.bool_))
+  return refusal_of(lambda: jax.jit(gradients).trace(*inputs))
+
+
+def refusal_of(trace: Callable[[], Any]) -> str:
+  """What is said of a program when it is traced and compiled here, in one line; '': nothing."""
   refusals: list[str] = []
 
   def attempt() -> None:
     try:
-      compile_probe(jax.jit(gradients).trace(*inputs))
+      compile_probe(trace())
     except Exception as error:  # whatever it is, it would end the run: it becomes the reason
       lines = str(error).strip().splitlines() or [type(error).__name__]
       refusals.append(lines[0][:200].rstrip("."))

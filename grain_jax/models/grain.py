@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax.models import decoder, pooling, t5, text, vit
+from grain_jax.models import decoder, norm_kernels, pooling, t5, text, vit
 
 Array = jax.Array
 
@@ -60,6 +60,7 @@ class Grain(nn.Module):
   auxiliary_pool: str = "none"  # of a second embedding of an image, projected: 'max' or 'mean'
   pooling: pooling.AttentionPooling | None = None  # where `pool` is 'map'
   text_bias: bool = False  # of the projection of texts
+  norm: str = "auto"  # config.model.norm
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -125,7 +126,8 @@ class Grain(nn.Module):
     """
     x = image.astype(jnp.float32) / 255.0
     x = (x - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
-    return self.image_tower(x, train=train)
+    with norm_kernels.chosen(self.norm):
+      return self.image_tower(x, train=train)
 
   def _pool(self, tokens: Array) -> Array:
     """[B, L, D] -> [B, D]."""
@@ -166,7 +168,8 @@ class Grain(nn.Module):
       batch = len(tokens)
       nothing = jnp.zeros((batch, 0, self.embed_dim)), jnp.zeros((0, batch, 0, 4))
       return self._project(pooled), *nothing
-    x = self.query_decoder(tokens, train=train)
+    with norm_kernels.chosen(self.norm):
+      x = self.query_decoder(tokens, train=train)
     boxes = self.box_head(x[:, :, :-1])
     regions = normalize(self.region_projection(x[-1, :, :-1]))
     return self._project(x[-1, :, -1] if pooled is None else pooled), regions, boxes
@@ -200,7 +203,9 @@ class Grain(nn.Module):
 
   def encode_text(self, tokens: Array, segments: Array, positions: Array, ends: Array) -> Array:
     """Packed rows i32 [B, L] and ends [B, T] -> [B, T, E], L2-normalised float32."""
-    return normalize(self.text_projection(self.text_tower(tokens, segments, positions, ends)))
+    with norm_kernels.chosen(self.norm):
+      x = self.text_tower(tokens, segments, positions, ends)
+    return normalize(self.text_projection(x))
 
 
 def pool_of(config: ml_collections.ConfigDict) -> str:
@@ -299,5 +304,6 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
     auxiliary_pool=m.auxiliary_pool,
     pooling=attention_pooling,
     text_bias=m.text.kind == "siglip",
+    norm=m.norm,
     dtype=jnp.dtype(m.dtype),
   )

@@ -34,11 +34,21 @@ def _matrix_products_saveable(primitive: Any, *args: Any, **params: Any) -> bool
 _POLICIES = {
   "elementwise": jax.checkpoint_policies.save_from_both_policies(
     _matrix_products_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention.RESIDUAL_NAME),
+    jax.checkpoint_policies.save_only_these_names(
+      attention.RESIDUAL_NAME, elementwise.PRODUCT_NAME
+    ),
   ),
-  "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(elementwise.PRODUCT_NAME),
+  ),
   "block": None,
 }
+
+
+def norm(epsilon: float, dtype: Any, name: str) -> elementwise.LayerNorm:
+  """LayerNorm over the last axis, computed in float32, returned in `dtype`; for compact modules."""
+  return elementwise.LayerNorm(epsilon, dtype, name=name)
 
 
 def layer_norm(x: Array, *, epsilon: float, dtype: Any, name: str) -> Array:
@@ -55,6 +65,12 @@ def shard_batch(x: Array) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+def pin_layout(x: Array) -> Array:
+  from jax.experimental import layout
+
+  return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+
+
 class Attention(nn.Module):
   """Multi-head attention with optional QK-norm (LayerNorm on each head's queries and keys).
 
@@ -66,6 +82,7 @@ class Attention(nn.Module):
   out_init: Initializer
   qk_norm_eps: float | None = None
   dropout: float = 0.0
+  tokens: int | None = None  # of keys, and of as many queries; what follows is padding
   fused: str = "xla"
   part: str = "model"  # part of the model, for messages
   dtype: Any = jnp.float32
@@ -79,7 +96,7 @@ class Attention(nn.Module):
     *,
     mask: Array | None = None,
     deterministic: bool = True,
-  ) -> Array:
+  ) -> tuple[Array, Array]:
     """Attends from each query token to the key tokens.
 
     Args:
@@ -90,15 +107,35 @@ class Attention(nn.Module):
       deterministic: no dropout of attention weights.
 
     Returns:
-      [B, Lq, D].
+      The last product, [B, Lq, D], and its bias, [D], apart: see `Linear`.
     """
     width = query.shape[-1]
 
-    def project(name: str, x: Array) -> Array:
-      y = nn.Dense(width, kernel_init=self.kernel_init, dtype=self.dtype, name=name)(x)
-      return y.reshape(*x.shape[:-1], self.heads, width // self.heads)
+    inputs = {"query": query, "key": key, "value": value}
+    linear = {
+      name: Linear(width, self.kernel_init, dtype=self.dtype, name=name).parameters(x.shape[-1])
+      for name, x in inputs.items()
+    }
+    if (
+      key is value
+      and query is not key
+      and self.qk_norm_eps is None
+      and attention.few_queries(query.shape[1], self.heads, width, key.shape[1])
+    ):
+      out = self._read(query, key, linear, mask=mask, deterministic=deterministic)
+      return Linear(width, self.out_init, dtype=self.dtype, name="out")(out)
+    projected = {}
+    for x in {id(x): x for x in inputs.values()}.values():  # projections of one array go together
+      names = [name for name in inputs if inputs[name] is x]
+      kernels, biases = zip(*(linear[name] for name in names), strict=True)
+      kernels = tuple(kernel.astype(self.dtype) for kernel in kernels)
+      products = elementwise.project(x.astype(self.dtype), kernels, biases)
+      projected |= dict(zip(names, products, strict=True))
 
-    q, k, v = project("query", query), project("key", key), project("value", value)
+    def split(x: Array) -> Array:
+      return pin_layout(x.reshape(*x.shape[:-1], self.heads, width // self.heads))
+
+    q, k, v = (split(projected[name]) for name in ("query", "key", "value"))
     if self.qk_norm_eps is not None:
       q = layer_norm(q, epsilon=self.qk_norm_eps, dtype=self.dtype, name="query_norm")
       k = layer_norm(k, epsilon=self.qk_norm_eps, dtype=self.dtype, name="key_norm")
@@ -106,6 +143,8 @@ class Attention(nn.Module):
       attention.record_implementation(self.part, "XLA (dropout)")
       logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
       logits = logits * (width // self.heads) ** -0.5
+      if self.tokens:
+        mask = jnp.arange(k.shape[1]) < self.tokens
       if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
       weights = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
@@ -113,9 +152,43 @@ class Attention(nn.Module):
     else:
       # Parameters do not depend on how attention is computed.
       fused = "xla" if self.is_initializing() else self.fused
-      out = attention.attend(q, k, v, mask=mask, fused=fused, part=self.part)
+      out = attention.attend(q, k, v, mask=mask, tokens=self.tokens, fused=fused, part=self.part)
     out = out.reshape(*query.shape[:-1], width)
-    return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(out)
+    return Linear(width, self.out_init, dtype=self.dtype, name="out")(out)
+
+  def _read(
+    self,
+    query: Array,
+    memory: Array,
+    linear: Mapping[str, tuple[Array, Array]],
+    *,
+    mask: Array | None,
+    deterministic: bool,
+  ) -> Array:
+    """`attention.attend_memory` on query [B, Lq, D] and memory [B, L, D] -> [B, Lq, D]."""
+    attention.record_implementation(self.part, "XLA (few queries: no keys, no values)")
+    width = query.shape[-1]
+    shape = self.heads, width // self.heads
+    kernel, bias = linear["query"]
+    query, kernel = query.astype(self.dtype), kernel.astype(self.dtype)
+    (projected,) = elementwise.project(query, (kernel,), (bias,))
+    key_kernel, value_kernel = (
+      linear[name][0].astype(self.dtype).reshape(-1, *shape) for name in ("key", "value")
+    )
+    drop = None
+    if self.dropout and not deterministic:
+      drop = nn.Dropout(self.dropout, deterministic=False)
+    out = attention.attend_memory(
+      projected.reshape(*query.shape[:-1], *shape),
+      memory.astype(self.dtype),
+      key_kernel,
+      value_kernel,
+      linear["value"][1].reshape(shape),
+      mask=mask,
+      tokens=self.tokens,
+      drop=drop,
+    )
+    return out.reshape(query.shape)
 
 
 def linear_bias(fan_in: int, *, zero: bool = False) -> Initializer:
@@ -127,6 +200,26 @@ def linear_bias(fan_in: int, *, zero: bool = False) -> Initializer:
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
   return init
+
+
+class Linear(nn.Module):
+  """A linear layer whose product and bias come apart; parameters are those of flax's Dense."""
+
+  features: int
+  kernel_init: Initializer
+  bias_init: Initializer = nn.initializers.zeros
+  dtype: Any = jnp.float32
+
+  def __call__(self, x: Array) -> tuple[Array, Array]:
+    """[..., D] -> x times the kernel, [..., features], and the bias, [features]."""
+    kernel, bias = self.parameters(x.shape[-1])
+    return elementwise.product(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+
+  @nn.compact
+  def parameters(self, width: int) -> tuple[Array, Array]:
+    """The kernel, [width, features], and the bias, [features], in float32."""
+    kernel = self.param("kernel", self.kernel_init, (width, self.features))
+    return kernel, self.param("bias", self.bias_init, (self.features,))
 
 
 class Mlp(nn.Module):
@@ -141,16 +234,19 @@ class Mlp(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
-    def dense(x: Array, width: int, init: Initializer, name: str) -> Array:
-      bias_init = linear_bias(x.shape[-1], zero=self.zero_biases)
-      return nn.Dense(width, kernel_init=init, bias_init=bias_init, dtype=self.dtype, name=name)(x)
+  def __call__(self, x: Array, *, deterministic: bool = True) -> tuple[Array, Array]:
+    """[..., D] -> the last product, [..., D], and its bias, [D], apart: see `Linear`."""
 
-    y = dense(x, self.hidden, self.fc1_init, "fc1")
-    y = elementwise.ACTIVATIONS[self.activation](y)
+    def linear(features: int, init: Initializer, name: str, fan_in: int) -> Linear:
+      bias_init = linear_bias(fan_in, zero=self.zero_biases)
+      return Linear(features, init, bias_init, dtype=self.dtype, name=name)
+
+    width = x.shape[-1]
+    y, bias = linear(self.hidden, self.fc1_init, "fc1", width)(x)
+    y = elementwise.activate(self.activation, y, bias)
     if self.dropout:
       y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
-    return dense(y, x.shape[-1], self.fc2_init, "fc2")
+    return linear(width, self.fc2_init, "fc2", self.hidden)(y)
 
 
 class Block(nn.Module):
@@ -168,6 +264,7 @@ class Block(nn.Module):
   inits: tuple[Initializer, Initializer, Initializer, Initializer]  # attention in, out, fc1, fc2
   zero_biases: bool = True  # of the MLP, at first
   qk_norm: bool = False
+  tokens: int | None = None  # of each row; what follows is padding
   fused: str = "xla"
   part: str = "model"  # part of the model, for messages
   dtype: Any = jnp.float32
@@ -175,25 +272,28 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, mask: Array | None, at: Array | None = None) -> tuple[Array, None]:
     attention_in, attention_out, fc1, fc2 = self.inits
-    y = query = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
+    x = pin_layout(x)
+    x, y = norm(self.norm_eps, self.dtype, "norm1").keep(x)
+    query = y
     if at is not None:
       x, query = (jnp.take_along_axis(z, at[..., None], axis=1) for z in (x, y))
       mask = None if mask is None else jnp.take_along_axis(mask, at[:, None, :, None], axis=2)
-    x = x + Attention(
+    branch = Attention(
       self.heads,
       attention_in,
       attention_out,
       qk_norm_eps=self.norm_eps if self.qk_norm else None,
+      tokens=self.tokens,
       fused=self.fused,
       part=self.part,
       dtype=self.dtype,
       name="attention",
     )(query, y, y, mask=mask)
-    y = layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm2")
+    x, y = norm(self.norm_eps, self.dtype, "norm2").keep(x, branch)
     mlp = Mlp(
       self.hidden, self.activation, fc1, fc2, self.zero_biases, dtype=self.dtype, name="mlp"
     )
-    x = x + mlp(y)
+    x = pin_layout(elementwise.add_residual(x, *mlp(y)))
     return x, None
 
 

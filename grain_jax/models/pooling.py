@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grain_jax.models import layers
+from grain_jax.models import elementwise, layers
 
 Array = jax.Array
 
@@ -35,13 +35,14 @@ class AttentionPooling(nn.Module):
     """[B, L, D] -> [B, D]."""
     probe = self.param("probe", XAVIER, (1, 1, self.width))
     probe = jnp.broadcast_to(probe.astype(self.dtype), (len(tokens), 1, self.width))
-    x = layers.Attention(
+    x, bias = layers.Attention(
       self.heads, XAVIER, XAVIER,
       fused=self.fused, part="pooling", dtype=self.dtype, name="attention",
     )(probe, tokens, tokens)  # fmt: skip
+    x = x + bias.astype(self.dtype)
     y = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
     mlp = layers.Mlp(self.hidden, self.activation, XAVIER, XAVIER, dtype=self.dtype, name="mlp")
-    return (x + mlp(y))[:, 0]
+    return elementwise.add_residual(x, *mlp(y))[:, 0]
 
 
 def pool_tokens(

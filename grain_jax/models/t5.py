@@ -87,7 +87,7 @@ class Mlp(nn.Module):
       init = nn.initializers.normal(x.shape[-1] ** -0.5)
       return nn.Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-    y = elementwise.ACTIVATIONS[self.activation](dense(x, self.hidden, "fc1"))
+    y = elementwise.activate(self.activation, dense(x, self.hidden, "fc1"))
     return dense(y, x.shape[-1], "fc2")
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grain_jax.models import elementwise, layers
+from grain_jax.models import elementwise, fused_attention, layers
 
 Array = jax.Array
 
@@ -58,10 +58,9 @@ class HierarchicalStem(nn.Module):
       init = nn.initializers.lecun_normal()
       return nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-    activation = elementwise.ACTIVATIONS[self.activation]
     x = dense(merge(image.astype(self.dtype), 4), self.width // 2, "fc0")
     for i in range(1, (self.patch // 4).bit_length()):
-      x = merge(activation(x), 2)
+      x = merge(elementwise.activate(self.activation, x), 2)
       x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")
       x = dense(x, self.width, f"fc{i}")
     return x.reshape(image.shape[0], -1, self.width)
@@ -139,6 +138,10 @@ class VisionTransformer(nn.Module):
       x = self._keep_some(x)
     if self.pre_norm:
       x = layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")
+    tokens = x.shape[1]
+    padding = fused_attention.padded_length(tokens, self.dtype) - tokens
+    if padding:
+      x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     blocks = layers.Stack(
       layers.Block,
       {
@@ -148,6 +151,7 @@ class VisionTransformer(nn.Module):
         "norm_eps": self.norm_eps,
         "inits": (init, init, init, init),
         "qk_norm": self.qk_norm,
+        "tokens": tokens if padding else None,
         "fused": self.fused,
         "part": "image tower",
         "dtype": self.dtype,
@@ -160,6 +164,7 @@ class VisionTransformer(nn.Module):
       x, _ = blocks.create(self.depth, 1, name="blocks")(x, None)
     else:
       x, _ = blocks.apply(self.variables["params"]["blocks"], x, None)
+    x = x[:, :tokens] if padding else x
     return layers.layer_norm(x, epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
   def _keep_some(self, x: Array) -> Array:

@@ -61,6 +61,8 @@ def for_machine(
       notes.append(
         "planned with XLA's attention: cuDNN's needs a GPU to compile; it needs less memory"
       )
+    if config.model.norm == "auto":
+      config.model.norm = "pallas"  # no GPU is here to ask; it is what one takes
   configs.check(config)
   return config, notes
 

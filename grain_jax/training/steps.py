@@ -152,6 +152,17 @@ class TrainStep:
     return (self._step if np.asarray(mask).any() else self.guarded)(state, batch)
 
 
+def _compiler_options(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  """XLA's options for the step on the mesh's devices."""
+  options: dict[str, Any] = {}
+  if config.compile_effort:
+    options["exec_time_optimization_effort"] = config.compile_effort
+  if mesh.devices.flat[0].platform in ("gpu", "cuda"):
+    # Else XLA takes a bfloat16 array and its sum for two uses of the float32 one, and writes that.
+    options["xla_allow_excess_precision"] = False
+  return options
+
+
 def make_train_step(
   model: grain.Grain,
   config: ml_collections.ConfigDict,
@@ -260,7 +271,7 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state, ema, terms, teacher), metrics
 
   replicated = meshes.replicated(mesh)
-  effort = config.compile_effort
+  compiler_options = _compiler_options(config, mesh)
 
   def jit(guarded: bool) -> Any:
     return jax.jit(
@@ -268,7 +279,7 @@ def make_train_step(
       in_shardings=(shardings, meshes.batch_sharding(mesh)),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
-      compiler_options={"exec_time_optimization_effort": effort} if effort else None,
+      compiler_options=compiler_options or None,
     )
 
   # Of several processes none sees the whole batch before the devices do.

@@ -48,13 +48,13 @@ def test_layer_norm_has_flaxs_parameters():
   assert jax.tree.all(jax.tree.map(jnp.array_equal, ours, stock))
 
 
-@pytest.mark.parametrize("name", elementwise.ACTIVATIONS)
+@pytest.mark.parametrize("name", elementwise._FUNCTIONS)
 def test_activations_and_their_gradients_are_torchs(name):
   x = np.concatenate([draw((500,)), np.float32([-40, -6, 0.5, 6, 40])])
   theirs = torch.tensor(x, dtype=torch.float64, requires_grad=True)
   expected = TORCH[name](theirs)
   expected.backward(torch.ones_like(theirs))
-  y, pull = jax.vjp(elementwise.ACTIVATIONS[name], jnp.asarray(x))
+  y, pull = jax.vjp(elementwise._FUNCTIONS[name], jnp.asarray(x))
   np.testing.assert_allclose(y, expected.detach(), atol=2e-6, rtol=2e-6)
   np.testing.assert_allclose(pull(jnp.ones_like(y))[0], theirs.grad, atol=1e-5, rtol=2e-6)
 
@@ -69,7 +69,7 @@ def test_backward_passes_keep_their_input_alone():
   """In bfloat16; of LayerNorm also two numbers a row."""
   x = jnp.asarray(draw((64, 256)), jnp.bfloat16)
   for name in ("gelu", "gelu_tanh", "quick_gelu"):
-    assert residuals(elementwise.ACTIVATIONS[name], x) == x.nbytes
+    assert residuals(elementwise._FUNCTIONS[name], x) == x.nbytes
   norm = elementwise.LayerNorm(1e-6, jnp.bfloat16)
   params = norm.init(jax.random.key(0), x)
   assert norm.apply(params, x).dtype == jnp.bfloat16
