@@ -105,8 +105,11 @@ def _wide_einsum(formula: str, a: Array, b: Array) -> Array:
 def _wide_einsum_backward(
   formula: str, inputs: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-  pull = jax.vjp(functools.partial(jnp.einsum, formula), *inputs)[1]
-  return pull(gradient.astype(inputs[0].dtype))
+  a, b = inputs
+  gradient = gradient.astype(a.dtype)
+  (of_a,) = jax.linear_transpose(lambda a: jnp.einsum(formula, a, b), a)(gradient)
+  (of_b,) = jax.linear_transpose(lambda b: jnp.einsum(formula, a, b), b)(gradient)
+  return of_a, of_b
 
 
 _wide_einsum.defvjp(
@@ -150,7 +153,8 @@ def attend_memory(
     [B, Lq, H, D], the softmax in float32.
   """
   asked = jnp.einsum("bqhd,ehd->bhqe", query, key_kernel)
-  logits = _wide_einsum("bhqe,ble->bhql", asked, memory) * query.shape[-1] ** -0.5
+  logits = _wide_einsum("bhqe,ble->bhql", asked, memory)
+  logits = checkpoint_name(logits, elementwise.PRODUCT_NAME) * query.shape[-1] ** -0.5
   if tokens and tokens < memory.shape[1]:
     mask = jnp.arange(memory.shape[1]) < tokens
   if mask is not None:

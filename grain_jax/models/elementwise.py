@@ -55,29 +55,23 @@ def compute_again(written_out: bool, *arrays: Array) -> tuple[Array, ...]:
   return jax.lax.optimization_barrier(arrays) if written_out else arrays
 
 
-def gelu(x: Array) -> Array:
-  """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, arXiv 1606.08415), exact.
-
-  Half precision takes Phi from Abramowitz and Stegun's formula 7.1.26, whose error of 7.5e-8 is a
-  rounding of float32; its exponential is the density too, so that the function and its derivative
-  need that and a division, where the error function costs a GPU more than reading x does.
-  """
-  if x.dtype not in _HALF:
-    return jax.nn.gelu(x, approximate=False)
-  return _wide_gelu(x.astype(jnp.float32)).astype(x.dtype)
-
-
 _HALF = (jnp.bfloat16, jnp.float16)
 _PHI = (0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145)  # half of 7.1.26's
 
 
 @jax.custom_jvp
-def _wide_gelu(x: Array) -> Array:
+def _gelu_by_exponential(x: Array) -> Array:
+  """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, arXiv 1606.08415), float32.
+
+  Phi is Abramowitz and Stegun's formula 7.1.26, whose error of 7.5e-8 is a rounding of float32. Its
+  exponential is the density too, so that the function and its derivative need that and a root,
+  where the error function costs a GPU more than reading x does.
+  """
   return x * _normal(x)[0]
 
 
-@_wide_gelu.defjvp
-def _wide_gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@_gelu_by_exponential.defjvp
+def _gelu_by_exponential_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
   (x,), (tangent,) = primals, tangents
   below, density = _normal(x)
   return x * below, tangent * (below + x * density)
@@ -93,7 +87,7 @@ def _normal(x: Array) -> tuple[Array, Array]:
 
 
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": gelu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "quick_gelu": quick_gelu,
   "relu": jax.nn.relu,
@@ -115,9 +109,17 @@ def activate(name: str, x: Array, bias: Array | None = None) -> Array:
   return _activate(name, are_layers_written_out(), x, bias)
 
 
+def _apply(name: str, x: Array, bias: Array) -> Array:
+  """The activation of x + bias, in float32 and rounded once where x is of half precision."""
+  if x.dtype not in _HALF:
+    return _FUNCTIONS[name](x + bias.astype(x.dtype))
+  function = _gelu_by_exponential if name == "gelu" else _FUNCTIONS[name]
+  return function(x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _activate(name: str, written_out: bool, x: Array, bias: Array) -> Array:
-  return _FUNCTIONS[name](x + bias.astype(x.dtype))
+  return _apply(name, x, bias)
 
 
 def _activate_backward(
@@ -125,7 +127,7 @@ def _activate_backward(
 ) -> tuple[Array, Array]:
   x, bias = residuals
   x, gradient = compute_again(written_out, x, gradient)
-  gradient = jax.vjp(_FUNCTIONS[name], x + bias.astype(x.dtype))[1](gradient)[0]
+  gradient = jax.vjp(lambda x: _apply(name, x, bias), x)[1](gradient)[0]
   return gradient, sum_rows(gradient, bias.dtype)
 
 
@@ -147,8 +149,13 @@ add_residual.defvjp(
 )
 
 
-@jax.custom_vjp
 def project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
+  """`_project`, of which a checkpoint policy sees the results by name: it cannot look inside."""
+  return tuple(checkpoint_name(y, PRODUCT_NAME) for y in _project(x, kernels, biases))
+
+
+@jax.custom_vjp
+def _project(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...]) -> tuple[Array, ...]:
   """x kernel + bias for each: x [..., D], kernels [D, E], biases [E] -> [..., E] in x's dtype.
 
   The gradient of x is added up product by product, each onto the sum of those before it, which a
@@ -179,8 +186,8 @@ def _project_backward(residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
   return total, tuple(kernel_gradients), tuple(bias_gradients)
 
 
-project.defvjp(
-  lambda x, kernels, biases: (project(x, kernels, biases), (x, kernels, biases)),
+_project.defvjp(
+  lambda x, kernels, biases: (_project(x, kernels, biases), (x, kernels, biases)),
   _project_backward,
 )
 

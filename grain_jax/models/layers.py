@@ -285,7 +285,7 @@ class Block(nn.Module):
       qk_norm_eps=self.norm_eps if self.qk_norm else None,
       tokens=self.tokens,
       fused=self.fused,
-      part=self.part,
+      part=self.part if at is None else f"{self.part}, last layer",
       dtype=self.dtype,
       name="attention",
     )(query, y, y, mask=mask)

@@ -17,9 +17,10 @@ def text_tower_flops(
   """FLOPs a sample of the text tower and its gradient without padding.
 
   A layer of width D and hidden width H costs a text of n tokens n (8 D^2 + 4 D H) + 4 n^2 D. Of the
-  last layer only the token at the end of each text is computed, from keys and values of all; of T5
-  all of them, for their mean. SigLIP's texts have as many tokens as the context, of which the pads
-  are part. The gradient costs as much again twice.
+  last layer only the token at the end of each text is computed, from keys and values of all or from
+  all tokens as they are (`attention.attend_memory`), whichever is less; of T5 all of them, for
+  their mean. SigLIP's texts have as many tokens as the context, of which the pads are part. The
+  gradient costs as much again twice.
 
   Args:
     config: a resolved configuration.
@@ -35,7 +36,11 @@ def text_tower_flops(
   layer = sum(n * per_token + 4 * n**2 * t.width for n in lengths)
   if t.kind == "t5":
     return 3.0 * (t.depth * layer + 2 * t.width * config.model.embed_dim * len(lengths))
-  last = sum(n * 4 * t.width**2 + (per_token - 4 * t.width**2) + 4 * n * t.width for n in lengths)
+  # Keys and values of all tokens, or one query for each head through their kernels.
+  last = sum(
+    per_token + min(4 * (n - 1) * t.width**2 + 4 * n * t.width, 4 * n * t.heads * t.width)
+    for n in lengths
+  )
   projection = 2 * t.width * config.model.embed_dim * len(lengths)
   return 3.0 * ((t.depth - 1) * layer + last + projection)
 

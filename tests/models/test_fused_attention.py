@@ -86,10 +86,11 @@ def test_padding_of_masked_attention_goes_into_the_mask(rng, cudnn):
   assert attention.implementations()["test"] == "cuDNN, 9 padded to 16 tokens"
 
 
-def test_auto_leaves_masked_attention_and_float32_to_xla(rng, cudnn):
+def test_auto_takes_masks_and_leaves_float32_to_xla(rng, cudnn):
   arrays, weight = inputs(rng)
   both(arrays, weight, fused="auto", mask=np.ones((1, 1, 9, 9), bool))
-  assert attention.implementations() == {"test": "XLA (masked)"}
+  assert attention.implementations() == {"test": "cuDNN, 9 tokens"} and cudnn.calls
+  cudnn.calls.clear()
   both([x.astype(jnp.float32) for x in arrays], weight, fused="auto")
   assert attention.implementations() == {"test": "XLA (float32)"} and not cudnn.calls
 
@@ -208,9 +209,10 @@ def test_the_model_names_its_parts_and_asks_nothing_to_make_parameters(tiny, cud
     step.trace(state, initial.dummy_batch(tiny, tiny.batch_size))
   assert attention.implementations() == {
     "image tower": "XLA (cuDNN refuses: Unsupported sequence length Q 5)",
-    "text tower": "XLA (masked)",
+    "text tower": "XLA (cuDNN refuses: Unsupported sequence length Q 64)",
+    "text tower, last layer": "XLA (few queries: no keys, no values)",
     "query decoder, self-attention": "XLA (dropout)",
-    "query decoder, cross-attention": "XLA (dropout)",
+    "query decoder, cross-attention": "XLA (few queries: no keys, no values)",
   }
 
 
