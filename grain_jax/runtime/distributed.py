@@ -212,26 +212,47 @@ def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
 def gather(name: str, value: str, *, seconds: float = 600.0) -> list[str]:
   """The `value` of every process, in their order; all must call it.
 
-  It goes through the key-value store, not through the devices.
+  It goes through the key-value store, not through the devices, with three requests a process: the
+  last one to come reads the values of all, and hands them to the others in one key.
 
   Raises:
     TransientError: a process did not call it within `seconds`.
   """
-  if process_count() == 1:
+  count, index = process_count(), process_index()
+  if count == 1:
     return [value]
   store = _state().client
-  key = f"grain_jax/gather/{name}/{_rounds[name]}"
+  number = _rounds[name]
   _rounds[name] += 1
-  store.key_value_set(f"{key}/{process_index()}", f"={value}")
-  values = []
-  for process in range(process_count()):
-    try:
-      values.append(store.blocking_key_value_get(f"{key}/{process}", round(seconds * 1000))[1:])
-    except jax.errors.JaxRuntimeError as error:
-      raise failures.TransientError(
-        f"process {process} did not come to '{name}' within {seconds:g} s; the others wait there."
-      ) from error
-  return values
+  folder = f"grain_jax/gather/{name}"
+  if index == 0 and number >= 2:  # all have left it: they have come to the one after
+    store.key_value_delete(f"{folder}/{number - 2}")
+  round_folder = f"{folder}/{number}"
+  store.key_value_set(f"{round_folder}/values/{index}", f"={value}")
+  if store.key_value_increment(f"{round_folder}/came", 1) >= count:
+    found = _read_values(store, round_folder)
+    if len(found) == count:
+      values = [found[process] for process in range(count)]
+      store.key_value_set(f"{round_folder}/all", json.dumps(values), allow_overwrite=True)
+      return values
+  try:
+    return json.loads(store.blocking_key_value_get(f"{round_folder}/all", round(seconds * 1000)))
+  except jax.errors.JaxRuntimeError as error:
+    found = _read_values(store, round_folder)
+    missing = [process for process in range(count) if process not in found]
+    if not missing:  # the last one came just now
+      return [found[process] for process in range(count)]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise failures.TransientError(
+      f"process {missing[0]}{more} did not come to '{name}' within {seconds:g} s; the others wait "
+      "there."
+    ) from error
+
+
+def _read_values(store: Any, round_folder: str) -> dict[int, str]:
+  """{process: value} of those that have come to a `gather`."""
+  entries = store.key_value_dir_get(f"{round_folder}/values/")
+  return {int(key.rsplit("/", 1)[-1]): value[1:] for key, value in entries}
 
 
 def broadcast(name: str, value: str) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 import types
 
 import jax
@@ -100,57 +99,6 @@ def test_addresses_that_cannot_be(environ, flags, words):
   with pytest.raises(ValueError) as caught:
     addresses.find(environ, **flags)
   assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
-
-
-def test_agreement_names_the_first_difference(monkeypatch):
-  """Two threads stand for two processes; the store is a dict with waiting reads."""
-  here, store, ready = threading.local(), {}, threading.Condition()
-
-  class Client:
-    def key_value_set(self, key, value):
-      with ready:
-        store[key] = value
-        ready.notify_all()
-
-    def blocking_key_value_get(self, key, milliseconds):
-      with ready:
-        assert ready.wait_for(lambda: key in store, milliseconds / 1000), key
-        return store[key]
-
-  monkeypatch.setattr(distributed, "process_count", lambda: 2)
-  monkeypatch.setattr(distributed, "process_index", lambda: here.index)
-  monkeypatch.setattr(distributed, "_state", lambda: type("S", (), {"client": Client()}))
-  lines = {}
-
-  def process(index, values):
-    here.index = index
-    try:
-      distributed.check_equal("configuration", values)
-      lines[index] = None
-    except ValueError as error:
-      lines[index] = str(error)
-
-  class PerThread:  # each process has its own count
-    def __getitem__(self, key):
-      return here.__dict__.setdefault("rounds", {}).get(key, 0)
-
-    def __setitem__(self, key, value):
-      here.rounds[key] = value
-
-  monkeypatch.setattr(distributed, "_rounds", PerThread())
-
-  def both(a, b):
-    threads = [threading.Thread(target=process, args=(i, v)) for i, v in enumerate((a, b))]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(30)
-    store.clear()
-    return lines[0], lines[1]
-
-  assert both({"a": 1, "b": (1, 2)}, {"a": 1, "b": (1, 2)}) == (None, None)
-  one, two = both({"a": 1, "lr": 0.1}, {"a": 1, "lr": 0.2})
-  assert one == two and "lr is 0.1 on process 0 and 0.2 on process 1" in one
 
 
 @pytest.mark.slow
