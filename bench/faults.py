@@ -14,7 +14,7 @@ scenes, in one process and in two, and does to it what machines do:
   elastic       SIGTERM to one of four processes; one, two and eight go on
   unshared_workdir  two processes do not see one folder behind --workdir
   two_runs      a second run is started in the workdir of one that goes on
-  stale_handle  one of two meets stale handles when it reads the newest checkpoint
+  stale_handle  the one of two that reads the newest checkpoint meets stale handles
 
 Each is started again as a launcher would, and must end with the arrays of the undisturbed run; on
 another number of processes, whose sums have another order, with its losses to 1e-4.

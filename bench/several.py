@@ -46,11 +46,12 @@ def start_several(
   workdir: pathlib.Path,
   count: int,
   *flags: str,
+  first: Sequence[str] = MAIN,
   last: Sequence[str] = MAIN,
   last_data: pathlib.Path | None = None,
 ) -> list[subprocess.Popen]:
-  """`count` processes of one run; their names are 'p0-', 'p1-', ...; the last may run another
-  program, and read another copy of the data."""
+  """`count` processes of one run; their names are 'p0-', 'p1-', ...; the first and the last may
+  run other programs, and the last read another copy of the data."""
   address = (f"--coordinator_address=127.0.0.1:{runs.free_port()}", f"--num_processes={count}")
   return [
     runs.start(
@@ -61,7 +62,7 @@ def start_several(
       *address,
       f"--process_id={i}",
       name=f"p{i}-",
-      program=last if i == count - 1 else MAIN,
+      program=first if i == 0 else last if i == count - 1 else MAIN,
     )
     for i in range(count)
   ]

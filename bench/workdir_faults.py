@@ -102,19 +102,21 @@ def two_runs(faults: Any) -> dict[str, Any]:
 
 
 def stale_handle(faults: Any) -> dict[str, Any]:
-  """One of two meets stale handles at its start: once, and goes on; always, and all is kept."""
+  """The one of two that reads meets stale handles: once, and goes on; always, and all is kept."""
   workdir = faults.folder / "stale"
   pair = several.start_pair(faults.data, workdir)
   several.wait_for_step(4, workdir, *pair)
   pair[1].terminate()
   several.end(pair)
   saved = runs.saved_steps(workdir)
-  pair = several.start_several(faults.data, workdir, 2, last=("-c", _STALE.format(times=1_000_000)))
+  pair = several.start_several(
+    faults.data, workdir, 2, first=("-c", _STALE.format(times=1_000_000))
+  )
   always = several.end(pair)
   line = several.find_line(several.said(workdir), "though it may be whole")
   kept = runs.saved_steps(workdir)
   faults.say(f"stale handle, always: codes {always}, checkpoints {saved} -> {kept}: {line}")
-  pair = several.start_several(faults.data, workdir, 2, last=("-c", _STALE.format(times=1)))
+  pair = several.start_several(faults.data, workdir, 2, first=("-c", _STALE.format(times=1)))
   once = several.end(pair)
   began = several.find_line((workdir / "p0-out.txt").read_text()[-4000:], f"step {saved[-1]} of")
   faults.say(f"stale handle, once: codes {once}; {began}")

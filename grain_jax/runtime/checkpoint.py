@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from grain_jax import failures, trees
-from grain_jax.runtime import distributed, orbax_noise
+from grain_jax.runtime import distributed, orbax_noise, replicas
 
 # A replicated array is written in slices, one by each replica, where a slice has so many bytes at
 # least. Orbax's default is none, and each slice of each array is a program that is compiled.
@@ -204,6 +204,8 @@ class Checkpoints:
   def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """(state, meta) of checkpoint `step`, or of the newest one that all processes can read.
 
+    Of several processes those read that hold the first replica of an array (`replicas`).
+
     Args:
       abstract: ShapeDtypeStructs, with shardings, of the state or of a part of it.
       step: a certain checkpoint; then a damaged one is an error.
@@ -217,6 +219,8 @@ class Checkpoints:
       raise ValueError(f"{self._directory} has no checkpoint of step {step}; it has {steps[::-1]}.")
     if not steps:
       raise ValueError(f"{self._directory} holds no checkpoint. Train first, or check --workdir.")
+    if distributed.process_count() > 1 and (why := replicas.why_not(abstract)):
+      logging.warning("%s: every process reads for itself: %s", self._directory, why)
     reason, damaged = "", []
     for candidate in steps if step is None else [step]:
       restored, reason = self._read_again(candidate, abstract)
@@ -247,7 +251,7 @@ class Checkpoints:
     """
     restored, reason, storage, told = None, "", False, []
     for number, wait in enumerate((0.0, *WAITS)):
-      if number > 1 and not any(failed for _, failed in told):
+      if number > 1 and not any(failed for _, failed, _ in told):
         return None, reason  # damage does not go away; one more look is for what has other names
       if wait:
         logging.warning(
@@ -257,11 +261,14 @@ class Checkpoints:
         time.sleep(wait)
       if restored is None:
         restored, own, storage = self._read(step, abstract)
-      # A file that one process alone cannot read must not part it from the others.
-      told = _gather("restored", [own, storage])
-      reason = next((r for r, _ in told if r), "")
-      if not reason or reason.startswith(_OTHER_MODEL):
-        return restored, reason
+      # A file that one process alone cannot read must not part it from the others, nor leave them
+      # in a program for all.
+      told = _gather("restored", [own, storage, restored and restored[1]])
+      reason = next((r for r, *_ in told if r), "")
+      if not reason:
+        return (replicas.spread(restored[0], abstract), told[0][2]), ""
+      if reason.startswith(_OTHER_MODEL):
+        return None, reason
     raise failures.TransientError(
       f"{self._directory}: checkpoint {step} cannot be read ({reason}), though it may be whole. "
       "Mend the storage, and start again."
@@ -270,9 +277,12 @@ class Checkpoints:
   def _read(self, step: int, abstract: Any) -> tuple[Any, str, bool]:
     """((state, meta), '', False) of a checkpoint, or (None, why not, whether storage failed).
 
-    It waits for no other process.
+    It waits for no other process, and has what `replicas.to_read` says; process 0 has the meta.
     """
     here = distributed.process_index()
+    item = replicas.to_read(abstract, here)
+    if here and all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(item)):
+      return (item, None), "", False
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     folder = epath.Path(self._directory) / str(step)
     try:
@@ -286,12 +296,13 @@ class Checkpoints:
       state = handler.restore(
         folder / "state",
         args=ocp.args.PyTreeRestore(
-          item=abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          item=item,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
           partial_restore=True,
         ),
       )
-      meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "meta")
+      metas = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+      meta = metas.restore(folder / "meta") if here == 0 else None
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
       return None, failures.one_line(error, limit=200), failures.is_transient(error)
     return (state, meta), "", False
