@@ -5,21 +5,24 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/restarts.sh
+python=.venv/bin/python
+[ -x "$python" ] || python=python3 # of the image
 
 attempt=${RESTART_ATTEMPT:-0}
 watch_workdir "$@"
-mkdir -p "$restart_workdir"
 # What was there when this pod started last: restarts without a new checkpoint, then checkpoints.
 state="$restart_workdir/restarts-${JOB_COMPLETION_INDEX:-0}"
 now=$restart_steps
 if ((attempt > 0)); then
-  if [ -f "$state" ]; then
-    restart_vain=$(head -n 1 "$state")
-    restart_steps=$(tail -n +2 "$state")
+  before=$(read_note "$state")
+  if [ -n "$before" ]; then
+    restart_vain=$(head -n 1 <<<"$before")
+    restart_steps=$(tail -n +2 <<<"$before")
   fi
   made_progress $((attempt - 1)) || exit 1
   pause=$(restart_pause)
   echo "launch/k8s_wait.sh: restart $attempt in $pause s"
   rest "$pause"
 fi
-printf '%s\n' "$restart_vain" "$now" >"$state"
+write_note "$state" "$restart_vain
+$now"

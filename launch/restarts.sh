@@ -20,9 +20,57 @@ watch_workdir() {
 
 # Checkpoints of steps past 0, which is saved before training; one a line, sorted.
 list_checkpoints() {
-  [ -z "$restart_workdir" ] ||
-    find "$restart_workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' \
-      ! -name '*[!0-9]*' 2>/dev/null | LC_ALL=C sort || true
+  case $restart_workdir in
+    "") ;;
+    *://*) in_bucket list "$restart_workdir/checkpoints" | grep -E '^[1-9][0-9]*$' || true ;;
+    *)
+      find "$restart_workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' \
+        ! -name '*[!0-9]*' 2>/dev/null || true
+      ;;
+  esac | LC_ALL=C sort
+}
+
+# in_bucket list|read|write PLACE: names in a folder, or the text of a file; both may be missing, and
+# an empty text is taken away. `restart_python`, where it is set, is how to start Python.
+in_bucket() {
+  TF_CPP_MIN_LOG_LEVEL=3 "${restart_python[@]-${python:-python3}}" -c "$restart_in_bucket" "$@" ||
+    echo "warning: $2 cannot be reached; see the lines above." >&2
+}
+restart_in_bucket='
+import sys
+from etils import epath
+verb, place = sys.argv[1], epath.Path(sys.argv[2])
+if verb == "list" and place.exists():
+  print(*[path.name for path in place.iterdir()], sep="\n")
+elif verb == "read" and place.exists():
+  print(place.read_text(), end="")
+elif verb == "write":
+  text = sys.stdin.read()
+  if text:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+  else:
+    place.unlink(missing_ok=True)
+'
+
+# read_note FILE: what write_note left there, in a folder or a bucket; nothing if it left nothing.
+read_note() {
+  case $1 in *://*) in_bucket read "$1" ;; *) cat "$1" 2>/dev/null || true ;; esac
+}
+
+# write_note FILE TEXT: an empty text takes it away.
+write_note() {
+  case $1 in
+    *://*) printf %s "$2" | in_bucket write "$1" ;;
+    *)
+      if [ -n "$2" ]; then
+        mkdir -p "$(dirname "$1")"
+        printf '%s\n' "$2" >"$1" || true # the disk may be what failed
+      else
+        rm -f "$1"
+      fi
+      ;;
+  esac
 }
 
 # can_restart CODE: whether the same command may go better than the one that ended with CODE.

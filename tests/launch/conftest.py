@@ -38,6 +38,13 @@ def house(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", f"{sleep.parent}:{os.environ['PATH']}")
   monkeypatch.delenv("RESTARTS", raising=False)
 
+  def command(name, body):
+    """A stand-in for a program on PATH, which notes its arguments in the file NAME.txt."""
+    file = sleep.parent / name
+    record = f"printf '%s\\n' \"$@\" -- >> {tmp_path}/{name}.txt\n"
+    file.write_text(f"#!/usr/bin/env bash\n{record}{body}\n")
+    file.chmod(0o755)
+
   def launch(script, *arguments, launcher="local.sh", **environment):
     (tmp_path / "script").write_text(script)
     (tmp_path / "calls").write_text("")
@@ -52,4 +59,5 @@ def house(tmp_path, monkeypatch):
     calls = (tmp_path / "calls").read_text().splitlines()
     return done.returncode, calls, time.monotonic() - began
 
+  launch.command = command
   return launch

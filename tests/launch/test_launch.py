@@ -2,21 +2,18 @@
 
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-import yaml
 
-from grain_jax.runtime import addresses
 from grain_jax.runtime.watchdog import RESTART
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("local.sh", "slurm_gpu.sbatch", "tpu_pod.sh", "k8s_wait.sh", "restarts.sh")
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
 def run(script, *arguments, **environment):
@@ -25,8 +22,10 @@ def run(script, *arguments, **environment):
   return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def text(script):
-  return (LAUNCH / script).read_text()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_reads_it(script):
+  done = subprocess.run(["bash", "-n", LAUNCH / script], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,24 +51,17 @@ def test_dry_runs_print_the_command():
       "-m", "grain_jax.main", *flags, "--coordinator_address=127.0.0.1:55527",
       "--num_processes=2", f"--process_id={i}",
     ]  # fmt: skip
-  (slurm,) = run("slurm_gpu.sbatch", *flags, DRY_RUN="1").stdout.splitlines()
-  assert shlex.split(slurm)[0] == "srun" and shlex.split(slurm)[-4:] == [
-    "-m", "grain_jax.main", *flags,
-  ]  # fmt: skip
-  # Since Slurm 22.05 srun does not read the SLURM_CPUS_PER_TASK of the batch job.
-  (asked,) = re.findall(r"^#SBATCH (--cpus-per-task=\d+)$", text("slurm_gpu.sbatch"), re.MULTILINE)
-  assert asked in shlex.split(slurm)
-  slurm = run("slurm_gpu.sbatch", *flags, DRY_RUN="1", SLURM_CPUS_PER_TASK="7").stdout
-  assert "--cpus-per-task=7" in shlex.split(slurm)
-  tpu = run("tpu_pod.sh", *flags, DRY_RUN="1", TPU_NAME="pod", ZONE="z").stdout
-  *gcloud, remote = shlex.split(tpu)
-  assert gcloud == shlex.split("gcloud compute tpus tpu-vm ssh pod --zone=z --worker=all")
-  assert "-m grain_jax.main --config=configs/cc12m.py --workdir=a\\ run || code=$?" in remote
 
 
 def test_what_is_missing_is_said_in_one_line():
   done = run("tpu_pod.sh", "--config=x")
   assert done.returncode != 0 and "TPU_NAME: is the name" in done.stderr
+  done = run("tpu_pod.sh", "go", TPU_NAME="pod", ZONE="z")
+  assert (
+    done.returncode == 2 and done.stderr.count("\n") == 1 and "tpu_pod.sh go: say" in done.stderr
+  )
+  done = run("slurm.sh", "--config=x", NODES="two")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "NODES=two" in done.stderr
   done = run("local.sh", "0", "--config=x")
   assert done.returncode == 2 and done.stderr.count("\n") == 1
 
@@ -103,74 +95,6 @@ def test_what_is_no_checkpoint_is_no_progress(house, left):
   assert house(script, "--workdir=w", RESTARTS="20")[0] == 1
 
 
-def test_slurm_job_goes_back_into_the_queue_while_there_is_progress(house, tmp_path):
-  for name, body in (("srun", ". ./script"), ("scontrol", 'echo "$*" >> requeued')):
-    (tmp_path / "bin" / name).write_text(
-      f'#!/usr/bin/env bash\n[ {name} != srun ] || echo "$*" >> calls\n{body}\n'
-    )
-    (tmp_path / "bin" / name).chmod(0o755)
-  (tmp_path / "w").mkdir()
-
-  def start(number, script):
-    code, calls, _ = house(
-      script, "--workdir=w", launcher="slurm_gpu.sbatch", SLURM_JOB_ID="7",
-      SLURM_RESTART_COUNT=str(number), SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK="9",
-    )  # fmt: skip
-    assert "--cpus-per-task=9" in calls[0].split()
-    requeued = tmp_path / "requeued"
-    again = requeued.exists() and requeued.read_text() == "requeue 7\n"
-    requeued.unlink(missing_ok=True)
-    return code, again, house.waits
-
-  preempted = f"exit {RESTART}"
-  assert start(0, preempted) == (0, True, [10])
-  assert start(1, preempted) == (0, True, [60])
-  assert start(2, f"{SAVE}5; {preempted}") == (0, True, [10])
-  assert start(3, preempted) == (0, True, [60])
-  assert start(4, preempted) == (0, True, [300])
-  assert start(5, preempted) == (1, False, [])
-  assert start(0, preempted) == (0, True, [10])  # submitted anew
-  assert start(1, "exit 1") == (1, False, [])
-  assert start(1, "exit 0") == (0, False, [])
-  assert start(20, f"{SAVE}6; {preempted}") == (RESTART, False, [])
-  assert not list((tmp_path / "w").glob("restarts*"))
-
-
-def test_every_host_of_a_tpu_slice_waits_and_ends(house, tmp_path):
-  gcloud = tmp_path / "bin" / "gcloud"
-  gcloud.write_text(
-    '#!/usr/bin/env bash\nfor last; do :; done\nexec bash -c "${last#--command=}"\n'
-  )
-  gcloud.chmod(0o755)
-  pod = {"launcher": "tpu_pod.sh", "TPU_NAME": "pod", "ZONE": "z", "REPOSITORY": str(tmp_path)}
-  code, calls, _ = house(f"exit {RESTART}", "--workdir=a w", **pod)
-  assert (code, len(calls), house.waits) == (1, 4, [10, 60, 300])
-  assert calls[0] == "-m grain_jax.main --workdir=a w" and "in a w: this is" in house.said[-1]
-  save = f'{NUMBER} mkdir -p "a w/checkpoints/$n"; exit {RESTART}'
-  code, calls, _ = house(save, "--workdir=a w", **pod, RESTARTS="4", RESTART_SECONDS="2")
-  assert (code, len(calls), house.waits) == (RESTART, 5, [2] * 4)
-  assert house("exit 2", "--workdir=a w", **pod)[:2] == (2, ["-m grain_jax.main --workdir=a w"])
-  assert house("exit 0", "--workdir=a w", **pod)[0] == 0
-
-
-def test_pods_wait_before_a_new_start(house, tmp_path):
-  def start(attempt, *, save=None):
-    code = house("", "--workdir=w", launcher="k8s_wait.sh", RESTART_ATTEMPT=str(attempt))[0]
-    if save is not None:
-      (tmp_path / "w" / "checkpoints" / str(save)).mkdir(parents=True)
-    return code, house.waits
-
-  assert start(0) == (0, [])
-  assert start(1) == (0, [10])
-  assert start(2, save=4) == (0, [60])
-  assert start(3) == (0, [10])
-  assert start(4) == (0, [60])
-  assert start(5) == (0, [300])
-  assert start(6) == (1, [])
-  assert "3 restarts in a row made no new checkpoint" in house.said[-1]
-  assert start(0) == (0, [])  # applied anew
-
-
 def test_local_starts_again_what_was_preempted_or_lost(house):
   first = "[ $(wc -l < calls) -gt 1 ] && exit 0; "
   assert house(f"{first} exit {RESTART}", "--workdir=x")[:2] == (
@@ -195,52 +119,39 @@ def test_local_ends_with_the_first_failure_of_several(house):
   assert code == 2 and seconds < 20
 
 
-def test_jobset():
-  """Against the fields of JobSet v1alpha2 and of batch/v1 Jobs, by hand."""
-  jobset = yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
-  assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-  spec = jobset["spec"]
-  assert spec.keys() == {"network", "failurePolicy", "replicatedJobs"}
-  assert spec["network"] == {"enableDNSHostnames": True}
-  (rule,) = spec["failurePolicy"]["rules"]
-  assert rule["action"] in ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
-  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-  (replicated,) = spec["replicatedJobs"]
-  job = replicated["template"]["spec"]
-  assert replicated["replicas"] == 1 and job["completionMode"] == "Indexed"
-  assert job["parallelism"] == job["completions"] and job["backoffLimit"] == 0
-  pod = job["template"]["spec"]
-  assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs that
-  assert pod["terminationGracePeriodSeconds"] >= 60
-  (container,) = pod["containers"]
-  ends, vain = job["podFailurePolicy"]["rules"]
-  assert ends["onExitCodes"]["containerName"] == container["name"]
-  assert ends["onExitCodes"]["operator"] == "In" and RESTART not in ends["onExitCodes"]["values"]
-  assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
-  # What comes before a new start: the number of the start is an annotation of JobSet's pods.
-  (wait,) = pod["initContainers"]
-  assert vain == {
-    "action": "FailJob",
-    "onExitCodes": {"containerName": wait["name"], "operator": "In", "values": [1]},
-  }
-  assert wait["command"] == ["bash", "launch/k8s_wait.sh"] and wait["args"][0] in container["args"]
-  (number,) = wait["env"]
-  annotation = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
-  assert number == {
-    "name": "RESTART_ATTEMPT", "valueFrom": {"fieldRef": {"fieldPath": annotation}},
-  }  # fmt: skip
-  assert (
-    wait["image"] == container["image"] and wait["volumeMounts"][0] in container["volumeMounts"]
+def test_checkpoints_in_a_bucket_are_progress_too(house, tmp_path):
+  """A stand-in of Python lists the bucket; what it is told to do is the next test's."""
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.write_text(
+    f'#!/usr/bin/env bash\n[ "$1" != -c ] || {{ echo "$3 $4" >> {tmp_path}/asked; '
+    f"cat {tmp_path}/steps 2>/dev/null; exit 0; }}\n"
+    f'echo "$*" >> {tmp_path}/calls\n. {tmp_path}/script\n'
   )
-  assert container["command"] + container["args"][:1] == [
-    "python3", "-m", "grain_jax.main", "--config=configs/cc12m.py",
-  ]  # fmt: skip
+  code, calls, _ = house(f"exit {RESTART}", "--workdir=gs://b/x", RESTARTS="20")
+  assert (code, len(calls), house.waits) == (1, 4, [10, 60, 300])
+  assert (tmp_path / "asked").read_text() == "list gs://b/x/checkpoints\n" * 5
+  save = f'{NUMBER} echo "${{n}}0" >> {tmp_path}/steps; exit {RESTART}'
+  code, calls, _ = house(save, "--workdir=gs://b/x", RESTARTS="5")
+  assert (code, len(calls), house.waits) == (RESTART, 6, [10] * 5)
+  assert not list(tmp_path.glob("gs*"))
 
-  environ = {e["name"]: e["value"] for e in container["env"]}
-  kubernetes = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
-  address = addresses.find({**environ, **kubernetes})
-  # Pods are named JOBSET-REPLICATEDJOB-JOB-POD, in the subdomain of the JobSet's name.
-  name = jobset["metadata"]["name"]
-  assert address.coordinator == f"{name}-{replicated['name']}-0-0.{name}:55527"
-  assert address.num_processes == job["completions"]
-  assert {"containerPort": 55527} in container["ports"]
+
+def test_what_the_launchers_ask_of_a_bucket(tmp_path):
+  """The program that they run, on a folder."""
+
+  def ask(verb, place, text=""):
+    command = f'. launch/restarts.sh; python={sys.executable} in_bucket {verb} "{place}"'
+    done = subprocess.run(
+      ["bash", "-c", command], input=text, capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout
+
+  note = tmp_path / "a" / "note"
+  assert ask("list", tmp_path / "a").split() == [] and ask("read", note) == ""
+  ask("write", note, "1\n20\n")
+  assert note.read_text() == "1\n20\n" == ask("read", note)
+  (tmp_path / "a" / "30").mkdir()
+  assert sorted(ask("list", tmp_path / "a").split()) == ["30", "note"]
+  ask("write", note)
+  assert not note.exists()
