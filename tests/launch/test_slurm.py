@@ -103,6 +103,30 @@ def test_an_environment_is_entered_before_the_tasks_start(house, tmp_path):
   assert (code, calls) == (1, []) and "ENVIRONMENT=none.sh cannot be read" in house.said[-1]
 
 
+@pytest.mark.parametrize(
+  ("workdir", "mounts", "warned"),
+  [
+    ("/data/runs/x", "", True),
+    ("/data/runs/x", "/other,/date:/data:ro", False),
+    ("/data/runs/x", "/data:/d", True),
+    ("/data2/x", "/data", True),
+    ("/data", "/data/", False),
+    ("runs/x", "", False),
+    ("gs://b/x", "", False),
+  ],
+)
+def test_a_workdir_that_would_end_with_its_container_is_warned_about(
+  house, tmp_path, workdir, mounts, warned
+):
+  job = slurm(house, tmp_path)
+  code, _, _ = house("", f"--workdir={workdir}", CONTAINER="c", MOUNTS=mounts, **job)
+  assert code == 0
+  said = [
+    line for line in house.said if line.startswith(f"warning: --workdir={workdir} is in none")
+  ]
+  assert len(said) == warned
+
+
 def test_a_submitted_job_has_the_variables_of_its_settings(house, tmp_path):
   house.command("sbatch", f'echo "$CONTAINER $SBATCH_EXPORT" > {tmp_path}/seen')
   code, _, _ = house(

@@ -97,6 +97,10 @@ with distributed.session(addresses.Address("flags", address, count, index)):
     restore(checkpoints, abstract, 2)
     print(f"read {read_bytes() - before} bytes")
 
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=here)
+    assert int(checkpoints.restore(abstract | {"scalar": scalar})[0]["scalar"]) == -7
+
     read = ocp.PyTreeCheckpointHandler.restore
     failing(1)
     restore(checkpoints, abstract, 2)
@@ -150,6 +154,7 @@ def test_one_replica_is_read_and_all_have_it_bit_for_bit(tmp_path, count, shape,
     assert int(number) / (12 << 20) == pytest.approx(share, abs=0.1)
     assert re.search("checkpoint 2 cannot be read .*Stale file handle.* may be whole", out)
     assert "checkpoint 2 in" in err and "is passed over" in err
+    assert "every process reads for itself: 1 of 8 arrays are on no mesh" in err
     assert "is of another model: it has no 'other' [4]" in out
 
 
