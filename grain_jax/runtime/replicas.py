@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Bytes a device that are spread at a time: a program each. It needs three times as many.
-_CHUNK_BYTES = 1 << 29
+_CHUNK_BYTES = 1 << 28
 
 # Integers in which the bits of an array are summed; collectives of GPUs have none of 16 bits.
 _SUMS = {1: jnp.uint8, 2: jnp.uint32, 4: jnp.uint32, 8: jnp.uint64}

@@ -25,13 +25,14 @@ import orbax.checkpoint as ocp
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec as P
 from grain_jax import failures
-from grain_jax.runtime import addresses, checkpoint, distributed
+from grain_jax.runtime import addresses, checkpoint, distributed, replicas
 from grain_jax.runtime import mesh as meshes
 
 flags.FLAGS(sys.argv[:1])
 address, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 count, index, *shape = map(int, sys.argv[3:])
 checkpoint.WAITS = (0.1, 0.1)
+replicas._CHUNK_BYTES = 1 << 20  # more than one program
 
 odd = np.array([-0.0, 1e-42, np.nan, -np.inf], np.float32)
 odd.view(np.uint32)[2] = 0xFFC01234  # a NaN with a payload
