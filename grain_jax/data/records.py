@@ -1,7 +1,7 @@
-"""A record: its TFDS features, its bytes in a shard, and the checks it passes before it goes there.
+"""A record: its bytes in a shard, and the checks it passes before it goes there.
 
 A record is a dict with the keys of `schema.RECORD_*`. In a shard it is a serialised
-`tf.train.Example`, laid out as TFDS lays out `features(...)`, so that TFDS reads it back.
+`tf.train.Example`, laid out as TFDS lays out `metadata.features(...)`, so that TFDS reads it back.
 """
 
 from __future__ import annotations
@@ -72,38 +72,6 @@ class Refused(NamedTuple):
   key: str
   what: str  # records | captions | regions | negatives
   why: str
-
-
-def features(*, with_mask: bool, with_label: bool):
-  """The TFDS FeaturesDict of a dataset.
-
-  TFDS has one specification for all splits: a split without masks or labels holds a mask of one
-  pixel, 0, and the label -1.
-  """
-  from grain_jax.data import host_tensorflow
-
-  tfds = host_tensorflow.datasets()
-
-  text = tfds.features.Text()
-  spec: dict[str, Any] = {
-    schema.RECORD_KEY: text,
-    schema.RECORD_IMAGE: tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-    schema.RECORD_CAPTIONS: tfds.features.Sequence(text),
-    schema.RECORD_REGIONS: tfds.features.Sequence(
-      {
-        "description": text,
-        "box": tfds.features.BBoxFeature(),
-        "score": tfds.features.Scalar(np.float32),
-        "negatives": tfds.features.Sequence(text),
-      }
-    ),
-    schema.RECORD_NEGATIVES: tfds.features.Sequence({"caption": text, "kind": text}),
-  }
-  if with_mask:
-    spec[schema.RECORD_MASK] = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
-  if with_label:
-    spec[schema.RECORD_LABEL] = tfds.features.Scalar(np.int64)
-  return tfds.features.FeaturesDict(spec)
 
 
 def encode(

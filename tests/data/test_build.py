@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy_data
 
-from grain_jax.data import build, dataset, decoding, records
+from grain_jax.data import build, dataset, decoding, metadata, records
 
 REGION = {"description": "a red box", "box": (0.1, 0.2, 0.5, 0.6), "score": 0.5, "negatives": []}
 
@@ -26,7 +26,7 @@ def test_encoding_is_tfds():
     toy_data.record(4, regions=0, mask=mask, label=0),
     toy_data.record(5, mask=mask, label=2, regions=1) | {"regions": with_negatives},
   ):
-    features = records.features(with_mask=True, with_label=True)
+    features = metadata.features(with_mask=True, with_label=True)
     theirs = dict(r, mask=mask[..., None])
     theirs["regions"] = [{**g, "box": tfds.features.BBox(*g["box"])} for g in r["regions"]]
     want = tf.train.Example.FromString(features.serialize_example(features.encode_example(theirs)))
@@ -80,6 +80,20 @@ def test_tfds_reads_the_directory(tmp_path):
   assert opened.splits == ("train", "val") and opened.num_records("train") == 6
   assert [s["records"] for s in opened.manifest["splits"]["train"]["shards"]] == [4, 2]
   assert opened.parse("val", 1).key == b"r7"
+
+
+def test_a_build_does_without_tensorflow(tmp_path):
+  """It is seconds of one core, at the end, while all others wait."""
+  paths = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parent)]
+  out = str(tmp_path / "d")
+  program = (
+    f"import sys; sys.path[:0] = {paths!r}; import toy_data\n"
+    f"toy_data.built({out!r}, [toy_data.record(0)], with_mask=True, with_label=True)\n"
+    "print(sorted({'tensorflow', 'keras', 'jax'} & set(sys.modules)))"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert done.stdout == "[]\n", done.stderr
+  assert (tmp_path / "d" / "features.json").is_file()
 
 
 @pytest.mark.parametrize(

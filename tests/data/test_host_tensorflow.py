@@ -27,6 +27,8 @@ def test_nothing_else_imports_it():
   found = {path: names for path, names in found.items() if names}
   # clu imports TensorFlow; `writers` hides the GPUs before it makes a writer.
   assert found.pop("data/host_tensorflow.py") == {"tensorflow", "tensorflow_datasets"}
+  # TFDS alone, which loads no TensorFlow for what it does there (test_build.py).
+  assert found.pop("data/metadata.py") == {"tensorflow_datasets"}
   assert found.pop("runtime/writers.py") == {"clu"}
   assert "grain_jax.data" in imported(PACKAGE / "runtime/writers.py")
   assert found == {"training/loop.py": {"clu"}}  # for the type checker alone

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax.data import dataset
+from grain_jax.data import dataset, metadata
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.building import inputs, on_disk, preview, shards, tally, tasks
@@ -238,7 +238,7 @@ class Build:
     if dropped:
       manifest["dropped_splits"] = dropped
     manifest |= {"kept_and_dropped": summary, "hints": found}
-    shards.write_metadata(source, folder, splits)
+    metadata.write(source, folder, splits)
     self.page.write(
       folder / preview.NAME,
       name=self.name,

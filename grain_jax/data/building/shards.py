@@ -1,4 +1,4 @@
-"""From finished blocks to shards: which record goes where, a shard written, TFDS's metadata."""
+"""From finished blocks to shards: which record goes where, a shard written, all named."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from grain_jax.data import dataset, records
+from grain_jax.data import dataset
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.building import on_disk, preview, tally
-from grain_jax.data.sources import base
 
 _WRITER = "group_size:1,snappy"  # records are read one by one; zstd costs five times the time
 _READ = 256  # records read at a time
@@ -179,35 +178,3 @@ def finish(
         file.rename(target)
       found.setdefault(split, []).append({"file": target.name, **known})
   return found
-
-
-def write_metadata(source: base.Source, directory: pathlib.Path, splits: Mapping[str, Any]) -> None:
-  """Writes TFDS's metadata beside the shards; `splits` as in the manifest."""
-  from grain_jax.data import host_tensorflow
-
-  tfds = host_tensorflow.datasets()
-
-  template = tfds.core.ShardedFileTemplate(
-    data_dir=str(directory),
-    dataset_name=source.name,
-    filetype_suffix="array_record",
-    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-  )
-  infos = [
-    tfds.core.SplitInfo(
-      name=split,
-      shard_lengths=[shard["records"] for shard in entry["shards"]],
-      num_bytes=entry["bytes"],
-      filename_template=template,
-    )
-    for split, entry in splits.items()
-  ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=str(directory),
-    features=records.features(with_mask=source.with_mask, with_label=source.with_label),
-    split_infos=infos,
-    filename_template=template,
-    check_data=False,
-    description=f"Images with captions and described regions, from the source {source.name}.",
-    license=source.about.get("licence") or "unknown",
-  )
