@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import shutil
 import time
@@ -12,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grain_jax.data import dataset, metadata
+from grain_jax.data.building import appending, inputs, on_disk, preview, shards, tally, tasks
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
-from grain_jax.data.building import inputs, on_disk, preview, shards, tally, tasks
 from grain_jax.data.sources import base
 
 _VERSION = 1  # of what a block is: blocks of another one are not gone on with
@@ -42,6 +43,7 @@ class Build:
     self.counts = tally.Tally(allow_dropped)
     self.hints, self.page = hints_lib.Hints(source), preview.Preview()
     self.progress = _Progress(source.total, say)
+    self.waiting: dict[int, set[tuple[str, int]]] = {}  # block -> shards that will read it
 
   @property
   def is_long(self) -> bool:
@@ -58,15 +60,16 @@ class Build:
       images, self.allow_dropped, lambda: hints_lib.missing_images(self.source.images())
     )
     blocks = self._plan(images)
-    execute = self._executor(len(blocks), workers=workers, ray_address=ray_address)
+    execute, appender = self._executor(len(blocks), workers=workers, ray_address=ray_address)
     keys = on_disk.SeenKeys(self.place.scratch)
     plan = shards.Plan(
       keys, shard_size=self.shard_size, counts=self.counts, hints=self.hints, page=self.page
     )
-    self._read_blocks(blocks, plan, execute)
-    keys.close()
-    summary, found = self._check(plan)
-    self._write_shards(plan, execute)
+    with appender:
+      self._read_blocks(blocks, plan, execute, appender)
+      keys.close()
+      summary, found = self._check(plan)
+      self._write_shards(plan, execute, appender)
     manifest = self._manifest(plan, images, summary, found)
     manifest["seconds"] = round(time.monotonic() - start, 1)
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -99,7 +102,7 @@ class Build:
       temporary.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
       temporary.rename(file)
     elif known["shard_size"] != self.shard_size:
-      for folder in (place.dataset, place.facts):
+      for folder in (place.dataset, place.facts, *_spared(place.blocks)):
         shutil.rmtree(folder, ignore_errors=True)
       file.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
     for folder in (place.scratch, place.blocks, place.facts, place.dataset):
@@ -108,17 +111,22 @@ class Build:
       shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return [json.loads(line) for line in listed.read_text().splitlines()]
 
-  def _executor(self, blocks: int, *, workers: int | None, ray_address: str) -> tasks.Executor:
-    """Who does the tasks."""
+  def _executor(
+    self, blocks: int, *, workers: int | None, ray_address: str
+  ) -> tuple[tasks.Executor, appending.Appender]:
+    """Who does the tasks, and who writes shards meanwhile."""
+    nobody = appending.Appender(self.place, most=0)
     workers = _cores() if workers is None else workers
     if ray_address:
       from grain_jax.data.building import ray_tasks
 
-      return ray_tasks.executor(self.source, self.place, address=ray_address, say=self.say)
+      execute = ray_tasks.executor(self.source, self.place, address=ray_address, say=self.say)
+      return execute, nobody
     if self.source.recipe is not None and min(workers, blocks) > 1:
       from grain_jax.data.building import workers as worker_lib
 
-      return worker_lib.executor(self.source, self.place, workers=min(workers, blocks))
+      execute = worker_lib.executor(self.source, self.place, workers=min(workers, blocks))
+      return execute, appending.Appender(self.place)
 
     def here(todo: Iterator[tasks.Task], done: Callable[[tasks.Task], None]) -> None:
       for task in todo:
@@ -127,10 +135,14 @@ class Build:
         )
         done(task)
 
-    return here
+    return here, nobody
 
   def _read_blocks(
-    self, blocks: Sequence[base.Block | None], plan: shards.Plan, execute: tasks.Executor
+    self,
+    blocks: Sequence[base.Block | None],
+    plan: shards.Plan,
+    execute: tasks.Executor,
+    appender: appending.Appender,
   ) -> None:
     """Has all blocks read, and takes in their facts in their order."""
     folder, share = self.place.blocks, 1.0
@@ -149,8 +161,12 @@ class Build:
       nonlocal taken
       while taken in there:
         file = block_lib.folder_of(folder, taken) / block_lib.FACTS
-        plan.add(taken, json.loads(file.read_text()))
+        parts = plan.add(taken, json.loads(file.read_text()))
+        self.waiting[taken] = {(part.split, part.number) for part in parts}
+        appender.add(parts)
         taken += 1
+      for shard in appender.finished():
+        self._spare(plan, *shard)
       self.counts.warn_early(self.say, self.hints.lines)
       self.progress.reach(plan.items)
 
@@ -180,33 +196,34 @@ class Build:
     self.counts.check(found)
     return summary, found
 
-  def _write_shards(self, plan: shards.Plan, execute: tasks.Executor) -> None:
-    """Has all shards written; blocks whose records are in shards lose them, to spare the disk."""
-    waiting: dict[int, set[tuple[str, int]]] = {}  # block -> shards that will read it
+  def _write_shards(
+    self, plan: shards.Plan, execute: tasks.Executor, appender: appending.Appender
+  ) -> None:
+    """Has all shards written."""
+    begun = appender.begin_no_more()
     todo: list[tasks.Task] = []
     for split, several in plan.shards.items():
       for number, runs in enumerate(several):
-        finished = shards.read_facts(self.place.facts, split, number) is not None
-        if not finished:
+        if shards.read_facts(self.place.facts, split, number) is not None:
+          self._spare(plan, split, number)
+        elif (split, number) not in begun:
           todo.append({"do": "shard", "split": split, "number": number, "runs": runs})
-        for run in runs:
-          own = waiting.setdefault(run.block, set())
-          if not finished:
-            own.add((split, number))
-
-    def spare(block: int) -> None:
-      if not waiting[block]:
-        for file in block_lib.folder_of(self.place.blocks, block).glob("*.array_record"):
-          file.unlink()
 
     def done(task: tasks.Task) -> None:
-      for block in {run[0] for run in task["runs"]}:
-        waiting[block].discard((task["split"], task["number"]))
-        spare(block)
+      for shard in [(task["split"], task["number"]), *appender.finished()]:
+        self._spare(plan, *shard)
 
-    for block in waiting:
-      spare(block)
     execute(iter(todo), done)
+    for shard in appender.wait():
+      self._spare(plan, *shard)
+
+  def _spare(self, plan: shards.Plan, split: str, number: int) -> None:
+    """After a shard: blocks of which all shards are finished lose their records, for the disk."""
+    for block in {run.block for run in plan.shards[split][number]}:
+      self.waiting[block].discard((split, number))
+      if not self.waiting[block]:
+        for file in block_lib.folder_of(self.place.blocks, block).glob("*.array_record"):
+          file.unlink()
 
   def _manifest(
     self,
@@ -247,6 +264,15 @@ class Build:
       hints=found,
     )
     return manifest
+
+
+def _spared(blocks: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Folders of finished blocks whose records are in shards alone."""
+  for file in blocks.glob(f"*/{block_lib.FACTS}"):
+    items = json.loads(file.read_text())["items"]
+    splits = {split for split, _, counts, _ in items if counts is not None}
+    if not all(block_lib.records_file(file.parent, split).is_file() for split in splits):
+      yield file.parent
 
 
 def _cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,15 @@ class Run(NamedTuple):
   stop: int
 
 
+class Part(NamedTuple):
+  """Records that a shard gets of a block."""
+
+  split: str
+  number: int  # of the shard
+  run: Run
+  is_first: bool  # of the shard
+
+
 class Plan:
   """Takes in the facts of all blocks in their order: which records stay, and their shards.
 
@@ -49,8 +59,9 @@ class Plan:
     self._last: dict[str, int] = {}  # records in the last shard of a split
     self.items = 0  # records met, kept or not
 
-  def add(self, number: int, facts: Mapping[str, Any]) -> None:
-    """Takes in a block, the one after the last."""
+  def add(self, number: int, facts: Mapping[str, Any]) -> list[Part]:
+    """Takes in a block, the one after the last; where its records go."""
+    last = {split: len(several) - 1 for split, several in self.shards.items()}
     places = collections.Counter[str]()
     again: set[str] = set()
     for split, key, counts, losses in facts["items"]:
@@ -71,6 +82,13 @@ class Plan:
         self._place(split, number, place, counts)
     self._hints.merge(facts["hints"])
     self._page.merge(facts["preview"], without=again)
+    return [
+      Part(split, shard, run, run is runs[0])
+      for split, several in self.shards.items()
+      for shard, runs in enumerate(several[last.get(split, 0) :], start=last.get(split, 0))
+      for run in runs
+      if run.block == number
+    ]
 
   def _place(self, split: str, number: int, place: int, counts: list[int]) -> None:
     shards = self.shards.setdefault(split, [])
@@ -106,6 +124,54 @@ def read_facts(facts: pathlib.Path, split: str, number: int) -> dict[str, Any] |
     return None
 
 
+class Writer:
+  """A shard while it is written: aside, until `close` gives it its name and says what it holds."""
+
+  def __init__(
+    self,
+    split: str,
+    number: int,
+    *,
+    folder: pathlib.Path,
+    facts: pathlib.Path,
+    blocks: pathlib.Path,
+  ):
+    """Args: as of `write`."""
+    from array_record.python import array_record_module
+
+    self.split, self.number = split, number
+    self._file, self._facts, self._blocks = file_of(folder, split, number), facts, blocks
+    self._temporary = block_lib.aside(self._file)
+    self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER)
+    self._count = 0
+
+  def append(self, run: Run) -> None:
+    """Copies records of a block."""
+    path = block_lib.records_file(block_lib.folder_of(self._blocks, run.block), self.split)
+    for data in _read(path, run):
+      self._writer.write(data)
+      self._count += 1
+
+  def close(self) -> None:
+    """The shard is finished."""
+    self._writer.close()
+    with self._temporary.open("rb") as opened:
+      digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    size = self._temporary.stat().st_size
+    known = {"records": self._count, "bytes": size, "sha256": digest}
+    self._temporary.rename(self._file)
+    target = _facts_of(self._facts, self.split, self.number)
+    aside = block_lib.aside(target)
+    aside.write_text(json.dumps(known))
+    os.replace(aside, target)
+
+  def abandon(self) -> None:
+    """Nothing of the shard stays."""
+    with contextlib.suppress(RuntimeError):  # a full disk
+      self._writer.close()
+    self._temporary.unlink(missing_ok=True)
+
+
 def write(
   split: str,
   number: int,
@@ -125,28 +191,12 @@ def write(
     facts: folder of what is known of finished shards.
     blocks: folder of the blocks.
   """
-  from array_record.python import array_record_module
-
   if read_facts(facts, split, number) is not None:
     return
-  file = file_of(folder, split, number)
-  temporary = block_lib.aside(file)
-  writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
-  count = 0
+  writer = Writer(split, number, folder=folder, facts=facts, blocks=blocks)
   for run in map(lambda values: Run(*values), runs):
-    path = block_lib.records_file(block_lib.folder_of(blocks, run.block), split)
-    for data in _read(path, run):
-      writer.write(data)
-      count += 1
+    writer.append(run)
   writer.close()
-  with temporary.open("rb") as opened:
-    digest = hashlib.file_digest(opened, "sha256").hexdigest()
-  known = {"records": count, "bytes": temporary.stat().st_size, "sha256": digest}
-  temporary.rename(file)
-  target = _facts_of(facts, split, number)
-  aside = block_lib.aside(target)
-  aside.write_text(json.dumps(known))
-  os.replace(aside, target)
 
 
 def _read(path: pathlib.Path, run: Run) -> Iterator[bytes]:

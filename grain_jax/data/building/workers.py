@@ -8,6 +8,7 @@ line of JSON a task and answers with one; where this process dies, its input end
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -29,6 +30,10 @@ def executor(source: base.Source, place: tasks.Place, *, workers: int) -> tasks.
   assert source.recipe is not None, f"the source {source.name} is of this process alone"
 
   def execute(todo: Iterator[tasks.Task], done: Callable[[tasks.Task], None]) -> None:
+    first = next(todo, None)
+    if first is None:
+      return
+    todo = itertools.chain([first], todo)
     results: queue.Queue[tuple[tasks.Task | None, Any]] = queue.Queue()
     lock, stopped = threading.Lock(), threading.Event()
 
