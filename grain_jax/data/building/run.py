@@ -98,13 +98,12 @@ class Build:
       with listed.open("w") as lines:
         for block in [None] if self.source.blocks is None else self.source.blocks(place.scratch):
           lines.write(json.dumps(block) + "\n")
-      temporary = block_lib.aside(file)
-      temporary.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
-      temporary.rename(file)
+      _note(file, what, self.shard_size)
     elif known["shard_size"] != self.shard_size:
+      _note(file, what, None)  # killed from here on, it is no build of either size
       for folder in (place.dataset, place.facts, *_spared(place.blocks)):
         shutil.rmtree(folder, ignore_errors=True)
-      file.write_text(json.dumps({"what": what, "shard_size": self.shard_size}))
+      _note(file, what, self.shard_size)
     for folder in (place.scratch, place.blocks, place.facts, place.dataset):
       folder.mkdir(exist_ok=True)
     for leftover in (*place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")):
@@ -264,6 +263,13 @@ class Build:
       hints=found,
     )
     return manifest
+
+
+def _note(file: pathlib.Path, what: Mapping[str, Any], shard_size: int | None) -> None:
+  """Writes what a build is of, at once."""
+  temporary = block_lib.aside(file)
+  temporary.write_text(json.dumps({"what": what, "shard_size": shard_size}))
+  temporary.rename(file)
 
 
 def _spared(blocks: pathlib.Path) -> Iterator[pathlib.Path]:
