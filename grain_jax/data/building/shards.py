@@ -18,6 +18,7 @@ from grain_jax.data.building import on_disk, preview, tally
 
 _WRITER = "group_size:1,snappy"  # records are read one by one; zstd costs five times the time
 _READ = 256  # records read at a time
+_HASHED = 1 << 20  # bytes
 
 
 class Run(NamedTuple):
@@ -144,6 +145,8 @@ class Writer:
     self._temporary = block_lib.aside(self._file)
     self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER)
     self._count = 0
+    self._digest = hashlib.sha256()
+    self._written = self._temporary.open("rb", buffering=0)
 
   def append(self, run: Run) -> None:
     """Copies records of a block."""
@@ -151,14 +154,15 @@ class Writer:
     for data in _read(path, run):
       self._writer.write(data)
       self._count += 1
+    self._hash()
 
   def close(self) -> None:
     """The shard is finished."""
     self._writer.close()
-    with self._temporary.open("rb") as opened:
-      digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    size = self._temporary.stat().st_size
-    known = {"records": self._count, "bytes": size, "sha256": digest}
+    self._hash()
+    size = self._written.tell()
+    self._written.close()
+    known = {"records": self._count, "bytes": size, "sha256": self._digest.hexdigest()}
     self._temporary.rename(self._file)
     target = _facts_of(self._facts, self.split, self.number)
     aside = block_lib.aside(target)
@@ -169,7 +173,13 @@ class Writer:
     """Nothing of the shard stays."""
     with contextlib.suppress(RuntimeError):  # a full disk
       self._writer.close()
+    self._written.close()
     self._temporary.unlink(missing_ok=True)
+
+  def _hash(self) -> None:
+    """Takes in what is new in the file, to which array_record only appends."""
+    while data := self._written.read(_HASHED):
+      self._digest.update(data)
 
 
 def write(

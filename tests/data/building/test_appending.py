@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 import time
 
+import numpy as np
 import pytest
 import toy_data
 from array_record.python import array_record_module
@@ -20,8 +21,9 @@ from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.sources import folder as folder_source
 
 
-def write_blocks(root, blocks):
-  """Finished blocks of [(split, key)]; a record's bytes are its key and place."""
+def write_blocks(root, blocks, *, size=0):
+  """Finished blocks of [(split, key)]; a record is its key and place, and `size` random bytes."""
+  random = np.random.default_rng(0)
   place = tasks.Place(root)
   for folder in (place.scratch, place.facts, place.dataset):
     folder.mkdir(parents=True)
@@ -33,7 +35,7 @@ def write_blocks(root, blocks):
       writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
       for row, (own, key) in enumerate(rows):
         if own == split:
-          writer.write(f"{key} {number} {row}".encode())
+          writer.write(f"{key} {number} {row}".encode() + random.bytes(size))
       writer.close()
     items = [[split, key, [1, 0, 0, 0, 9], []] for split, key in rows]
     facts = {
@@ -147,6 +149,18 @@ def test_full_shards_are_finished_before_the_reading_ends(tmp_path):
   reader = array_record_module.ArrayRecordReader(str(place.dataset / "train-00001"))
   assert reader.read_all() == [b"k4 1 1", b"k5 1 2", b"k6 2 0", b"k7 2 1"]
   reader.close()
+
+
+@pytest.mark.parametrize("size", [1000, 70_000, 400_000])
+def test_the_sum_made_while_a_shard_is_written_is_that_of_the_file(tmp_path, size):
+  place = write_blocks(tmp_path, numbered(30, 8), size=size)
+  plan = new_plan(place, 100)
+  list(parts_of(place, plan))
+  write_after(place, plan)
+  (file,) = place.dataset.iterdir()
+  known = shards.read_facts(place.facts, "train", 0)
+  assert known["bytes"] == file.stat().st_size > 30 * size and known["records"] == 30
+  assert known["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_goes_wrong_is_raised_where_it_is_waited_for(tmp_path):
