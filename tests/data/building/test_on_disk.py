@@ -74,10 +74,8 @@ def published(folder, count, *, boxes=5):
 
 PEAK = """
 import resource, sys
-from grain_jax.data import host_tensorflow
-host_tensorflow.datasets()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from grain_jax.data.sources import base, published
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder = sys.argv[1]
 names = {"captions": "captions.csv"} | {
   kind: [f"{folder}/{name}.json"]
