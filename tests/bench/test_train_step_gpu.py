@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from bench import kills
 from bench import train_step_gpu as bench
 from bench.train_step_gpu_sides import Case
 
@@ -151,7 +152,8 @@ def command(*args):
 
 
 @pytest.mark.slow
-def test_it_is_rehearsed_without_a_gpu_and_says_so(tmp_path):
+def test_it_is_rehearsed_without_a_gpu_and_says_so(tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", kills.XLA_FLAGS)  # one device
   done = command("--rehearse", "--only=128", f"--cache={tmp_path}", "--minutes=3")
   assert done.returncode == 0, done.stderr[-2000:]
   *lines, end = map(json.loads, done.stdout.splitlines())
