@@ -8,7 +8,6 @@ def get_config(arg: str = ""):
   c = common.get_config()
   c.data.dir = "data/cc12m_grain"
   c.model.dtype = "bfloat16"
-  c.model.remat = "elementwise"  # 6.8 GB a v5e chip at 64 images, instead of 19
   c.log_every = 100
   c.save_every = 2000
   c.evals = ()  # CC12M has no evaluation splits of its own; `grain_jax.evaluate` reads others

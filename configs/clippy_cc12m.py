@@ -39,7 +39,6 @@ def get_config(arg: str = ""):
   c.model.text.update(
     kind="t5", width=768, depth=12, heads=12, vocab_size=32128, activation="relu", norm_eps=1e-6
   )
-  c.model.remat = "block"
   # [i] lr 5e-4 after 10,000 steps of warm-up, of which the run sees 5,000: a line up to half of it.
   c.optimizer.update(lr=2.5e-4, lr_init=0.0, lr_end=0.0, warmup_steps=4999)
   c.optimizer.update(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.2)  # [i]

@@ -66,9 +66,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.auxiliary_pool = "none"  # a second image embedding for loss.auxiliary: none | max | mean
   c.model.num_queries = 5  # region queries (Q); the image query comes on top, as the last
   c.model.dtype = "float32"  # of the computation: float32 | bfloat16 | auto (float32 on CPUs)
-  c.model.unroll = 1  # layers per iteration of the scan over layers; -1 unrolls all
-  c.model.remat = "none"  # what the backward pass rematerialises: none | elementwise (all but the
-  # matrix products) | attention (their products in attention too) | block (each block)
+  c.model.unroll = 0  # layers per iteration of the scan over layers; -1 writes all out; 0: by the
+  # platform (written out on GPUs)
+  c.model.remat = "auto"  # what the backward pass rematerialises: none | elementwise (all but the
+  # matrix products) | attention (their products in attention too) | block (each block) | auto (by
+  # the device's memory, chosen once, when the run begins)
   c.model.attention = "auto"  # auto (cuDNN's fused one where that is possible: NVIDIA's GPUs,
   # bfloat16, no dropout) | xla | cudnn (or an error)
   c.model.norm = "auto"  # LayerNorm: auto (Pallas kernels on NVIDIA's GPUs, in half precision, if

@@ -19,7 +19,6 @@ def get_config(arg: str = ""):
   c.model.image.update(variant="S/16", size=0)
   c.model.text.update(width=384, heads=6)
   c.model.dtype = "auto"
-  c.model.remat = "elementwise"
   c.optimizer.update(lr=5e-4, lr_end=5e-6, warmup_epochs=0.0)
   c.evals = ("available",)
   c.validation.batches = 8

@@ -23,7 +23,7 @@ CHOICES = {
   "data.negatives_by": ("kind", "drawn"),
   "data.on_bad_record": ("skip", "stop"),
   "model.dtype": ("float32", "bfloat16", "auto"),
-  "model.remat": ("none", "elementwise", "attention", "block"),
+  "model.remat": ("auto", "none", "elementwise", "attention", "block"),
   "model.attention": ("auto", "xla", "cudnn"),
   "model.norm": ("auto", "xla", "pallas"),
   "model.image.variant": tuple(VARIANTS),

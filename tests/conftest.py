@@ -70,7 +70,7 @@ def _tiny():
   c.batch_size = 8
   c.eval_batch_size = 8
   c.steps = 4
-  c.model.embed_dim = 16
+  c.model.update(embed_dim=16, remat="none", unroll=1)
   c.model.image.update(size=32, patch=16, width=32, depth=2, heads=2)
   c.model.text.update(width=32, depth=2, heads=2, vocab_size=49408, context=32)
   c.model.decoder.update(width=32, depth=2, heads=2, mlp_dim=64)

@@ -18,6 +18,7 @@ from grain_jax.models import elementwise, fused_attention
 Array = jax.Array
 
 RECOMPUTED_SCOPE = "computed_again"  # named scope of the product that the backward pass recomputes
+SCOPE = "attend"  # named scope of what cuDNN does in one call
 RESIDUAL_NAME = "attention_result"  # checkpoint_name of the residuals beside query, key, value
 
 
@@ -90,10 +91,11 @@ def attend(
     return fused_attention.attend_sharded(query, key, value, mask, multiple=multiple, tokens=tokens)
   if tokens and tokens < key.shape[1]:
     mask = (jnp.arange(key.shape[1]) < tokens)[None, None, None]
-  heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   written_out = elementwise.are_layers_written_out()
-  return jnp.swapaxes(_attend(scale, written_out, *heads_first, mask, bias), 1, 2)
+  with jax.named_scope(SCOPE):
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    return jnp.swapaxes(_attend(scale, written_out, *heads_first, mask, bias), 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,12 +45,12 @@ class ProbeResult(NamedTuple):
   refusal: str  # what was said of the form without padding, one line; '' where it is taken
 
 
-def _platform() -> str:
+def platform() -> str:
   """Of the devices that the current program will run on."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else getattr(mesh, "abstract_device", None)
-  platform = getattr(device, "platform", None) or jax.default_backend()
-  return "gpu" if platform == "cuda" else platform
+  found = getattr(device, "platform", None) or jax.default_backend()
+  return "gpu" if found == "cuda" else found
 
 
 def padded_length(length: int, dtype: Any) -> int:
@@ -60,13 +60,13 @@ def padded_length(length: int, dtype: Any) -> int:
   Queries, keys and values would each be padded and cut again at every call.
   """
   half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-  return pad_to(length, _ALIGNED) if half and _platform() == "gpu" else length
+  return pad_to(length, _ALIGNED) if half and platform() == "gpu" else length
 
 
 def unavailable() -> str:
   """Why no cuDNN is to be had where the current program will run; '' where it may be."""
-  if (platform := _platform()) != "gpu":
-    return f"{platform.upper()} devices"
+  if (where := platform()) != "gpu":
+    return f"{where.upper()} devices"
   local = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
   if not local:
     return "no GPU is here to ask"

@@ -224,8 +224,9 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
   """
   m = config.model
   common = {
-    "unroll": m.unroll if unroll is None else unroll,
-    "remat": m.remat,
+    # Left open where no gradient is taken: a training step refuses them.
+    "unroll": (m.unroll or 1) if unroll is None else unroll,
+    "remat": "none" if m.remat == "auto" else m.remat,
     "fused": m.attention,
     "dtype": jnp.dtype(m.dtype),
   }

@@ -45,6 +45,7 @@ def table(plan: Mapping[str, Any]) -> str:
     seconds = plan["seconds_by_resource"]
     rows += [
       ("memory traffic per sample", _size(plan["memory_traffic_bytes_per_sample"], "B")),
+      ("with attention in one pass", _size(plan["modelled_traffic_bytes_per_sample"], "B")),
       *(
         (f"  {cause['where']}", _size(cause["bytes_per_sample"], "B"))
         for cause in plan["memory_traffic_causes"]

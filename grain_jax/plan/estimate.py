@@ -43,12 +43,19 @@ def for_machine(
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """(the configuration as it can be planned there, a note for each thing that had to change)."""
   config, notes = configs.resolve(config), []
+  asked = config.copy_and_resolve_references()
   if batch_per_chip:
     config.batch_size = batch_per_chip * machine.num_chips
   if sizing.is_open(config):
     devices = machine.num_chips // max(config.mesh.tensor, 1)
     platform = machine.chip.platform
-    config = sizing.choose(config, records=examples, devices=devices, platform=platform)
+    config = sizing.choose(
+      config,
+      records=examples,
+      devices=devices,
+      platform=platform,
+      memory=machine.chip.memory_bytes,
+    )
   if machine.chip.platform == "gpu":
     if config.method == "grain" and config.loss.matcher == "host":
       config.loss.matcher = "device"
@@ -63,6 +70,9 @@ def for_machine(
       )
     if config.model.norm == "auto":
       config.model.norm = "pallas"  # no GPU is here to ask; it is what one takes
+  for key in ("remat", "unroll"):
+    if asked.model[key] != config.model[key]:
+      notes.append(f"model.{key}={config.model[key]}, chosen for this machine's memory")
   configs.check(config)
   return config, notes
 
@@ -249,6 +259,13 @@ class Planner:
       "gradient_bytes_per_chip": gradients,
       "memory_traffic_bytes_per_chip": hbm,
       "memory_traffic_bytes_per_sample": hbm / local,
+      "modelled_traffic_bytes_per_sample": plan_traffic.modelled(
+        costs["traffic"],
+        plan_traffic.attention_bytes(
+          config, images=local, align=8 if chip.platform == "gpu" else 1
+        ),
+      )
+      / local,
       "accessed_bytes_per_sample": costs["xla_bytes"] / local,
       "memory_traffic_causes": [
         {"where": where, "bytes_per_sample": size / local}

@@ -11,8 +11,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+import ml_collections
 import numpy as np
 
+from grain_jax.models.attention import SCOPE
 from grain_jax.plan import hlo as plan_hlo
 from grain_jax.plan.chips import Collective
 
@@ -243,6 +245,39 @@ def traffic(
       if size:
         found.append(Traffic(i.path, i.op, size))
   return found
+
+
+def modelled(found: Sequence[Traffic], attention: float) -> float:
+  """Bytes of a step in which attention reads its operands and writes its results once.
+
+  Args:
+    found: of `traffic`.
+    attention: bytes of those operands and results (`attention_bytes`).
+  """
+  inside = re.compile(rf"\b{SCOPE}\b")
+  return sum(t.bytes for t in found if not inside.search(t.path)) + attention
+
+
+def attention_bytes(config: ml_collections.ConfigDict, *, images: float, align: int) -> float:
+  """Bytes of operands and results of the towers' attention, forward and backward, for `images`.
+
+  Forward it reads queries, keys and values and writes a result; backward it reads these and the
+  result's gradient and writes three gradients. With `remat=block` forward comes twice. The last
+  layer of a text tower, whose few queries need no keys, is counted as compiled.
+
+  Args:
+    config: a resolved configuration.
+    images: of a device.
+    align: to which multiple the image tower pads its tokens.
+  """
+  m = config.model
+  size = 4 if m.dtype == "float32" else 2
+  tokens = (m.image.size // m.image.patch) ** 2 + int(m.image.class_token)
+  tokens = -(-tokens // align) * align
+  units = 8 + 4 * (2 if m.remat == "block" else 1)
+  arrays = m.image.depth * tokens * m.image.width
+  arrays += (m.text.depth - 1) * config.data.row_length * m.text.width
+  return float(images * units * size * arrays)
 
 
 def module_and_op(path: str) -> str:

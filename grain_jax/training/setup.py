@@ -79,7 +79,13 @@ def settle(
   training = mixture.open_training(config) if config.data.sources else dataset
   records = training.num_records(config.data.split)
   asked, shards = config, max(jax.device_count() // max(config.mesh.tensor, 1), 1)
-  config = sizing.choose(config, records=records, devices=shards, platform=jax.default_backend())
+  config = sizing.choose(
+    config,
+    records=records,
+    devices=shards,
+    platform=jax.default_backend(),
+    memory=_device_memory(),
+  )
   config = sizing.available(config, dataset, say=say)
   if line := sizing.describe(asked, config, records=records):
     say(line)
@@ -116,6 +122,13 @@ def settle(
     steps_per_epoch=steps_per_epoch,
     fingerprints=fingerprints,
   )
+
+
+def _device_memory() -> int | None:
+  """Bytes that a program may use on the first device of process 0; None: it does not say."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  told = distributed.broadcast("device memory", str(stats.get("bytes_limit") or ""))
+  return int(told) if told else None
 
 
 def _check_processes_agree(config: ml_collections.ConfigDict, workdir: str, **others: Any) -> None:

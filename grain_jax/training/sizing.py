@@ -11,6 +11,7 @@ from grain_jax import config as configs
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import sampler
 from grain_jax.evals import built
+from grain_jax.training import rematerialization
 
 _SMALLEST = 8  # images a batch; contrast needs company
 _LARGEST = {"cpu": 64}  # a chip's images a batch at most; elsewhere:
@@ -28,6 +29,8 @@ _OPEN = {
   "batch_size": 0,
   "eval_every": -1,
   "model.dtype": "auto",
+  "model.remat": "auto",
+  "model.unroll": 0,
   "save_every": -1,
 }
 
@@ -57,9 +60,16 @@ def keep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collecti
 
 
 def choose(
-  config: ml_collections.ConfigDict, *, records: int, devices: int, platform: str
+  config: ml_collections.ConfigDict,
+  *,
+  records: int,
+  devices: int,
+  platform: str,
+  memory: int | None = None,
 ) -> ml_collections.ConfigDict:
   """A copy with numbers for `batch_size`, `steps`, warm-up, `eval_every`, `save_every`, `dtype`.
+
+  And with what a step computes again, `model.remat` and `model.unroll` (`rematerialization`).
 
   A batch is a power of two: at least 20 of them a pass where the data allow it, 8 to 256 images a
   chip (64 on a CPU) and 4,096 in all. A run passes 30 times over the data, in 600 steps at least,
@@ -70,9 +80,11 @@ def choose(
     records: of the training split.
     devices: that share a batch.
     platform: 'cpu', 'gpu' or 'tpu'.
+    memory: bytes of a device that a program may use; None: not known.
 
   Raises:
-    ValueError: there are fewer records than the smallest batch that the devices can share.
+    ValueError: there are fewer records than the smallest batch that the devices can share, or too
+      little memory for one image.
   """
   config = ml_collections.ConfigDict(config.to_dict())
   if config.model.dtype == "auto":
@@ -98,6 +110,9 @@ def choose(
   for key in ("eval_every", "save_every"):
     if config[key] == -1:
       config[key] = max(steps // 10, 1)
+  config.model.remat, config.model.unroll = rematerialization.choose(
+    config, platform=platform, memory=memory, devices=devices
+  )
   return config
 
 
@@ -168,8 +183,9 @@ def describe(
   for key in ("eval_every", "save_every"):
     if asked[key] != config[key]:
       chosen.append(f"{key} {config[key]}")
-  if asked.model.dtype != config.model.dtype:
-    chosen.append(f"model.dtype {config.model.dtype}")
+  for key in ("dtype", "remat", "unroll"):
+    if asked.model[key] != config.model[key]:
+      chosen.append(f"model.{key} {config.model[key]}")
   if asked.evals != config.evals:
     chosen.append(f"evals {', '.join(config.evals) or 'none'}")
   return f"chosen for {records} images: {'; '.join(chosen)}" if chosen else ""

@@ -42,6 +42,7 @@ def test_what_is_given_stays():
   assert (got.batch_size, got.steps, got.optimizer.warmup_steps) == (40, 77, 5)
   assert (got.save_every, got.eval_every) == (3, 0)
   published = configs.resolve(configs.load("configs/cc12m.py"))
+  published.model.update(remat="block", unroll=1)
   same = sizing.choose(published, records=10_000_000, devices=16, platform="gpu")
   assert same.to_dict() == published.to_dict() and not sizing.is_open(published)
   assert sizing.describe(published, same, records=10_000_000) == ""
