@@ -38,6 +38,8 @@ _CHUNK = 32  # records a call, as in the pipeline
 class NewTexts:
   """Stands in for a dataset whose texts never come again; its records have one image."""
 
+  tokens = None  # no ids beside them
+
   def __init__(self, image: bytes):
     self._image = image
     self._made = 0

@@ -30,6 +30,7 @@ RECORD_CAPTIONS = "captions"  # [str], the original first, then the LLM's
 RECORD_REGIONS = "regions"  # [{description: str, box: f32 [4], score: f32, negatives: [str]}]
 RECORD_IDS = "ids"  # [str], names of the image elsewhere; of a source alone, not in a shard
 RECORD_NEGATIVES = "negatives"  # [{caption: str, kind: str}]
+RECORD_TOKEN_IDS = "token_ids"  # [bytes], of each text (`data.token_ids`); in a shard, not in TFDS
 RECORD_MASK = "mask"  # u8 [H, W]: 0 background, else 1 + index into the dataset's mask names
 RECORD_LABEL = "label"  # i64, index into the split's class names
 

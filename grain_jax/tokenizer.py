@@ -19,7 +19,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ftfy
 import numpy as np
@@ -32,6 +32,7 @@ PAD = 0
 _MERGES = 49152 - 256 - 2  # of the file's merges, those that CLIP uses
 _CLEAN_VERSION = "ftfy+unescape2+strip+lower"  # part of the hash: change it with `clean`
 _SLOTS = 1 << 16  # texts whose ids are kept: about 25 MB
+_NOTHING = np.zeros(0, np.int32)
 
 
 class Packed(NamedTuple):
@@ -263,6 +264,7 @@ class Tokenizer:
     row_length: int,
     scores: np.ndarray,
     region_negatives: int = 0,
+    known: Sequence[Sequence[np.ndarray | None]] | None = None,
   ) -> Packed:
     """`pack` of many images at once, without a loop over them.
 
@@ -275,6 +277,7 @@ class Tokenizer:
       row_length: tokens in a row (L).
       scores: of the descriptions, [N, R].
       region_negatives: slots a region for negatives.
+      known: [N][T] ids of the texts, as `encode` would give them; None: to be encoded.
 
     Returns:
       Arrays [N, ...]; `dropped` i32 [N].
@@ -285,7 +288,10 @@ class Tokenizer:
     flat = [
       text if text is not None and not text.isspace() else "" for row in texts for text in row
     ]
-    ids = self.encode_batch(flat)
+    if known is None:
+      ids = self.encode_batch(flat)
+    else:
+      ids = self._encode_unknown(flat, [ids for row in known for ids in row])
     lengths = np.array([len(i) if t else 0 for t, i in zip(flat, ids, strict=True)], np.int64)
     lengths = lengths.reshape(len(texts), slots)
     lengths[:, 0] = np.minimum(lengths[:, 0], row_length)
@@ -294,6 +300,16 @@ class Tokenizer:
     lengths = np.where(kept, lengths, 0)
     token_ids = [_truncate(i, n) for i, n in zip(ids, lengths.ravel(), strict=True) if n]
     return Packed(*_lay_out(token_ids, lengths, row_length), dropped=dropped)
+
+  def _encode_unknown(
+    self, texts: Sequence[str | bytes], known: list[np.ndarray | None]
+  ) -> list[np.ndarray]:
+    """Ids of each text, those known as they are; of an absent text ("") nothing that counts."""
+    places = [i for i, (t, ids) in enumerate(zip(texts, known, strict=True)) if t and ids is None]
+    found: list[Any] = [_NOTHING if ids is None else ids for ids in known]
+    for place, ids in zip(places, self.encode_batch([texts[i] for i in places]), strict=True):
+      found[place] = ids
+    return found
 
   def pack_texts(self, texts: Sequence[str], *, row_length: int, texts_per_row: int) -> PackedRows:
     """Packs many texts (prompts of a classifier), each into the first row that has room.

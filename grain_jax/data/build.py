@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grain_jax import failures, places
-from grain_jax.data import dataset
+from grain_jax.data import dataset, token_ids
 from grain_jax.data.building import flags as build_flags
 from grain_jax.data.building import inputs, locks, preview, run, tally, tasks
 from grain_jax.data.sources import base
@@ -40,6 +40,8 @@ def build(
   workers: int | None = None,
   allow_dropped: float = tally.ALLOWED,
   ray_address: str = "",
+  tokenizer: str = "",
+  context: int = token_ids.CONTEXT,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Builds `out` from a source, or leaves it if it holds the same already.
@@ -53,6 +55,9 @@ def build(
       of this process alone is read here, by as many threads.
     allow_dropped: part of the images, captions, regions or negatives that may be dropped.
     ray_address: of a Ray cluster that reads the blocks instead ('local' starts one here).
+    tokenizer: whose ids of all texts are written with them: the folder of a SentencePiece
+      tokenizer, '' for CLIP's, 'none' for no ids.
+    context: tokens of the longest text.
     say: takes lines of progress.
 
   Returns:
@@ -71,13 +76,17 @@ def build(
   places.check(out, "--out")
   out = pathlib.Path(out).expanduser()
   settings = json.loads(json.dumps({**source.settings, "source": source.name}))
+  tokens = {"folder": tokenizer, "context": context}
+  writer = token_ids.make_writer(**tokens)
   part = out.with_name(f"{out.name}.part")
-  present = _present(source, out, settings, overwrite, shard_size, say)
+  present = _present(source, out, settings, writer, overwrite, shard_size, say)
   if present is not None:
     say(f"{out} is already built with these settings: {_summary(present)}.")
     return present
   with locks.held(part, say):
-    build = run.Build(source, settings, tasks.Place(part), out.name, shard_size, allow_dropped, say)
+    build = run.Build(
+      source, settings, tasks.Place(part), out.name, shard_size, allow_dropped, tokens, say
+    )
     try:
       manifest = build.run(workers=workers, ray_address=ray_address)
     except ValueError as error:
@@ -93,7 +102,9 @@ def build(
   return manifest
 
 
-def _present(source, out: pathlib.Path, settings, overwrite, shard_size, say) -> dict | None:
+def _present(
+  source, out: pathlib.Path, settings, writer, overwrite, shard_size, say
+) -> dict | None:
   """The manifest of `out` if it holds the same; ValueError if `out` is in the way."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return None
@@ -107,6 +118,7 @@ def _present(source, out: pathlib.Path, settings, overwrite, shard_size, say) ->
     settings,
     shard_size=shard_size,
     licence=source.about.get("licence", ""),
+    tokens=writer and writer.about,
     find_images=lambda: run.images_of(source, say),
   )
   if not changes:
@@ -137,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       workers=flags.workers,
       allow_dropped=flags.allow_dropped,
       ray_address=flags.ray_address,
+      tokenizer=flags.tokenizer,
+      context=flags.context,
       say=lambda line: print(line, flush=True),
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from grain_jax import failures
 from grain_jax import places as named_places
-from grain_jax.data import records, shards
+from grain_jax.data import records, shards, token_ids
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; raised when older readers would misread a directory
@@ -70,6 +70,11 @@ class Dataset:
   def mask_names(self) -> list[str]:
     """What a value v > 0 of a segmentation mask is: name v - 1; empty where there are no masks."""
     return self.manifest.get("mask_names", [])
+
+  @property
+  def tokens(self) -> Mapping[str, Any] | None:
+    """Which tokenizer the ids in the shards are of (`token_ids`); None where there are none."""
+    return self.manifest.get(token_ids.KEY)
 
   def num_records(self, split: str) -> int:
     return self._split(split).starts[-1]

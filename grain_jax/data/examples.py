@@ -16,7 +16,7 @@ import numpy as np
 from grain_jax import config as configs
 from grain_jax import failures, schema, tokenizing
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import decoding, mixture, records, transforms
+from grain_jax.data import decoding, mixture, records, token_ids, transforms
 
 _WARNINGS = 20  # bad records that are named in the log; all are counted
 _KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
@@ -78,6 +78,8 @@ class Examples:
     self.caption = config.data.caption if training else "original"
     self.stop = config.data.on_bad_record == "stop"
     self.tokenizer = tokenizing.make(config)
+    parts = [dataset] if self.mixture is None else [part.dataset for part in self.mixture.parts]
+    self._readers = [token_ids.make_reader(part.tokens, self.tokenizer) for part in parts]
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
     self.failure: Exception | None = None  # the first one on which to stop
     self.false_texts = np.zeros(2, np.int64)  # met so far: all, those that did not fit their rows
@@ -126,7 +128,11 @@ class Examples:
     texts, kinds = self._texts(parsed, chosen, draws)
     per_region = self.region_negatives
     packed = self.tokenizer.pack_batch(
-      texts, row_length=self.row_length, scores=scores, region_negatives=per_region
+      texts,
+      row_length=self.row_length,
+      scores=scores,
+      region_negatives=per_region,
+      known=self._known_ids(indices, parsed, texts),
     )
     fits = packed.text_mask
     against = fits[:, 1 + self.regions + self.negatives :].reshape(count, self.regions, per_region)
@@ -249,6 +255,21 @@ class Examples:
           row[first + self.negatives :] = self._of_regions(record, chosen[i], draws[i, 7:])
       texts.append(row)
     return texts, kinds
+
+  def _known_ids(self, indices: np.ndarray, parsed, texts) -> list[list[np.ndarray | None]]:
+    """Ids [n][T] of the texts that the shards hold for this tokenizer; None: to be encoded."""
+    parts = np.zeros(len(indices), int)
+    if self.mixture is not None:
+      parts = self.mixture.sources_of(indices)
+    found: list[list[np.ndarray | None]] = []
+    for part, record, row in zip(parts.tolist(), parsed, texts, strict=True):
+      reader = self._readers[part]
+      if reader is None or record is None or not record.token_ids:
+        found.append([None] * len(row))
+        continue
+      stored = map(record.token_ids.get, row)  # of None and of descriptions joined there is nothing
+      found.append([None if ids is None else reader.read(ids) for ids in stored])
+    return found
 
   def _negatives(self, record: records.Parsed, draws: np.ndarray) -> list[tuple[bytes | None, int]]:
     """(text, kind) of each slot for a false caption: one of its own kind, or any without repeat."""

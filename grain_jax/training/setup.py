@@ -16,7 +16,7 @@ from grain_jax import evaluate, places, tokenizing
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import mixture, pipeline, sampler
+from grain_jax.data import mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
 from grain_jax.runtime import distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
@@ -104,6 +104,9 @@ def settle(
   preconditions.check_negatives(config, training)
   preconditions.check_teacher(config, warn)
   tokenizer = tokenizing.make(config)
+  parts = [part.dataset for part in getattr(training, "parts", ())] or [dataset]
+  for line in token_ids.describe({str(p.directory): p.tokens for p in parts}, tokenizer):
+    say(line)
   fingerprints = {"tokenizer": tokenizer.hash, "data": training.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":

@@ -17,7 +17,7 @@ from concurrent import futures
 from typing import Any
 
 from grain_jax import schema
-from grain_jax.data import records
+from grain_jax.data import records, token_ids
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.building import preview
 from grain_jax.data.sources import annotated, base
@@ -49,6 +49,7 @@ def write(
   scratch: pathlib.Path,
   share: float = 1.0,
   threads: int = 1,
+  tokens: token_ids.Writer | None = None,
   tick: Callable[[str], None] = lambda split: None,
 ) -> None:
   """Reads a block and writes its folder, unless it is there.
@@ -60,6 +61,7 @@ def write(
     scratch: of the build.
     share: of the records, those among which images of the preview are chosen.
     threads: that decode and check images.
+    tokens: gives the ids of texts that are written with them.
     tick: gets the split of each record.
 
   Raises:
@@ -72,7 +74,7 @@ def write(
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
-    facts = _write(source, block, temporary, scratch, share, threads, tick)
+    facts = _write(source, block, temporary, scratch, share, threads, tokens, tick)
     (temporary / FACTS).write_text(json.dumps(facts))
     try:
       temporary.rename(path)
@@ -83,13 +85,14 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(source, block, folder, scratch, share, threads, tick) -> dict[str, Any]:
+def _write(source, block, folder, scratch, share, threads, tokens, tick) -> dict[str, Any]:
   from array_record.python import array_record_module
 
   hints, page = hints_lib.Hints(source), preview.Preview(share)
   writers: dict[str, Any] = {}
   items: list[list[Any]] = []
   with_ = {"with_mask": source.with_mask, "with_label": source.with_label}
+  with_ |= {"token_ids": tokens.encode if tokens else None}
   try:
     for split, key, given, checked in checked_records(source, block, scratch, threads):
       losses = list(checked.dropped)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from grain_jax import helptext, places
-from grain_jax.data import sources
+from grain_jax.data import sources, token_ids
 from grain_jax.data.building import tally
 from grain_jax.data.sources import base
 from grain_jax.data.sources import options as options_lib
@@ -46,6 +46,18 @@ def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
     default="",
     help="of a Ray cluster that reads instead, or 'local' (requirements-annotate.txt); the folder "
     "of --out and the input must be where all of its machines see them",
+  )
+  add(
+    "--tokenizer",
+    default="",
+    help="whose ids of all texts are stored with them, to spare encoding them in training: the "
+    "folder that config.model.text.tokenizer will name, CLIP's by default, 'none' for no ids",
+  )
+  add(
+    "--context",
+    type=int,
+    default=token_ids.CONTEXT,
+    help="tokens of the longest text; a run may have a shorter config.model.text.context",
   )
   add(
     "--allow_dropped",

@@ -15,6 +15,7 @@ from concurrent import futures
 from typing import Any
 
 from grain_jax import failures, places
+from grain_jax.data import token_ids
 
 _THREADS = 16  # a file system over a network takes a millisecond a file
 _CHUNK = 1000
@@ -63,6 +64,7 @@ def describe_changes(
   *,
   shard_size: int,
   licence: str,
+  tokens: Mapping[str, Any] | None,
   find_images: Callable[[], dict[str, Any] | None],
 ) -> list[str]:
   """What of a build's inputs and flags differs from those of a manifest, in words; [] if nothing.
@@ -71,6 +73,7 @@ def describe_changes(
     manifest: of the dataset that is there; what it does not hold (an older one) is not compared.
     settings: of the source.
     shard_size, licence: flags of the build.
+    tokens: of the ids of texts that would be written (`token_ids`); None: none.
     find_images: `images` of the source; called only where all else is the same.
   """
   old = manifest["settings"]
@@ -84,6 +87,7 @@ def describe_changes(
     changes.append(f"shard_size: {inputs['shard_size']} -> {shard_size}")
   if manifest.get("licence", licence) != licence:
     changes.append(f"licence: {manifest['licence']!r} -> {licence!r}")
+  changes += _changed_tokens(manifest, tokens)
   if changes or not inputs.get("images"):
     return changes
   new = find_images()
@@ -96,6 +100,17 @@ def describe_changes(
   ]
   words = ", ".join(parts) or f"the time or name of some of {new['files']:,} files"
   return [f"images: {words}"]
+
+
+def _changed_tokens(manifest: Mapping[str, Any], new: Mapping[str, Any] | None) -> list[str]:
+  """What differs in the tokenizer of the ids in the shards, which older ones do not hold."""
+  old = manifest.get(token_ids.KEY)
+  if old is None or (new and new["hash"] == old["hash"]):
+    return []
+  if new and new["vocabulary"] == old["vocabulary"]:
+    return [f"context: {old['context']} -> {new['context']}"]
+  names = (old["tokenizer"] or "CLIP's", "none" if new is None else new["tokenizer"] or "CLIP's")
+  return [f"tokenizer: {' -> '.join(names)}"]
 
 
 def _difference(old: Any, new: Any) -> str:

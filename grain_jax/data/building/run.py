@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax.data import dataset, metadata
+from grain_jax.data import dataset, metadata, token_ids
 from grain_jax.data.building import appending, inputs, on_disk, preview, shards, tally, tasks
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.sources import base
 
-_VERSION = 1  # of what a block is: blocks of another one are not gone on with
+_VERSION = 2  # of what a block is: blocks of another one are not gone on with
 # Images of the preview are chosen among so many a block, where blocks are many.
 _CANDIDATES = 400
 _FEW = 8  # blocks among all of whose images they are chosen
@@ -36,8 +36,11 @@ class Build:
     name: str,
     shard_size: int,
     allow_dropped: float,
+    tokens: Mapping[str, Any],
     say: Callable[[str], None],
   ):
+    """`tokens`: arguments of `token_ids.make_writer`."""
+    self.tokens, self.writer = tokens, token_ids.make_writer(**tokens)
     self.source, self.settings, self.place, self.name = source, settings, place, name
     self.shard_size, self.allow_dropped, self.say = shard_size, allow_dropped, say
     self.counts = tally.Tally(allow_dropped)
@@ -80,7 +83,14 @@ class Build:
     """The blocks: those of before where settings and inputs are the same."""
     place = self.place
     what = json.loads(
-      json.dumps({"version": _VERSION, "settings": self.settings, "images": images})
+      json.dumps(
+        {
+          "version": _VERSION,
+          "settings": self.settings,
+          "images": images,
+          "tokens": self.writer and self.writer.about,
+        }
+      )
     )
     file, listed = place.root / "plan.json", place.root / "blocks.jsonl"
     known = json.loads(file.read_text()) if file.is_file() else None
@@ -175,7 +185,7 @@ class Build:
 
     take_in()
     todo = (
-      {"do": "block", "number": number, "block": block, "share": share}
+      {"do": "block", "number": number, "block": block, "share": share, "tokens": self.tokens}
       for number, block in enumerate(blocks)
       if number not in there
     )
@@ -249,6 +259,7 @@ class Build:
       "inputs": {"images": images, "shard_size": self.shard_size},
       "splits": splits,
       **source.about,
+      **({token_ids.KEY: dict(self.writer.about)} if self.writer else {}),
       "versions": _versions(),
     }
     if dropped:

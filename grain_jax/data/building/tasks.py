@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from grain_jax import failures
+from grain_jax.data import token_ids
 from grain_jax.data.building import block, shards
 from grain_jax.data.sources import base
 
@@ -52,7 +53,8 @@ def perform(
   """Does a task.
 
   Args:
-    task: {'do': 'block', 'number', 'block', 'share'} or {'do': 'shard', 'split', 'number', 'runs'}.
+    task: {'do': 'block', 'number', 'block', 'share', 'tokens'} or {'do': 'shard', 'split',
+      'number', 'runs'}.
     source: that is built.
     place: where.
     threads: that decode and check images.
@@ -66,6 +68,7 @@ def perform(
       scratch=place.scratch,
       share=task["share"],
       threads=threads,
+      tokens=token_ids.make_writer(**task["tokens"]),
       tick=tick,
     )
   else:
