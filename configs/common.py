@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.bad_window = 10_000  # records that the fraction is of, of each process
   c.data.min_bad = 20  # bad records in the window below which the fraction does not count
   c.data.threads = 0  # of the input pipeline; 0 lets tf.data choose
+  c.data.workers = 0  # processes that make training batches instead of threads, one a free core
   c.data.prefetch = 4  # batches prepared ahead
 
   c.model = ml_collections.ConfigDict()

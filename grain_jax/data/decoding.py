@@ -90,6 +90,8 @@ def as_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS, max_side: int = 0) -> 
   encoded = io.BytesIO()
   try:
     shown.save(encoded, "JPEG", quality=95, subsampling=0)
+  except MemoryError:
+    raise
   except Exception as error:  # a JPEG's sides end at 65,535
     raise ValueError(f"corrupt image: {_reason(error)}") from None
   return encoded.getvalue()
@@ -106,6 +108,8 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
   except Image.DecompressionBombError:
     raise TooManyPixels(_BOMB) from None
+  except MemoryError:  # nothing is wrong with the image
+    raise
   except Exception as error:  # PIL raises a dozen kinds, SyntaxError and struct.error among them
     raise ValueError(f"corrupt image: {_reason(error)}") from None
 
@@ -132,6 +136,8 @@ def _shown(
     raise
   except Image.DecompressionBombError:
     raise TooManyPixels(_BOMB) from None
+  except MemoryError:  # nothing is wrong with the image
+    raise
   except Exception as error:  # as above
     raise ValueError(f"corrupt image: {_reason(error)}") from None
   if enough is not None and not reduces:

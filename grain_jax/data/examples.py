@@ -34,6 +34,16 @@ class Chunk(NamedTuple):
   chosen: list[list[int]]  # of each record, its regions in the order of the boxes
 
 
+def _without_memory(error: Exception) -> Exception:
+  if not isinstance(error, MemoryError):
+    return error
+  return failures.TransientError(
+    "the input pipeline finds no more memory for a chunk of records. Give the run more, or lower "
+    "config.data.workers, config.data.threads or config.data.prefetch; the same command goes on "
+    "from the last checkpoint."
+  )
+
+
 class Examples:
   """Turns record indices into the arrays of a batch. Shared by the pipeline's threads.
 
@@ -80,6 +90,7 @@ class Examples:
     self.tokenizer = tokenizing.make(config)
     parts = [dataset] if self.mixture is None else [part.dataset for part in self.mixture.parts]
     self._readers = [token_ids.make_reader(part.tokens, self.tokenizer) for part in parts]
+    self.logs = True  # names the first bad records in the log
     self.bad: dict[int, str] = {}  # index -> why, of the bad records met so far
     self.failure: Exception | None = None  # the first one on which to stop
     self.false_texts = np.zeros(2, np.int64)  # met so far: all, those that did not fit their rows
@@ -92,29 +103,34 @@ class Examples:
         f"config.data.crop_min_area = {self.min_area} is not a part of the image: use (0, 1]."
       )
 
-  def chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
+  def chunk(self, indices: np.ndarray, epoch: int, image: np.ndarray | None = None) -> Chunk:
     """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data.
+
+    Args:
+      indices: of the records.
+      epoch: of the pass.
+      image: u8 [n, size, size, 3] to write the images to; None: a fresh one.
 
     Raises:
       BadRecord: a record is bad and config.data.on_bad_record is 'stop'.
-      failures.TransientError: the storage of the records failed.
+      failures.TransientError: the storage of the records failed, or there is no more memory.
     """
     if self.failure:  # what is under way in other threads need not wait for lost storage in turn
       raise self.failure
     try:
-      return self._chunk(indices, epoch)
-    except failures.TransientError as error:
+      return self._chunk(indices, epoch, image)
+    except (failures.TransientError, MemoryError) as error:
       with self._lock:
-        self.failure = self.failure or error
-      raise
+        self.failure = self.failure or _without_memory(error)
+        raise self.failure from None
 
-  def _chunk(self, indices: np.ndarray, epoch: int) -> Chunk:
+  def _chunk(self, indices: np.ndarray, epoch: int, image: np.ndarray | None) -> Chunk:
     count, size = len(indices), self.size
     parsed = self._parse(indices)
     # Draws: caption (2), crop (4), flip (1), negatives (a number each).
     slots = self.negatives + self.regions * self.region_negatives
     draws = transforms.uniforms(seed=self.seed, epoch=epoch, indices=indices, count=7 + slots)
-    image = np.zeros((count, size, size, 3), np.uint8)
+    image = np.empty((count, size, size, 3), np.uint8) if image is None else image
     windows = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (count, 1))
     flipped = np.zeros(count, bool)
     for i, record in enumerate(parsed):
@@ -123,7 +139,9 @@ class Examples:
           flipped[i] = self._view(record, draws[i, 2:], image[i], windows[i])
         except ValueError as error:
           self._refuse(int(indices[i]), str(error))
-          parsed[i] = None
+          record = parsed[i] = None
+      if record is None:
+        image[i] = 0
     boxes, region_mask, scores, chosen = self._boxes(parsed, windows, flipped)
     texts, kinds = self._texts(parsed, chosen, draws)
     per_region = self.region_negatives
@@ -307,18 +325,24 @@ class Examples:
       return generated[int(pick * len(generated))]
     return record.captions[0]
 
-  def _refuse(self, index: int, why: str) -> None:
+  def note_bad(self, index: int, why: str) -> str:
+    """Counts a bad record, and names it in the log if it is one of the first; where it is, why."""
     where = self.dataset.locate(self.split, index)
     line = f"{where}: {why}" if where not in why else why
     with self._lock:
       first = index not in self.bad
       self.bad[index] = why
-      if self.stop and not self.failure:
-        self.failure = BadRecord(
-          f"bad record in {line.rstrip('.')}. Build the data again, or set "
-          "config.data.on_bad_record=skip to leave such records out."
-        )
-      if self.failure:
-        raise self.failure
-    if first and len(self.bad) <= _WARNINGS:
+    if first and self.logs and not self.stop and len(self.bad) <= _WARNINGS:
       logging.getLogger(__name__).warning("skipped bad record: %s", line)
+    return line
+
+  def _refuse(self, index: int, why: str) -> None:
+    line = self.note_bad(index, why)
+    if not self.stop:
+      return
+    with self._lock:
+      self.failure = self.failure or BadRecord(
+        f"bad record in {line.rstrip('.')}. Build the data again, or set "
+        "config.data.on_bad_record=skip to leave such records out."
+      )
+    raise self.failure

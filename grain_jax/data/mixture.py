@@ -91,15 +91,26 @@ class Mixture:
     names: of them, in the order of `sources_of`.
   """
 
-  def __init__(self, sources: Sequence[Mapping[str, Any]], *, split: str, seed: int):
+  def __init__(
+    self,
+    sources: Sequence[Mapping[str, Any]],
+    *,
+    split: str,
+    seed: int,
+    opened: Sequence[dataset_lib.Dataset] | None = None,
+  ):
     """Opens all of them; see `check` for what they are.
 
     Args:
       sources: `config.data.sources`.
       split: of each that names none.
       seed: of the order of each source.
+      opened: the datasets of the sources; None: they are opened here.
     """
-    opened = [dataset_lib.open_dataset(entry["dir"]) for entry in sources]
+    self.sources = [dict(entry) for entry in sources]
+    self.split, self.seed = split, seed
+    if opened is None:
+      opened = [dataset_lib.open_dataset(entry["dir"]) for entry in sources]
     splits = [entry.get("split") or split for entry in sources]
     counts = [data.num_records(s) for data, s in zip(opened, splits, strict=True)]
     weights = [float(entry.get("weight", 1.0)) for entry in sources]

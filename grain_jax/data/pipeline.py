@@ -1,7 +1,7 @@
 """Host batches from a built dataset: chosen by the sampler, read by index, made ahead of the step.
 
-tf.data runs the work in parallel and keeps its order; what is done to a record stands in
-`examples`. Evaluations read a split once, in its own order.
+tf.data runs the work in parallel and keeps its order, or worker processes do (`feeding`); what is
+done to a record stands in `examples`. Evaluations read a split once, in its own order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_collections
 import numpy as np
@@ -41,6 +41,16 @@ class ExampleInfo(NamedTuple):
   negatives: list[list[tuple[str, str]]]  # all false captions of the record, and their kinds
 
 
+class ArrayBatches(Protocol):
+  """What makes batches, whoever does the work."""
+
+  def __next__(self) -> Sequence[np.ndarray]:
+    """The arrays of the next batch, in the order of schema.BATCH."""
+
+  def close(self) -> None:
+    """Ends what works for it."""
+
+
 class TrainBatches:
   """Iterator of host batches without end: {name: array} as in schema.BATCH.
 
@@ -52,26 +62,38 @@ class TrainBatches:
   def __init__(
     self,
     examples: examples_lib.Examples,
-    batches: Any,
+    batches: ArrayBatches,
     *,
+    reads: Callable[[], dataset_lib.ReadCounts],
     steps_per_epoch: int,
     step: int,
     indices: Callable[[int], np.ndarray],
     limits: bad_records.Limits,
     names: Sequence[str],
   ):
-    """`step`: of the first batch; `indices`: step -> records of its batch; `names`: of arrays."""
+    """A run's batches.
+
+    Args:
+      examples: what makes them.
+      batches: their arrays.
+      reads: what was read so far.
+      steps_per_epoch: see above.
+      step: of the first batch.
+      indices: step -> records of its batch.
+      limits: of bad records.
+      names: of the arrays.
+    """
     self._names = names
     self.bad = examples.bad
     self.steps_per_epoch = steps_per_epoch
     self._examples, self._indices, self._step = examples, indices, step
     self._counter = bad_records.BadRecordCounter(limits)
-    self._reads = examples.dataset.reads(examples.split)
+    self._count_reads, self._reads = reads, reads()
     self._false_texts = examples.false_texts.copy()
-    self._batches = [batches.as_numpy_iterator()]
+    self._batches = batches
     # While Python shuts down, a pipeline that still runs would wait for its lock for ever, and the
-    # process with it. Without the iterator the pipeline ends, so nothing else may hold on to it.
-    self._finalizer = weakref.finalize(self, _end, self._batches)
+    # process with it.
+    self._finalizer = weakref.finalize(self, batches.close)
 
   def __iter__(self) -> TrainBatches:
     return self
@@ -84,10 +106,7 @@ class TrainBatches:
       failures.TransientError: the storage of the records failed; one line.
     """
     try:
-      *arrays, done = next(self._batches[0])
-      if not done.all():
-        raise self._examples.failure
-      batch = dict(zip(self._names, arrays, strict=True))
+      batch = dict(zip(self._names, next(self._batches), strict=True))
       self._check(batch["example_mask"])
       self._step += 1
       return batch
@@ -98,7 +117,7 @@ class TrainBatches:
 
   def shard_opens_per_1000(self) -> float:
     """Shards opened for 1,000 records read, since it was last asked; 0 where none was read."""
-    before, self._reads = self._reads, self._examples.dataset.reads(self._examples.split)
+    before, self._reads = self._reads, self._count_reads()
     read = self._reads.records - before.records
     return 1000 * (self._reads.opens - before.opens) / read if read else 0.0
 
@@ -126,20 +145,8 @@ class TrainBatches:
     )
 
   def close(self) -> None:
-    """Ends the pipeline and its threads; outside the main thread without waiting for them."""
+    """Ends the pipeline, its threads (outside the main thread without waiting) or processes."""
     self._finalizer()
-
-
-def _end(batches: list[Any]) -> None:
-  """Lets go of a pipeline's iterator, which waits for the pipeline's threads.
-
-  Python may collect garbage in any thread, so in one of these too: it would wait for itself, and
-  with it whatever shares tf.data's threads.
-  """
-  if threading.current_thread() is threading.main_thread():
-    batches.clear()
-  else:
-    threading.Thread(target=batches.clear).start()  # Python waits for it when it ends
 
 
 def train_batches(
@@ -161,8 +168,6 @@ def train_batches(
     num_hosts: hosts; config.batch_size counts images over all of them.
     negatives: slots for hard negatives (K); None: config.data.negatives.
   """
-  from grain_jax.data.host_tensorflow import tf
-
   dataset: Any = open_dataset(data_dir) if isinstance(data_dir, (str, pathlib.Path)) else data_dir
   mixed = isinstance(dataset, mixture.Mixture)
   num_records = dataset.num_records(config.data.split)
@@ -190,8 +195,54 @@ def train_batches(
     slots, epoch = choose(epoch=step // steps, step=step % steps), step // steps
     return dataset.choose(slots, epoch) if mixed else slots
 
-  def pick(step):
-    return indices_of(int(step)).reshape(-1, chunk), np.int64(int(step) // steps)
+  def pick(step: int) -> tuple[np.ndarray, int]:
+    return indices_of(int(step)).reshape(-1, chunk), int(step) // steps
+
+  sizes = dict(image_size=examples.size, row_length=examples.row_length)
+  sizes |= dict(regions=examples.regions, negatives=negatives)
+  sizes |= dict(region_negatives=examples.region_negatives)
+  sizes |= dict(sources=len(dataset.names) if mixed else 0)
+  reads = functools.partial(dataset.reads, config.data.split)
+  if config.data.workers:
+    from grain_jax.data.feeding import pool
+
+    shapes = list(schema.batch_shapes(batch=batch, **sizes).values())
+    made = pool.WorkerBatches(
+      examples, config, shapes=shapes, chunk=chunk, start_step=start_step, pick=pick
+    )
+    batches, reads = made, lambda: made.reads
+  else:
+    batches = _threaded(
+      examples, config, sizes=sizes, batch=batch, chunk=chunk, start_step=start_step, pick=pick
+    )
+  return TrainBatches(
+    examples,
+    batches,
+    reads=reads,
+    steps_per_epoch=steps,
+    step=start_step,
+    indices=indices_of,
+    limits=bad_records.Limits.from_config(config),
+    names=list(schema.batch_shapes(batch=chunk, **sizes)),
+  )
+
+
+def _threaded(
+  examples: examples_lib.Examples,
+  config: ml_collections.ConfigDict,
+  *,
+  sizes: dict[str, int],
+  batch: int,
+  chunk: int,
+  start_step: int,
+  pick: Callable[[int], tuple[np.ndarray, int]],
+) -> _ThreadBatches:
+  """Arrays of batches without end, made by threads of tf.data; `pick` as for `WorkerBatches`."""
+  from grain_jax.data.host_tensorflow import tf
+
+  def pick_step(step):
+    indices, epoch = pick(step)
+    return indices, np.int64(epoch)
 
   def load(indices, epoch):
     """Arrays of a chunk, and whether it was made: tf.data would log an error at length."""
@@ -200,10 +251,6 @@ def train_batches(
     except (examples_lib.BadRecord, failures.TransientError):  # kept as `examples.failure`
       return *(np.zeros(shape, dtype) for shape, dtype in shapes), np.zeros(chunk, bool)
 
-  sizes = dict(image_size=examples.size, row_length=examples.row_length)
-  sizes |= dict(regions=examples.regions, negatives=negatives)
-  sizes |= dict(region_negatives=examples.region_negatives)
-  sizes |= dict(sources=len(dataset.names) if mixed else 0)
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())
   types = [*(tf.as_dtype(dtype) for _, dtype in shapes), tf.bool]
 
@@ -214,7 +261,7 @@ def train_batches(
     return tuple(arrays)
 
   def pick_chunks(step):
-    indices, epoch = tf.numpy_function(pick, [step], [tf.int64, tf.int64], stateful=False)
+    indices, epoch = tf.numpy_function(pick_step, [step], [tf.int64, tf.int64], stateful=False)
     indices.set_shape((batch // chunk, chunk))
     return tf.data.Dataset.from_tensor_slices((indices, tf.repeat(epoch, batch // chunk)))
 
@@ -228,15 +275,33 @@ def train_batches(
   options.deterministic = True
   if threads > 0:
     options.threading.private_threadpool_size = threads
-  return TrainBatches(
-    examples,
-    ds.prefetch(config.data.prefetch).with_options(options),
-    steps_per_epoch=steps,
-    step=start_step,
-    indices=indices_of,
-    limits=bad_records.Limits.from_config(config),
-    names=list(schema.batch_shapes(batch=chunk, **sizes)),
-  )
+  return _ThreadBatches(examples, ds.prefetch(config.data.prefetch).with_options(options))
+
+
+class _ThreadBatches:
+  """The arrays of a tf.data pipeline, or what failed in it."""
+
+  def __init__(self, examples: examples_lib.Examples, batches: Any):
+    self._examples = examples
+    # Without the iterator the pipeline ends, so nothing else may hold on to it.
+    self._batches = [batches.as_numpy_iterator()]
+
+  def __next__(self) -> list[np.ndarray]:
+    *arrays, done = next(self._batches[0])
+    if not done.all():
+      raise self._examples.failure
+    return arrays
+
+  def close(self) -> None:
+    """Lets go of the iterator, which waits for the pipeline's threads.
+
+    Python may collect garbage in any thread, so in one of these too: it would wait for itself, and
+    with it whatever shares tf.data's threads.
+    """
+    if threading.current_thread() is threading.main_thread():
+      self._batches.clear()
+    else:
+      threading.Thread(target=self._batches.clear).start()  # Python waits for it when it ends
 
 
 def eval_batches(

@@ -134,6 +134,8 @@ def parse(data: bytes) -> Parsed:
   """
   try:
     feature = example_proto.Example.FromString(data).features.feature
+  except MemoryError:
+    raise
   except Exception as error:  # protobuf's DecodeError, whose module differs between versions
     raise ValueError(f"not a tf.train.Example ({type(error).__name__})") from None
 

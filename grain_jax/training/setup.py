@@ -23,6 +23,7 @@ from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
 _MACHINE_KEYS = frozenset({"config.data.dir", "config.data.threads", "config.data.prefetch",
+                           "config.data.workers",
                            "config.compile_cache", "config.datasets",
                            "config.model.text.tokenizer"})  # fmt: skip
 

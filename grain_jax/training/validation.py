@@ -64,7 +64,7 @@ class Validation:
     records = dataset.num_records(v.split)
     self._config = ml_collections.ConfigDict(config.to_dict())
     self._config.batch_size = batch_size(config, records, meshes.num_shards(mesh))
-    self._config.data.update(split=v.split, flip=False, resize="squash")
+    self._config.data.update(split=v.split, flip=False, resize="squash", workers=0)
     self._number = min(v.batches, records // self._config.batch_size)
     self._dataset, self._mesh = dataset, mesh
     platform = mesh.devices.flat[0].platform

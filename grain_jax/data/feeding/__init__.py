@@ -1,0 +1,1 @@
+"""Batches made by worker processes in memory that they share (`config.data.workers`)."""
