@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import input_pipeline
+from bench import input_pipeline_sides
 from configs import common
 from grain_jax import helptext, schema, tokenizer
 from grain_jax.data import examples, records
@@ -118,7 +118,7 @@ def measure(
   """
   config = common.get_config()
   config.model.image.size, config.data.max_regions = side, REGIONS
-  source = NewTexts(input_pipeline.draw(0, 2 * side, 2 * side))
+  source = NewTexts(input_pipeline_sides.draw(0, 2 * side, 2 * side))
   made = examples.Examples(source, "train", config, training=True)
   scores, indices = np.ones((_CHUNK, REGIONS)), np.arange(_CHUNK)
 
