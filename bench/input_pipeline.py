@@ -5,8 +5,9 @@ regions into (cx, cy, w, h), and have caption and descriptions as ids of the sam
 packed rows. The peer is what one writes in PyTorch: a Dataset that opens a file with PIL, encodes
 the texts and returns a dict of arrays, and a DataLoader with a worker a core. Ours reads
 ArrayRecord shards, which hold the ids, by a worker process a core (`data.workers`), once as
-configured by default (`data.reduced_decode`: a JPEG is decoded at half its size where that is enough) and once
-decoding whole, as the peer does. No text comes twice in all that a side reads, as in a large run.
+configured by default (`data.reduced_decode`: a JPEG is decoded at half its size where that is
+enough) and once decoding whole, as the peer does. No text comes twice in all that a side reads, as
+in a large run.
 
 Each side is a process of its own that is stopped while the others work; rounds go in turn. `cpu`
 counts images per second of CPU time of all its threads and worker processes: what a core gives when
