@@ -7,6 +7,7 @@ standard output. Imports neither JAX nor TensorFlow.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ _FIRST_FOR_THE_KERNEL = 500  # where memory runs out: a worker before the run, w
 def main() -> int:
   threading.Thread(target=_end_with_the_run, daemon=True).start()
   _stand_first()
+  gc.set_threshold(50_000, 10, 10)  # as `cli.prepare` has it: records are no cycles
   answers = os.dup(1)
   os.dup2(2, 1)  # what libraries print is no answer
   mapped, tasks, offset, length = map(int, sys.argv[1:])
