@@ -5,11 +5,13 @@ import io
 import numpy as np
 import odd_pictures
 import pytest
+import toy_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
-from grain_jax.data import decoding, jpegs
+from grain_jax import failures
+from grain_jax.data import decoding, jpegs, pipeline
 
 
 def encode(seed, width, height, **options):
@@ -107,3 +109,19 @@ def test_without_the_package_pillow_decodes(monkeypatch):
   monkeypatch.setattr(jpegs, "_library", jpegs._library.__wrapped__)
   assert jpegs._library() is None
   assert decoding.decode(encode(1, 64, 48), enough=lambda w, h: (32, 24)).size == (32, 24)
+
+
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_want_of_memory_makes_no_picture_a_bad_one(monkeypatch, tmp_path, step):
+  def fail(*arguments, **options):
+    raise MemoryError
+
+  data = toy_data.built(tmp_path / "d", [toy_data.record(i) for i in range(4)])
+  monkeypatch.setattr(jpegs, "_library", lambda: None)
+  monkeypatch.setattr(Image if step == "open" else ImageFile.ImageFile, step, fail)
+  with pytest.raises(MemoryError):
+    decoding.decode(toy_data.record(0)["image"])
+  batches = pipeline.train_batches(data, toy_data.config(data))
+  with pytest.raises(failures.TransientError, match="no more memory") as error:
+    next(batches)
+  assert "\n" not in str(error.value) and not batches.bad
