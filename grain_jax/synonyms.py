@@ -115,10 +115,8 @@ _TABLE: tuple[tuple[tuple[str, ...], str], ...] = (
   (("data.split",), "train_split split"),
   (("data.flip",), "hflip random_flip horizontal_flip flip_prob augment augmentation aug"),
   (("data.resize",), "random_crop crop random_resized_crop"),
-  (
-    ("data.threads", "--workers"),
-    "num_workers workers num_threads threads dataloader_num_workers cpu_count",
-  ),
+  (("data.workers", "--workers"), "num_workers workers dataloader_num_workers num_procs"),
+  (("data.threads", "--workers"), "num_threads threads cpu_count"),
   (("data.prefetch",), "prefetch_factor prefetch_size dataloader_prefetch_factor"),
   (("seed",), "random_seed rng_seed rng random_state data_seed manual_seed"),
   (("method",), "loss_type algorithm objective loss_name"),

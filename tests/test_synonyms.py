@@ -19,14 +19,14 @@ TRAINER = {
   "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
   "bf16": "model.dtype=bfloat16", "fp16": "model.dtype=bfloat16", "save_steps": "save_every",
   "logging_steps": "log_every", "eval_steps": "eval_every", "save_total_limit": "keep_checkpoints",
-  "gradient_checkpointing": "model.remat=block", "dataloader_num_workers": "data.threads",
+  "gradient_checkpointing": "model.remat=block", "dataloader_num_workers": "data.workers",
   "per_device_eval_batch_size": "eval_batch_size", "output_dir": "--workdir",
   "resume_from_checkpoint": "--workdir",
 }  # fmt: skip
 OPEN_CLIP = {
   "train-data": "data.dir", "lr": "optimizer.lr", "wd": "optimizer.weight_decay",
   "beta1": "optimizer.b1", "eps": "optimizer.eps", "epochs": "epochs", "accum-freq": "accumulate",
-  "grad-clip-norm": "optimizer.clip_norm", "precision": "model.dtype", "workers": "data.threads",
+  "grad-clip-norm": "optimizer.clip_norm", "precision": "model.dtype", "workers": "data.workers",
   "warmup": "optimizer.warmup_steps", "batch-size": "batch_size", "save-frequency": "save_every",
   "val-frequency": "eval_every", "log-every-n-steps": "log_every", "logs": "--workdir",
   "force-image-size": "model.image.size", "grad-checkpointing": "model.remat=block",

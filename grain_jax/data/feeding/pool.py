@@ -11,6 +11,7 @@ However this process ends, its end of each worker's standard input closes, and t
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,12 +36,13 @@ _OF_THE_RUN = (signal.SIGINT, signal.SIGTERM)
 _AHEAD = 2  # chunks a worker, at least, that are made or wait for it
 
 
-class _Batch(NamedTuple):
+@dataclasses.dataclass
+class _Batch:
   """A batch that is being made."""
 
   slot: int
-  missing: list[int]  # one number: its chunks without an answer
-  errors: list[Exception]
+  missing: int  # chunks without an answer
+  error: Exception | None = None  # the first
 
 
 class WorkerBatches:
@@ -125,10 +127,10 @@ class WorkerBatches:
     """
     self._take_in(timeout=0)
     self._schedule()
-    while (made := self._making[self._first]).missing[0]:
+    while (made := self._making[self._first]).missing:
       self._take_in(timeout=None)
-    if made.errors:
-      raise made.errors[0]
+    if made.error:
+      raise made.error
     del self._making[self._first]
     self._first += 1
     arrays = self._hand_out(made.slot)
@@ -152,7 +154,7 @@ class WorkerBatches:
     while len(self._making) < self._window and self._free:
       slot, step = self._free.popleft(), self._next_step
       chunks, epoch = self._pick(step)
-      self._making[step] = _Batch(slot, [len(chunks)], [])
+      self._making[step] = _Batch(slot, len(chunks))
       self._unsent.extend(
         plan.write_task(step=step, slot=slot, place=place, epoch=epoch, indices=indices)
         for place, indices in enumerate(chunks)
@@ -190,9 +192,8 @@ class WorkerBatches:
     examples.false_texts += np.array(answer["false_texts"])
     self.reads = dataset_lib.ReadCounts(*(np.add(self.reads, answer["reads"]).tolist()))
     made = self._making[answer["step"]]
-    made.missing[0] -= 1
-    if error:
-      made.errors.append(error)
+    made.missing -= 1
+    made.error = made.error or error
 
   def _death(self, number: int) -> Exception:
     process = self._processes[number]
