@@ -93,10 +93,16 @@ def main() -> None:
 
   distributed.prepare(_CONFIG.value)
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
+    from grain_jax.runtime import devices
     from grain_jax.training import loop
 
     keys = [key.removeprefix("config.") for key in _CONTINUE_AS.value]
-    loop.train(_CONFIG.value, _WORKDIR.value, continue_as=keys)
+    try:
+      loop.train(_CONFIG.value, _WORKDIR.value, continue_as=keys)
+    except RuntimeError as error:
+      if (known := devices.explained(error)) is error:
+        raise
+      raise known from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
-from grain_jax.runtime import distributed
+from grain_jax.runtime import devices, distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
@@ -76,6 +76,7 @@ def settle(
   if config.data.sources and not config.data.dir:
     config.data.dir = config.data.sources[0]["dir"]
     say(f"evaluations and validation read config.data.sources[0], {config.data.dir}")
+  devices.check_found()
   dataset = pipeline.open_dataset(config.data.dir)
   training = mixture.open_training(config) if config.data.sources else dataset
   records = training.num_records(config.data.split)
@@ -86,8 +87,10 @@ def settle(
     devices=shards,
     platform=jax.default_backend(),
     memory=_device_memory(),
+    bfloat16=devices.has_bfloat16(jax.local_devices()[0]),
   )
   config = sizing.available(config, dataset, say=say)
+  devices.check_dtype(config.model.dtype)
   if line := sizing.describe(asked, config, records=records):
     say(line)
   configs.check(config)

@@ -66,6 +66,7 @@ def choose(
   devices: int,
   platform: str,
   memory: int | None = None,
+  bfloat16: bool = True,
 ) -> ml_collections.ConfigDict:
   """A copy with numbers for `batch_size`, `steps`, warm-up, `eval_every`, `save_every`, `dtype`.
 
@@ -81,6 +82,7 @@ def choose(
     devices: that share a batch.
     platform: 'cpu', 'gpu' or 'tpu'.
     memory: bytes of a device that a program may use; None: not known.
+    bfloat16: the devices have it.
 
   Raises:
     ValueError: there are fewer records than the smallest batch that the devices can share, or too
@@ -88,7 +90,7 @@ def choose(
   """
   config = ml_collections.ConfigDict(config.to_dict())
   if config.model.dtype == "auto":
-    config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    config.model.dtype = "bfloat16" if platform != "cpu" and bfloat16 else "float32"
   if not config.batch_size:
     least = -(-_SMALLEST // devices) * devices
     if records < least:

@@ -1,0 +1,105 @@
+"""What a machine's devices cannot do, said in one line: a GPU that JAX does not see, its memory."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+
+import jax
+
+_BFLOAT16 = 8.0  # compute capability from which NVIDIA's GPUs have it (Ampere)
+_NODE = pathlib.Path("/dev/nvidia0")
+_SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
+
+
+def check_found() -> None:
+  """That a machine with an NVIDIA GPU does not train on its CPU unasked.
+
+  JAX goes on with the CPU where its wheels do not fit the driver, or lack CUDA.
+
+  Raises:
+    ValueError: one line with the reason that JAX had.
+  """
+  if "cpu" in _asked().split(",") or not _NODE.exists() or jax.default_backend() != "cpu":
+    return
+  why = " ".join(_backend_error().split()) or "its wheels have no CUDA"
+  raise ValueError(
+    f"this machine has an NVIDIA GPU ({_NODE}), but JAX uses the CPU: {why[:300].rstrip('.')}. "
+    "Install requirements-gpu.txt with the CUDA that the driver has (nvidia-smi says which), or "
+    "set JAX_PLATFORMS=cpu to train on the CPU."
+  )
+
+
+def _asked() -> str:
+  """The platforms that JAX was told to take, 'cuda,cpu'; '' where it chooses."""
+  return jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+
+
+def _backend_error() -> str:
+  """Why JAX has no GPU; '' where it does not say."""
+  from jax._src import xla_bridge
+
+  errors = getattr(xla_bridge, "_backend_errors", {})
+  return next((str(errors[name]) for name in ("cuda", "gpu") if name in errors), "")
+
+
+def has_bfloat16(device: jax.Device) -> bool:
+  """Whether the device computes in bfloat16 rather than in float32 with roundings."""
+  return float(getattr(device, "compute_capability", None) or "inf") >= _BFLOAT16
+
+
+def check_dtype(dtype: str) -> None:
+  """That the devices have what `config.model.dtype` asks of them.
+
+  Raises:
+    ValueError: bfloat16 on an older GPU; one line.
+  """
+  device = jax.local_devices()[0]
+  if dtype != "bfloat16" or has_bfloat16(device):
+    return
+  raise ValueError(
+    f"config.model.dtype = 'bfloat16', but {device.device_kind} (compute capability "
+    f"{device.compute_capability}) has none: set config.model.dtype=float32, or take a GPU of "
+    f"compute capability {_BFLOAT16:g} or more."
+  )
+
+
+def explained(error: Exception) -> Exception:
+  """The error, or what a user can do about a device without memory for the program, in one line.
+
+  Another process that keeps a GPU's memory, as JAX does from its start, is named.
+  """
+  text = " ".join(str(error).split())
+  if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(
+    r"RESOURCE_EXHAUSTED|(?i:out of memory)", text
+  ):
+    return error
+  device = jax.local_devices()[0]
+  if device.platform == "cpu":
+    return error
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  has = f", which has {limit / 1e9:.1f} GB for this process" if limit else ""
+  others = _other_processes()
+  taken = f" Other processes are on the GPUs: {others}." if others else ""
+  return ValueError(
+    f"the program does not fit the memory of {device.device_kind}{has} ({text[:200].rstrip('.')})."
+    f"{taken} Set config.model.remat=block, a smaller batch_size or a larger config.accumulate, or "
+    "config.mesh.fsdp on several devices."
+  )
+
+
+def _other_processes() -> str:
+  """'python (pid 12, 3000 MiB)' of each other process on these GPUs, as nvidia-smi says."""
+  try:
+    done = subprocess.run(_SMI, capture_output=True, text=True, timeout=10, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  rows = [[cell.strip() for cell in row.split(",")] for row in done.stdout.splitlines()]
+  named = [
+    f"{pathlib.PurePath(row[1]).name} (pid {row[0]}, {row[2]})"
+    for row in rows
+    if len(row) == 3 and row[0] != str(os.getpid())
+  ]
+  return ", ".join(named)

@@ -1,0 +1,70 @@
+"""What a machine's devices cannot do, in one line."""
+
+import types
+
+import jax
+import pytest
+
+from grain_jax.runtime import devices
+from grain_jax.training import sizing
+
+
+def gpu(capability="8.0", limit=int(80e9)):
+  return types.SimpleNamespace(
+    platform="gpu", device_kind="Tesla V100", compute_capability=capability,
+    memory_stats=lambda: {"bytes_limit": limit},
+  )  # fmt: skip
+
+
+def test_a_gpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch):
+  node = tmp_path / "nvidia0"
+  monkeypatch.setattr(devices, "_NODE", node)
+  monkeypatch.setattr(devices, "_asked", lambda: "")
+  monkeypatch.setattr(devices, "_backend_error", lambda: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH.\nx")
+  devices.check_found()  # there is none
+  node.touch()
+  with pytest.raises(ValueError) as found:
+    devices.check_found()
+  assert "\n" not in str(found.value)
+  assert "has an NVIDIA GPU" in str(found.value) and "DRIVER_MISMATCH. x" in str(found.value)
+  assert "JAX_PLATFORMS=cpu" in str(found.value)
+  monkeypatch.setattr(devices, "_asked", lambda: "cuda,cpu")
+  devices.check_found()  # asked for
+  monkeypatch.undo()
+  monkeypatch.setattr(devices, "_NODE", node)
+  devices.check_found()  # these tests have JAX_PLATFORMS=cpu
+
+
+def test_bfloat16_on_an_older_gpu(monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu("7.0")])
+  with pytest.raises(
+    ValueError, match=r"Tesla V100 \(compute capability 7.0\) has none: set config"
+  ):
+    devices.check_dtype("bfloat16")
+  devices.check_dtype("float32")
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu("9.0")])
+  devices.check_dtype("bfloat16")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), (("7.0", "float32"), ("9.0", "bfloat16")))
+def test_auto_takes_what_the_gpu_has(tiny, capability, dtype):
+  tiny.model.dtype, tiny.model.remat = "auto", "auto"
+  chosen = sizing.choose(
+    tiny, records=1000, devices=1, platform="gpu", memory=int(16e9),
+    bfloat16=devices.has_bfloat16(gpu(capability)),
+  )  # fmt: skip
+  assert (chosen.model.dtype, chosen.model.remat) == (dtype, "none")
+
+
+def test_a_full_gpu_is_a_line_that_names_who_fills_it(monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu(limit=int(3e9))])
+  monkeypatch.setattr(devices, "_SMI", ("echo", "77, /usr/bin/python3, 70000 MiB\n1, Xorg, 4 MiB"))
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to\nallocate")
+  line = str(devices.explained(error))
+  assert isinstance(devices.explained(error), ValueError) and "\n" not in line
+  assert "Tesla V100, which has 3.0 GB for this process" in line
+  assert "python3 (pid 77, 70000 MiB), Xorg (pid 1, 4 MiB)" in line and "remat=block" in line
+  monkeypatch.setattr(devices, "_SMI", ("no-such-program",))
+  assert "Other processes" not in str(devices.explained(error))
+  for other in (jax.errors.JaxRuntimeError("INTERNAL: a link is down"), RuntimeError("no room")):
+    assert devices.explained(other) is other
