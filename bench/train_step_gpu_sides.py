@@ -31,10 +31,11 @@ class Case:
 
   side: str  # ours | peer
   batch: int
-  remat: str = "elementwise"
+  remat: str = "none"
   matcher: str = "device"
   attention: str = "auto"
-  unroll: int = 1
+  unroll: int = -1
+  norm: str = "auto"
 
   @property
   def name(self) -> str:
@@ -43,12 +44,14 @@ class Case:
       return f"peer-{self.batch}"
     parts = ["ours", str(self.batch), self.remat, self.matcher]
     parts += [self.attention] if self.attention != "auto" else []
-    parts += [f"unroll{self.unroll}"] if self.unroll != 1 else []
+    parts += ["scan"] if self.unroll != -1 else []
+    parts += [f"norm_{self.norm}"] if self.norm != "auto" else []
     return "-".join(parts)
 
   def config(self, recipe: str, *, row_length: int, seed: int) -> ml_collections.ConfigDict:
     """The recipe in bfloat16 with this case's settings, on one device."""
     changes = {"model.attention": self.attention, "model.unroll": self.unroll}
+    changes["model.norm"] = self.norm
     changes |= {"loss.matcher": self.matcher, "model.dtype": "bfloat16", "model.remat": self.remat}
     return sides.setting(
       recipe, batch_size=self.batch, row_length=row_length, seed=seed, changes=changes

@@ -36,7 +36,7 @@ PEER = {
   "optimizer.freeze": (),
   "optimizer.lr_scale": (),
 }
-_FLOAT32 = {"model.dtype": "float32", "model.remat": "none"}
+_FLOAT32 = {"model.dtype": "float32", "model.remat": "none", "model.unroll": 1}
 # Both sides follow the schedule of a run of so many steps.
 TOTAL_STEPS, STEPS_PER_EPOCH = 1000, 100
 

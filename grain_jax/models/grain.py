@@ -224,7 +224,7 @@ def build(config: ml_collections.ConfigDict, *, unroll: int | None = None) -> Gr
   """
   m = config.model
   common = {
-    # Left open where no gradient is taken: a training step refuses them.
+    # A run has settled both (`training.sizing`). Left open, layers are a loop and all is stored.
     "unroll": (m.unroll or 1) if unroll is None else unroll,
     "remat": "none" if m.remat == "auto" else m.remat,
     "fused": m.attention,

@@ -182,11 +182,6 @@ def make_train_step(
   Call it under `jax.set_mesh(mesh)`. Metrics are (sum, weight) pairs on the device; a loss or
   gradient that is not finite shows in 'nonfinite'.
   """
-  if config.model.remat == "auto" or not config.model.unroll:
-    raise ValueError(
-      "config.model.remat = 'auto' and config.model.unroll = 0 are open: choose them first "
-      "(training.sizing.choose)."
-    )
   platform = mesh.devices.flat[0].platform
   options = {"config": config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
   frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))

@@ -76,14 +76,3 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(tmp_path):
   assert (kept.model.remat, kept.model.unroll) == ("none", -1)
   again = sizing.choose(kept, records=10**6, devices=1, platform="gpu", memory=20e9)
   assert (again.model.remat, again.model.unroll) == ("none", -1)
-
-
-def test_a_step_refuses_what_is_open(tiny):
-  from grain_jax.models import grain
-  from grain_jax.runtime import mesh as meshes
-  from grain_jax.training import steps
-
-  tiny.model.remat = "auto"
-  mesh = meshes.create(tiny)
-  with pytest.raises(ValueError, match="are open: choose them first"):
-    steps.make_train_step(grain.build(tiny), tiny, mesh, None, None)
