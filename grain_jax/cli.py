@@ -21,6 +21,16 @@ from grain_jax import failures, helptext, places, recipes, synonyms
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose, not its line alone.")
 
+# Flags of commands that name a place which may be in a bucket (gs://).
+_IN_BUCKETS = (
+  "--workdir",
+  "--checkpoint",
+  "--input",
+  "--out",
+  "--data_dir",
+  *(f"--config.{key}" for key in configs.IN_BUCKETS),
+)
+
 # What a user's input can cause; anything else is a defect and shows its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -84,7 +94,7 @@ def _check_places() -> None:
     if isinstance(flag, ml_collections.ConfigDict):
       configs.check_places(flag)
     elif flags.FLAGS[name].present:
-      places.check_all({f"--{name}": flag})
+      places.check_all({f"--{name}": flag}, buckets=_IN_BUCKETS)
 
 
 def _parse(argv: Sequence[str], about: Callable[..., str] | None = None) -> list[str]:

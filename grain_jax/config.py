@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -15,7 +15,7 @@ import ml_collections
 from grain_jax import keys, places, recipes, schema, synonyms
 
 CHOICES, FREE_KEYS, ADDED, LISTS = keys.CHOICES, keys.FREE_KEYS, keys.ADDED, keys.LISTS
-VARIANTS = keys.VARIANTS
+VARIANTS, IN_BUCKETS = keys.VARIANTS, keys.IN_BUCKETS
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,8 +81,12 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def check_places(config: ml_collections.ConfigDict) -> None:
-  """Raises for the first key whose value is an address such as gs://bucket; see `places`."""
-  places.check_all({f"config.{key}": value for key, value in flatten(config)})
+  """Raises for the first key whose value is an address that it cannot be; see `places`."""
+  buckets = {f"config.{key}" for key in IN_BUCKETS}
+  places.check_all({f"config.{key}": value for key, value in flatten(config)}, buckets=buckets)
+  for i, entry in enumerate(config.data.sources):
+    if isinstance(entry, Mapping):
+      places.check(str(entry.get("dir", "")), f"config.data.sources[{i}].dir", bucket=True)
 
 
 def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
@@ -292,7 +296,8 @@ def with_folder(
 ) -> ml_collections.ConfigDict:
   """The configuration of a folder's config.json with the path of the tokenizer in that folder."""
   name = config.model.text.tokenizer
-  if name not in ("", "none") and not pathlib.PurePath(name).is_absolute():
+  whole = pathlib.PurePath(name).is_absolute() or places.is_bucket(name)
+  if name not in ("", "none") and not whole:
     config.model.text.tokenizer = str(folder / name)
   return config
 

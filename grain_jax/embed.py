@@ -27,6 +27,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -153,15 +154,19 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
   Raises:
     ValueError: the file exists, or nothing can be written there; one line.
   """
-  places.check(path, "--out")
-  out = pathlib.Path(path)
-  temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+  out = places.open_place(path, "--out")
+  remote = places.is_bucket(out)
   try:
     if out.is_dir():
       raise ValueError(f"--out={out} is a folder. Name a file in it: {out / 'embeddings.npz'}.")
     if out.exists() and not overwrite:
       raise ValueError(f"--out={out} exists already. Name another file, or add --overwrite.")
     out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    if remote:
+      temporary.write_text("")  # the right to write is tried
+      temporary.unlink()
+      temporary = pathlib.Path(tempfile.mkdtemp(prefix="grain_jax-")) / out.name
     temporary.touch()
   except OSError as error:
     line = f"--out={out} cannot be written ({error.strerror}). Name another place."
@@ -170,19 +175,25 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
   def write(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     with temporary.open("wb") as file:
       np.savez(file, **arrays, metadata=np.array(json.dumps(metadata)))
-    temporary.replace(out)
+    if remote:
+      places.upload(temporary, out)
+    else:
+      temporary.replace(out)
 
   try:
     yield write
   finally:
     temporary.unlink(missing_ok=True)
+    if remote:
+      temporary.parent.rmdir()
 
 
 def check_space(path: str, config: ml_collections.ConfigDict, *, rows: int, regions: bool) -> None:
   """Raises a one-line ValueError where the result is larger than what is free on the disk."""
   queries = config.model.num_queries if regions else 0
   needed = 4 * rows * (config.model.embed_dim * (1 + queries) + 4 * queries)
-  free = shutil.disk_usage(pathlib.Path(path).parent).free
+  folder = tempfile.gettempdir() if places.is_bucket(path) else pathlib.Path(path).parent
+  free = shutil.disk_usage(folder).free
   if needed > free:
     raise ValueError(
       f"--out={path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there. "

@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import grain_jax
-from grain_jax import cli, tokenizing, trees
+from grain_jax import cli, places, tokenizing, trees
 from grain_jax import encoders as encoders_lib
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import weights
@@ -130,9 +130,7 @@ def write(
     older.pop("step")
     results = _rounded(suite.merge(older, results))
   text = json.dumps({"step": step, **results}, indent=2) + "\n"
-  temporary = folder / "results.json.tmp"
-  temporary.write_text(text)
-  os.replace(temporary, path)
+  places.write_text(path, text)
   print(report.format_table(outcome.results))
   written = report.write(
     folder / "figures",
@@ -142,7 +140,7 @@ def write(
     results=results,
   )
   facts = facts or {"step": str(step)}
-  config = pathlib.Path(facts.get(_CONFIGURATION, ""))
+  config = places.at(facts.get(_CONFIGURATION, ""))
   page.write(
     folder / "report.html",
     results,
@@ -165,7 +163,7 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
     f"{image.patch} at {image.size} pixels",
     "parameters": f"{trees.count(evaluated.params) / 1e6:.1f} M",
     "checkpoint": evaluated.path if step is None else f"{evaluated.path}, step {step}",
-    _CONFIGURATION: str(pathlib.Path(evaluated.path) / "config.json"),
+    _CONFIGURATION: str(places.at(evaluated.path) / "config.json"),
     "data": config.data.dir or "outside datasets alone",
   }
   if step:  # an imported model is step 0 of no run
@@ -185,6 +183,8 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
 
 def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
   """The address of a file as seen from a page in `folder`."""
+  if places.is_bucket(path) != places.is_bucket(folder):
+    return str(path)
   return urllib.parse.quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
 
 
@@ -276,7 +276,7 @@ def _main(flag: flags.FlagValues) -> None:
       "give either --workdir (a run) or --checkpoint (an imported model). See --help."
     )
   path = flag.workdir or flag.checkpoint
-  out = pathlib.Path(flag.out or path)
+  out = places.open_place(flag.out or path, "--out" if flag.out else "--workdir")
   first = distributed.process_index() == 0
   warnings: list[str] = []
 

@@ -50,9 +50,8 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
   from grain_jax.convert import staging, towers, weights
   from grain_jax.runtime import mesh as meshes
 
-  places.check(workdir, "--workdir")
-  places.check(out, "--out")
-  target, known = pathlib.Path(out), writers()
+  places.check(workdir, "--workdir", bucket=True)
+  target, known = places.open_place(out, "--out"), writers()
   if format not in known:
     raise ValueError(f"--format={format} is unknown. Choose from {', '.join(known)}.")
   staging.refuse_existing(target)

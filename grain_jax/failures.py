@@ -32,6 +32,12 @@ _NUMBER = re.compile(r"\[(?:OS error|Errno) (\d+)")
 _NAME = re.compile(r"\b(E[A-Z]{2,14})\b")
 
 
+# Codes of a tf.errors.OpError that time may mend: cancelled, unknown, deadline, exhausted, aborted,
+# internal, unavailable, data loss.
+TENSORFLOW_TRANSIENT = frozenset({1, 2, 4, 8, 10, 13, 14, 15})
+# As TensorStore says it of a bucket. (XLA says RESOURCE_EXHAUSTED, of memory.)
+_STATUS = re.compile(r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
+
 Result = TypeVar("Result")
 
 
@@ -72,8 +78,11 @@ def is_transient(error: BaseException) -> bool:
 
   Of an error that another library raised: its causes and its words are looked at.
   """
-  if any(isinstance(cause, (TransientError, TimeoutError)) for cause in _causes(error)):
-    return True
+  for cause in _causes(error):
+    if isinstance(cause, (TransientError, TimeoutError)):
+      return True
+    if getattr(cause, "error_code", None) in TENSORFLOW_TRANSIENT or _STATUS.search(str(cause)):
+      return True
   number = os_errno(error)
   return number is not None and number not in _OF_THE_PATH
 

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from grain_jax import encoders, schema, tokenizing
+from grain_jax import encoders, places, schema, tokenizing
 from grain_jax.convert import towers, weights
 from grain_jax.data import transforms
 from grain_jax.evals import zero_shot
@@ -257,6 +257,7 @@ def load(path: str | pathlib.Path, *, step: int | None = None) -> Model:
   """
   if not isinstance(path, str | os.PathLike):
     raise ValueError(f"load: path is {_kind(path)}. Give the folder of a run or of weights.")
+  path = places.open_place(path, "path")
   compile_cache.use()
   if part := towers.find(path):
     _, config, params = towers.load(path)

@@ -50,6 +50,9 @@ CHOICES = {
 # Keys whose values are words, which a command line may give as a,b.
 LISTS = frozenset({"evals", "init.keep", "optimizer.freeze"})
 
+# Keys that name a place which may be in a bucket (gs://).
+IN_BUCKETS = ("data.dir", "init.image", "init.text", "init.model", "model.text.tokenizer")
+
 # Keys that `init.keep` may name: another value is another view of images or texts, not a shape.
 KEPT = (
   "model.image.mean",

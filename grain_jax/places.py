@@ -1,30 +1,49 @@
-"""Places that a user names: paths of a file system. Addresses on the net are refused."""
+"""Places that a user names: paths of a file system, and gs:// paths where a bucket serves as well.
+
+Callers open a place once (`open_place`) and go on with what it gives, which has the methods of
+`pathlib.Path`; what is done in another way in a bucket stands here. All other addresses on the net
+are refused.
+"""
 
 from __future__ import annotations
 
+import atexit
+import base64
+import functools
+import hashlib
+import importlib.util
+import io
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from concurrent import futures
 from typing import Any
+
+from grain_jax import failures
 
 # Of two letters at least: C:/ is a path. A pathlib.Path has one slash where an address had two.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 
 _HUB = re.compile(r"(hf:/+|https?:/+(www\.)?(huggingface\.co|hf\.co)/)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_BUCKET = re.compile(r"gs:/+([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
+_THREADS = 16  # requests to a bucket at a time
 
 
-def check(path: str | os.PathLike, name: str) -> None:
-  """Refuses an address such as gs://bucket/run.
+def check(path: str | os.PathLike, name: str, *, bucket: bool = False) -> None:
+  """Refuses an address such as s3://bucket/run; nothing is asked of the net.
 
   Args:
     path: what the user gave.
     name: where: '--workdir', 'config.data.dir'.
+    bucket: gs:// is taken.
 
   Raises:
-    ValueError: `path` is an address; one line.
+    ValueError: `path` is an address that is not taken here; one line.
   """
   text = os.fspath(path)
   found = _SCHEME.match(text) if isinstance(text, str) else None
@@ -35,7 +54,223 @@ def check(path: str | os.PathLike, name: str) -> None:
   what = f"{name}{sign}{text} is an address ({scheme}://), not a path of a file system."
   if scheme == "file":
     raise ValueError(f"{what} Write the path alone: /{text[found.end() :].lstrip('/')}.")
-  raise ValueError(f"{what} Copy it to a local disk or mount it, and give that path.")
+  if bucket and scheme == "gs":
+    if not _BUCKET.match(text):
+      raise ValueError(
+        f"{name}{sign}{text} is no place in a bucket. Write gs://BUCKET/FOLDER, in small letters."
+      )
+    if not _has_storage_client():
+      raise ValueError(
+        f"{name}{sign}{text}: gs:// needs google-cloud-storage, which is not installed. Run pip "
+        "install -r requirements-gcs.txt, or give a path of a file system."
+      )
+    return
+  also = " Of addresses gs://BUCKET/FOLDER is taken." if bucket else ""
+  raise ValueError(f"{what}{also} Copy it to a local disk or mount it, and give that path.")
+
+
+@functools.cache
+def _has_storage_client() -> bool:
+  """Whether there is what Orbax needs for gs:// and does not ask for."""
+  try:
+    return importlib.util.find_spec("google.cloud.storage") is not None
+  except ModuleNotFoundError:
+    return False
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+  """Whether a place is in a bucket."""
+  return re.match("gs:/", os.fspath(path)) is not None
+
+
+def open_place(path: str | os.PathLike, name: str) -> pathlib.Path:
+  """A place to read and write; it need not be there, but its bucket must.
+
+  Args:
+    path: what the user gave.
+    name: where: '--workdir', 'config.data.dir'.
+
+  Returns:
+    A `pathlib.Path`, or a `buckets.BucketPath`, which has its methods.
+
+  Raises:
+    ValueError: an address that is not taken, or a bucket that is not there or may not be read; one
+      line.
+    failures.TransientError: the bucket does not answer.
+  """
+  check(path, name, bucket=True)
+  if not is_bucket(path):
+    return pathlib.Path(path)
+  from grain_jax import buckets
+
+  bucket = _BUCKET.match(os.fspath(path)).group(1)
+  where = f"{name}{'=' if name.startswith('-') else ' = '}{os.fspath(path)}"
+  try:
+    buckets.check_bucket(bucket)
+  except FileNotFoundError:
+    raise ValueError(
+      f"{where}: there is no bucket {bucket!r}. Correct the name, or make it first: gcloud storage "
+      f"buckets create gs://{bucket}."
+    ) from None
+  except PermissionError as error:
+    raise ValueError(
+      f"{where}: bucket {bucket!r} may not be read ({error.strerror}). Log in (gcloud auth "
+      "application-default login, or a service account), or have the right to read it granted."
+    ) from None
+  return at(path)
+
+
+def at(path: str | os.PathLike) -> pathlib.Path:
+  """`open_place` of one that was checked: no request is made."""
+  if not is_bucket(path):
+    return pathlib.Path(path)
+  from grain_jax import buckets
+
+  text = os.fspath(path)
+  return buckets.BucketPath("gs://" + text.split(":", 1)[1].strip("/"))
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file that appears whole or not at all, over one that is there."""
+  if is_bucket(path):  # an object does so by itself
+    path.write_bytes(data)
+    return
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """`write_bytes` of UTF-8."""
+  write_bytes(path, text.encode("utf-8"))
+
+
+def open_raw(path: pathlib.Path, offset: int = 0) -> io.RawIOBase:
+  """The bytes of a file from an offset on, unbuffered."""
+  if is_bucket(path):
+    from grain_jax import buckets
+
+    return buckets.RawReader(path, offset)
+  file = path.open("rb", buffering=0)
+  if offset:
+    file.seek(offset)
+  return file
+
+
+def sizes(paths: Sequence[pathlib.Path]) -> list[int | None]:
+  """Bytes of each file; None where there is none."""
+
+  def size(path: pathlib.Path) -> int | None:
+    try:
+      return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:
+      return None
+
+  if not paths or not is_bucket(paths[0]):
+    return [size(path) for path in paths]
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    return list(pool.map(size, paths))
+
+
+def remove_tree(folder: pathlib.Path) -> None:
+  """Removes a folder and all in it; nothing where it is not there."""
+  if not is_bucket(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+  elif folder.is_dir():
+    folder.rmtree()
+
+
+def move_aside(folder: pathlib.Path, target: pathlib.Path, *, first: str) -> None:
+  """Renames a folder; in a bucket object by object, beginning with `first`, if it is there."""
+  if not is_bucket(folder):
+    folder.rename(target)
+    return
+  from grain_jax import buckets
+
+  objects = buckets.walk(folder)
+  for path in sorted(objects, key=lambda path: path.name != first):
+    path.replace(target / path.relative_to(folder))
+
+
+def upload(source: pathlib.Path, target: pathlib.Path, *, last: Collection[str] = ()) -> None:
+  """Copies a local file or folder to a place in a bucket; the files named `last` come last.
+
+  What is there already, by its MD5, is not copied again.
+
+  Raises:
+    failures.TransientError: the bucket does not answer, or an object is not like its file.
+  """
+  files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+  ends = [path for path in files if path.name in last and path.parent == source]
+
+  def send(path: pathlib.Path) -> None:
+    upload_file(path, target if path == source else target / path.relative_to(source).as_posix())
+
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    list(pool.map(send, [path for path in files if path not in ends]))
+  for path in ends:
+    send(path)
+
+
+def upload_file(source: pathlib.Path, target: pathlib.Path) -> None:
+  """See `upload`."""
+  from grain_jax import buckets
+
+  with source.open("rb") as reader:
+    digest = base64.b64encode(hashlib.file_digest(reader, "md5").digest()).decode()
+  if target.is_file() and buckets.md5(target) == digest:
+    return  # of an upload that was cut off
+  with source.open("rb") as reader, target.open("wb") as writer:
+    while data := reader.read(1 << 23):
+      writer.write(data)
+  if (found := buckets.md5(target)) not in (digest, None):
+    raise failures.TransientError(
+      f"{target} has MD5 {found} after {source} of MD5 {digest} was copied to it. Start again."
+    )
+
+
+def user_cache() -> pathlib.Path:
+  """`grain_jax` in $XDG_CACHE_HOME, or in ~/.cache where that is no absolute path."""
+  root = os.environ.get("XDG_CACHE_HOME", "")
+  home = pathlib.Path(root) if os.path.isabs(root) else pathlib.Path.home() / ".cache"
+  return home / "grain_jax"
+
+
+@functools.cache
+def _scratch() -> pathlib.Path:
+  folder = tempfile.mkdtemp(prefix="grain_jax-")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return pathlib.Path(folder)
+
+
+def fetch(path: str | os.PathLike) -> pathlib.Path:
+  """A file or folder on the local disk: itself, or a copy of what is in a bucket.
+
+  The copy goes when the process ends. What is not there stays as it is named.
+  """
+  if not is_bucket(path):
+    return pathlib.Path(path)
+  from grain_jax import buckets
+
+  source = at(path)
+  if source.is_file():
+    objects, root = [source], source.parent
+  elif source.is_dir():
+    objects, root = buckets.walk(source), source
+  else:
+    return source
+  folder = pathlib.Path(tempfile.mkdtemp(dir=_scratch())) / source.name
+  targets = [folder / path.relative_to(root).as_posix() for path in objects]
+  if source.is_file():
+    targets = [folder]
+  for target in targets:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    list(pool.map(buckets.download, objects, targets))
+  return folder
 
 
 def hub_name(path: str | os.PathLike) -> str | None:
@@ -59,12 +294,17 @@ def hub_name(path: str | os.PathLike) -> str | None:
   return found.group()
 
 
-def check_all(values: Mapping[str, Any]) -> None:
-  """`check` of every text or path, and of every list of them, among named values."""
+def check_all(values: Mapping[str, Any], *, buckets: Collection[str] = ()) -> None:
+  """`check` of every text or path, and of every list of them, among named values.
+
+  Args:
+    values: by name.
+    buckets: names of those that may be in a bucket.
+  """
   for name, value in values.items():
     for item in value if isinstance(value, list | tuple) else (value,):
       if isinstance(item, str | os.PathLike):
-        check(item, name)
+        check(item, name, bucket=name in buckets)
 
 
 def find_file(path: str | os.PathLike) -> pathlib.Path:
@@ -74,8 +314,8 @@ def find_file(path: str | os.PathLike) -> pathlib.Path:
   letter (NFC): what stands in a file of annotations may name a file of the other spelling. A path
   with ".." stays: a link that is found so would lead elsewhere than the one that was judged.
   """
-  path = pathlib.Path(path)
-  if str(path).isascii() or ".." in path.parts or _exists(path):
+  path = at(path)
+  if is_bucket(path) or str(path).isascii() or ".." in path.parts or _exists(path):
     return path
   found = pathlib.Path(path.anchor)
   for part in path.relative_to(path.anchor).parts:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax import textfiles, tokenizer
+from grain_jax import places, textfiles, tokenizer
 
 FILES = ("tokenizer.json", "spiece.model")  # either holds the vocabulary; the first is preferred
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -53,8 +53,8 @@ def find_file(folder: str | os.PathLike) -> pathlib.Path:
     ValueError: there is none; one line.
   """
   for name in FILES:
-    if (pathlib.Path(folder) / name).is_file():
-      return pathlib.Path(folder) / name
+    if (places.at(folder) / name).is_file():
+      return places.at(folder) / name
   raise ValueError(
     f"config.model.text.tokenizer = {str(folder)!r}: there is no {' or '.join(FILES)} in such a "
     "folder. Name the folder of a SentencePiece tokenizer, or leave the key empty for CLIP's."
@@ -157,7 +157,8 @@ class SentencePiece(tokenizer.Tokenizer):
 
   def __init__(self, folder: str | os.PathLike, context: int = 256, *, pads: bool = False):
     super().__init__(context, pads=pads)
-    self.folder = pathlib.Path(folder)
+    self.folder = places.at(folder)
+    folder = places.fetch(folder)  # which `transformers` opens itself
     path = find_file(folder)
     self._kind = kind = read_kind(folder)
     digest = hashlib.sha256(path.read_bytes())

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from grain_jax import failures
+from grain_jax import failures, places
 
 _BOM = "\ufeff"
 BUFFER = 1 << 20  # bytes of a read
@@ -257,7 +257,7 @@ def open_binary(path: pathlib.Path, name: str = "", offset: int = 0) -> io.Buffe
   Raises:
     ValueError: it cannot be read; one line.
   """
-  return io.BufferedReader(_Retried(pathlib.Path(path), name or str(path), offset), BUFFER)
+  return io.BufferedReader(_Retried(places.at(path), name or str(path), offset), BUFFER)
 
 
 class _Retried(io.RawIOBase):
@@ -283,9 +283,7 @@ class _Retried(io.RawIOBase):
   def _read(self, buffer: Any) -> int:
     try:
       if self._file is None:
-        self._file = self._path.open("rb", buffering=0)
-        if self._offset:
-          self._file.seek(self._offset)
+        self._file = places.open_raw(self._path, self._offset)
       return self._file.readinto(buffer) or 0
     except OSError:
       self._forget()

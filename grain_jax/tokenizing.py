@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
 from collections.abc import Iterable
 
 import ml_collections
 import numpy as np
 
-from grain_jax import sentencepiece
+from grain_jax import places, sentencepiece
 from grain_jax import tokenizer as tokenizers
 
 NONE = "none"  # in the place of its folder: a text tower whose tokenizer is not there
@@ -113,15 +111,19 @@ def into_folder(
   if source in ("", NONE):
     return config
   sentencepiece.find_file(source)
-  target = pathlib.Path(folder) / FOLDER
-  if not target.is_dir():
-    temporary = target.with_name(f".{FOLDER}.tmp")  # all or nothing
-    shutil.rmtree(temporary, ignore_errors=True)
+  target = places.at(folder) / FOLDER
+  if not any((target / name).is_file() for name in sentencepiece.FILES):
+    files = [places.at(source) / name for name in reversed(_COPIED)]  # the vocabulary last
+    contents = {file.name: file.read_bytes() for file in files if file.is_file()}
+    remote = places.is_bucket(target)
+    temporary = target if remote else target.with_name(f".{FOLDER}.tmp")  # all or nothing
+    places.remove_tree(temporary)
     temporary.mkdir()
-    for name in _COPIED:
-      if (pathlib.Path(source) / name).is_file():
-        shutil.copyfile(pathlib.Path(source) / name, temporary / name)
-    temporary.rename(target)
+    for name, content in contents.items():
+      (temporary / name).write_bytes(content)
+    if not remote:
+      places.remove_tree(target)
+      temporary.rename(target)
   elif not target.samefile(source) and _vocabulary(target) != _vocabulary(source):
     raise ValueError(
       f"{target} is another tokenizer than config.model.text.tokenizer = {source!r}. Use a new "

@@ -21,6 +21,7 @@ LEVELS = (
   ("data", "runtime", "objectives"),
   ("models",),
   (
+    "buckets",
     "config",
     "keys",
     "cli",

@@ -1,6 +1,7 @@
-"""Addresses on the net where a path belongs: refused at once, in one line, in all places."""
+"""Addresses on the net: gs:// where a bucket serves; all else is refused at once, in one line."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -58,51 +59,75 @@ def listed(folder):
   return str(folder / "list.txt")
 
 
+ELSEWHERE = "s3://bucket/folder"
+
+
 @pytest.mark.parametrize(
-  ("name", "call"),
+  ("address", "name", "call"),
   [
-    ("path", lambda c, d: grain_jax.load(BUCKET)),
-    ("path", lambda c, d: weights.open_checkpoint(BUCKET)),
-    ("--workdir", lambda c, d: weights.load_run(BUCKET)),
-    ("--workdir", lambda c, d: loop.train(c, BUCKET)),
-    ("data directory", lambda c, d: dataset.open_dataset(BUCKET)),
-    ("--workdir", lambda c, d: export.export(BUCKET, format="hf_clip", out=str(d / "x"))),
-    ("--out", lambda c, d: export.export(str(d), format="hf_clip", out=BUCKET)),
-    ("--input", lambda c, d: convert.convert("hf_clip", BUCKET, out=str(d / "x"))),
-    ("--out", lambda c, d: convert.convert("hf_clip", str(d), out=BUCKET)),
-    ("--out", lambda c, d: build.build(None, BUCKET)),
-    ("--input", lambda c, d: folder_source.source(BUCKET)),
-    ("--annotations", lambda c, d: folder_source.source(str(d), annotations=BUCKET)),
-    ("--images", lambda c, d: published_source.source(BUCKET, captions="x")),
-    ("--images", lambda c, d: files.find(BUCKET)),
-    ("--images=", lambda c, d: files.find(listed(d))),
-    ("--out", lambda c, d: embed.output(BUCKET, overwrite=False).__enter__()),
-    ("--datasets", lambda c, d: options.Options(root=pathlib.Path(BUCKET))),
-    ("--tfds_dir", lambda c, d: options.Options(tfds_dir=BUCKET)),
-    ("--descriptors", lambda c, d: options.Options(descriptors=pathlib.Path(BUCKET))),
-    ("descriptors", lambda c, d: zero_shot.read_descriptors(BUCKET)),
-    ("--train", lambda c, d: linear_probe.load(BUCKET, "--train")),
-    ("--config", lambda c, d: configs.load(f"{BUCKET}.py:runlocal")),
+    (ELSEWHERE, "path", lambda c, d, a: grain_jax.load(a)),
+    (ELSEWHERE, "path", lambda c, d, a: weights.open_checkpoint(a)),
+    (ELSEWHERE, "--workdir", lambda c, d, a: weights.load_run(a)),
+    (ELSEWHERE, "--workdir", lambda c, d, a: loop.train(c, a)),
+    (ELSEWHERE, "data directory", lambda c, d, a: dataset.open_dataset(a)),
+    (ELSEWHERE, "--workdir", lambda c, d, a: export.export(a, format="hf_clip", out=str(d / "x"))),
+    (ELSEWHERE, "--out", lambda c, d, a: export.export(str(d), format="hf_clip", out=a)),
+    (ELSEWHERE, "--input", lambda c, d, a: convert.convert("hf_clip", a, out=str(d / "x"))),
+    (ELSEWHERE, "--out", lambda c, d, a: convert.convert("hf_clip", str(d), out=a)),
+    (ELSEWHERE, "--out", lambda c, d, a: build.build(None, a)),
+    (ELSEWHERE, "--out", lambda c, d, a: embed.output(a, overwrite=False).__enter__()),
+    (BUCKET, "--input", lambda c, d, a: folder_source.source(a)),
+    (BUCKET, "--annotations", lambda c, d, a: folder_source.source(str(d), annotations=a)),
+    (BUCKET, "--images", lambda c, d, a: published_source.source(a, captions="x")),
+    (BUCKET, "--images", lambda c, d, a: files.find(a)),
+    (BUCKET, "--images=", lambda c, d, a: files.find(listed(d))),
+    (BUCKET, "--datasets", lambda c, d, a: options.Options(root=pathlib.Path(a))),
+    (BUCKET, "--tfds_dir", lambda c, d, a: options.Options(tfds_dir=a)),
+    (BUCKET, "--descriptors", lambda c, d, a: options.Options(descriptors=pathlib.Path(a))),
+    (BUCKET, "descriptors", lambda c, d, a: zero_shot.read_descriptors(a)),
+    (BUCKET, "--train", lambda c, d, a: linear_probe.load(a, "--train")),
+    (BUCKET, "--config", lambda c, d, a: configs.load(f"{a}.py:runlocal")),
   ],
 )
-def test_functions_refuse_it_and_leave_nothing(tiny, tmp_path, monkeypatch, name, call):
+def test_functions_refuse_it_and_leave_nothing(tiny, tmp_path, monkeypatch, address, name, call):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match=r"is an address \(gs://\)") as caught:
-    call(tiny, tmp_path)
+  with pytest.raises(ValueError, match=r"is an address \((gs|s3)://\)") as caught:
+    call(tiny, tmp_path, address)
   assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
-  assert not (tmp_path / "gs:").exists()
+  assert ("gs://BUCKET/FOLDER is taken" in str(caught.value)) == (address == ELSEWHERE)
+  assert not any((tmp_path / name).exists() for name in ("gs:", "s3:"))
+
+
+def test_without_the_client_of_buckets_a_line_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(places, "_has_storage_client", lambda: False)
+  with pytest.raises(ValueError, match=r"^--workdir=gs://b-1/x: .*requirements-gcs\.txt") as caught:
+    places.open_place("gs://b-1/x", "--workdir")
+  assert "\n" not in str(caught.value)
+  places.check("s-3/x", "--workdir", bucket=True)
+
+
+@pytest.mark.parametrize("path", ["gs://", "gs:///x", "gs://B/x", "gs://b/x", "gs:/b"])
+def test_what_names_no_bucket_is_told_so(monkeypatch, path):
+  monkeypatch.setattr(places, "_has_storage_client", lambda: True)
+  with pytest.raises(ValueError, match=r"is no place in a bucket\. Write gs://BUCKET/FOLDER"):
+    places.check(path, "--out", bucket=True)
 
 
 def test_so_do_the_keys_of_a_configuration(tiny):
   keys = [key for key, value in configs.flatten(tiny) if isinstance(value, str)]
-  paths = ("data.dir", "init.image", "init.text", "compile_cache", "zero_shot.descriptors")
-  assert set(paths) <= set(keys)
-  for key in paths:
+  local = ("compile_cache", "zero_shot.descriptors")
+  anywhere = ("data.dir", "init.image", "init.text", "init.model", "model.text.tokenizer")
+  assert set(local + anywhere) <= set(keys)
+  for key, address in [*((k, BUCKET) for k in local), *((k, ELSEWHERE) for k in anywhere)]:
     before = dict(configs.flatten(tiny))[key]
-    configs.set_key(tiny, key, BUCKET)
-    with pytest.raises(ValueError, match=rf"^config\.{key} = {BUCKET} is an address"):
+    configs.set_key(tiny, key, address)
+    with pytest.raises(ValueError, match=rf"^config\.{key} = {address} is an address"):
       configs.check(tiny)
     configs.set_key(tiny, key, before)
+  tiny.data.sources = ({"dir": "data/a"}, {"dir": ELSEWHERE})
+  with pytest.raises(ValueError, match=r"^config\.data\.sources\[1\]\.dir = s3://"):
+    configs.check(tiny)
+  tiny.data.sources = ()
   configs.check(tiny)
 
 
@@ -121,15 +146,15 @@ SLOW = pytest.mark.slow  # they load JAX before their flags
 @pytest.mark.parametrize(
   ("module", "flags"),
   [
-    ("main", (QUICKSTART, f"--workdir={BUCKET}")),
+    ("main", (QUICKSTART, f"--workdir={ELSEWHERE}")),
     ("main", (QUICKSTART, "--workdir=x", f"--config.compile_cache={BUCKET}")),
-    ("convert", ("--from=hf_clip", f"--input={BUCKET}", "--out=x")),
+    ("convert", ("--from=hf_clip", f"--input={ELSEWHERE}", "--out=x")),
     ("data.build", ("--source=published", "--images=x", "--captions=x", "--boxes", "x", BUCKET)),
-    ("plan", (QUICKSTART, "--topology=v5e:4x4", f"--config.data.dir={BUCKET}")),
+    ("plan", (QUICKSTART, "--topology=v5e:4x4", f"--config.data.dir={ELSEWHERE}")),
     ("evals.linear_probe", (f"--train={BUCKET}", "--test=x")),
     pytest.param("evaluate", ("--workdir=x", f"--datasets={BUCKET}"), marks=SLOW),
     pytest.param("embed", ("--checkpoint=x", f"--texts={BUCKET}", "--out=x"), marks=SLOW),
-    pytest.param("export", ("--workdir=x", "--format=hf_clip", f"--out={BUCKET}"), marks=SLOW),
+    pytest.param("export", ("--workdir=x", "--format=hf_clip", f"--out={ELSEWHERE}"), marks=SLOW),
   ],
 )
 def test_commands_end_with_one_line(module, flags):
@@ -137,4 +162,4 @@ def test_commands_end_with_one_line(module, flags):
   command = [sys.executable, "-m", f"grain_jax.{module}", *flags, *more]
   done = subprocess.run(command, cwd=kills.ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-  assert f"{BUCKET} is an address (gs://)" in done.stderr
+  assert re.search(r"(gs|s3)://bucket/folder is an address \(\1://\)", done.stderr)

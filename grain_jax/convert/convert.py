@@ -102,8 +102,7 @@ def _read(
   if source not in FORMATS:
     raise ValueError(f"--from={source} is unknown. Choose from {', '.join(FORMATS)}.")
   _check_hub_name(path)
-  places.check(path, "--input")
-  if not pathlib.Path(path).exists():
+  if not places.open_place(path, "--input").exists():
     raise ValueError(f"--input={path} does not exist.")
   load = FORMATS[source]
   if quick_gelu is not None:
@@ -120,7 +119,7 @@ def _read(
         f"--tokenizer is for --from={' and --from='.join(_WITH_TOKENIZER)}; {source} has its own."
       )
     load = functools.partial(load, tokenizer=tokenizer)
-  found = load(pathlib.Path(path))
+  found = load(places.fetch(path))
   if found.part is not None:
     _check_options_of_tower(source, found.part, recipe=recipe, image_size=image_size)
   config = _configure(found, recipe)
@@ -187,8 +186,7 @@ def convert(source: str, path: str, *, out: str, **options: Any) -> ml_collectio
   Raises:
     ValueError: as `read`, or `out` exists; one line, and nothing is left in `out`.
   """
-  places.check(out, "--out")
-  target = pathlib.Path(out)
+  target = places.open_place(out, "--out")
   staging.refuse_existing(target)
   config, params, part = _read(source, path, **options)
   origin = {"format": source, "file": path}

@@ -6,7 +6,10 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
+
+from grain_jax import places
 
 
 def refuse_existing(out: pathlib.Path) -> None:
@@ -19,9 +22,17 @@ def refuse_existing(out: pathlib.Path) -> None:
 def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A path beside `out` to write a file or folder to; it becomes `out` when the block has ended.
 
-  After an error nothing is left of it.
+  After an error nothing is left of it. For a bucket it is on the local disk and is uploaded then:
+  config.json, without which a folder is no model, as the last of its files.
   """
   refuse_existing(out)
+  if places.is_bucket(out):
+    with tempfile.TemporaryDirectory(prefix="grain_jax-") as folder:
+      temporary = pathlib.Path(folder) / out.name
+      yield temporary
+      refuse_existing(out)
+      places.upload(temporary, out, last=("config.json",))
+    return
   out.parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
   try:

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from grain_jax import config as configs
-from grain_jax import tokenizing, trees
+from grain_jax import places, tokenizing, trees
 from grain_jax.convert import staging
 
 # Parameters of a part, by the start of their names.
@@ -32,7 +32,7 @@ def file_name(part: str) -> str:
 
 def find(folder: str | os.PathLike) -> str | None:
   """The part that a folder holds alone; None where it holds a model, or nothing."""
-  found = [part for part in PREFIXES if (pathlib.Path(folder) / file_name(part)).is_file()]
+  found = [part for part in PREFIXES if (places.at(folder) / file_name(part)).is_file()]
   return found[0] if found else None
 
 
@@ -88,10 +88,10 @@ def load(folder: str | os.PathLike) -> tuple[str, ml_collections.ConfigDict, Any
   """
   part = find(folder)
   assert part is not None, f"{folder} holds no tower: ask `find` first"
-  path = pathlib.Path(folder) / file_name(part)
+  path = places.at(folder) / file_name(part)
   try:
-    state = safetensors.numpy.load_file(path)
+    state = safetensors.numpy.load_file(places.fetch(path))
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path} is truncated or not a safetensors file ({error}).") from error
   params = flax.traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in state.items()})
-  return part, configs.read(pathlib.Path(folder) / "config.json"), params
+  return part, configs.read(places.at(folder) / "config.json"), params

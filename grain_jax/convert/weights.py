@@ -37,8 +37,7 @@ def open_checkpoint(
   Raises:
     ValueError: there is no model in the folder; one line.
   """
-  places.check(path, "path")
-  folder = pathlib.Path(path)
+  folder = places.open_place(path, "path")
   if not (folder / "config.json").is_file():
     raise ValueError(
       f"{folder} holds no model: there is no config.json. Give the workdir of a run, or convert a "
@@ -62,7 +61,7 @@ def open_part(
   path: str | os.PathLike, part: str
 ) -> tuple[ml_collections.ConfigDict, Any, int | None]:
   """`open_checkpoint`, or for 'image' and 'text' the folder of such a tower alone (`towers`)."""
-  places.check(path, "path")
+  path = places.open_place(path, "path")
   if _check_part(path, part):
     return *towers.load(path)[1:], None
   return open_checkpoint(path)
@@ -82,8 +81,7 @@ def read_config(path: str | os.PathLike, part: str) -> ml_collections.ConfigDict
   Raises:
     ValueError: there is no model in the folder; one line.
   """
-  places.check(path, "path")
-  folder = pathlib.Path(path)
+  folder = places.open_place(path, "path")
   _check_holds_a_model(folder)
   _check_part(folder, part)
   return configs.read(folder / "config.json")
@@ -119,8 +117,7 @@ def load_run(
   of the configuration is set to whatever devices there are now, and the parameters are sharded as
   in the run where these allow it; else they are replicated.
   """
-  places.check(workdir, "--workdir")
-  folder = pathlib.Path(workdir)
+  folder = places.open_place(workdir, "--workdir")
   path = folder / "config.json"
   if not path.is_file():
     raise ValueError(f"--workdir={workdir}: there is no config.json; no run was started here.")

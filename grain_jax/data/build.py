@@ -11,6 +11,9 @@ The source is read block by block into DIR.part, by --workers processes, or on a
 not read again, and the shards are those of a build that was never disturbed. DIR is either whole or
 not there. Where it holds the same already, nothing is done; where files of annotations, images or
 flags have changed since, it ends with a line that says what.
+
+For --out=gs://BUCKET/DIR the folder DIR.part is on the local disk (--scratch), and what is finished
+is copied: the manifest, without which it is no dataset, as the last of its files.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from typing import Any
 
 from grain_jax import failures, places
 from grain_jax.data import dataset, token_ids
+from grain_jax.data.building import destination, inputs, locks, preview, run, tally, tasks
 from grain_jax.data.building import flags as build_flags
-from grain_jax.data.building import inputs, locks, preview, run, tally, tasks
 from grain_jax.data.sources import base
 
 
@@ -42,6 +45,7 @@ def build(
   ray_address: str = "",
   tokenizer: str = "",
   context: int = token_ids.CONTEXT,
+  scratch: str = "",
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Builds `out` from a source, or leaves it if it holds the same already.
@@ -58,6 +62,7 @@ def build(
     tokenizer: whose ids of all texts are written with them: the folder of a SentencePiece
       tokenizer, '' for CLIP's, 'none' for no ids.
     context: tokens of the longest text.
+    scratch: folder in which `out` is built where it is in a bucket; '': in the user's cache.
     say: takes lines of progress.
 
   Returns:
@@ -73,12 +78,11 @@ def build(
     raise ValueError(f"--allow_dropped = {allow_dropped}: not a part of the data. Use [0, 1].")
   if workers is not None and workers < 0:
     raise ValueError(f"--workers = {workers}: less than none cannot work. 0 reads in this process.")
-  places.check(out, "--out")
-  out = pathlib.Path(out).expanduser()
+  out = places.open_place(out, "--out").expanduser()
+  part = destination.part_of(out, scratch)
   settings = json.loads(json.dumps({**source.settings, "source": source.name}))
   tokens = {"folder": tokenizer, "context": context}
   writer = token_ids.make_writer(**tokens)
-  part = out.with_name(f"{out.name}.part")
   present = _present(source, out, settings, writer, overwrite, shard_size, say)
   if present is not None:
     say(f"{out} is already built with these settings: {_summary(present)}.")
@@ -94,9 +98,7 @@ def build(
         raise ValueError(f"{error} What was read is kept in {part}.") from error
       shutil.rmtree(part, ignore_errors=True)
       raise
-    if out.exists():
-      out.rename(part / "old")
-    build.place.dataset.rename(out)
+    destination.deliver(build.place.dataset, out, part, say)
     shutil.rmtree(part, ignore_errors=True)
   say(f"{out}: {_summary(manifest)} in {manifest['seconds']:.0f} s. Look at {out / preview.NAME}.")
   return manifest
@@ -107,6 +109,8 @@ def _present(
 ) -> dict | None:
   """The manifest of `out` if it holds the same; ValueError if `out` is in the way."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return None
+  if destination.is_unfinished(out):
     return None
   if not (out / dataset.MANIFEST).is_file():
     raise ValueError(f"--out={out} exists and is not a dataset. Choose another, or remove it.")
@@ -151,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       ray_address=flags.ray_address,
       tokenizer=flags.tokenizer,
       context=flags.context,
+      scratch=flags.scratch,
       say=lambda line: print(line, flush=True),
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:

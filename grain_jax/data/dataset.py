@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import threading
 import weakref
@@ -213,7 +212,7 @@ class _Split:
     """
     path = self.paths[shard]
     try:
-      size = os.stat(path).st_size
+      size = path.stat().st_size
       if size != self.bytes[shard]:
         return f"the shard has {size} bytes instead of {self.bytes[shard]} (manifest.json)"
       system = None if error is None else shards.system_error(error, path)
@@ -243,8 +242,7 @@ def open_dataset(directory: str | pathlib.Path) -> Dataset:
   how = "Build it: python -m grain_jax.data.build --source=scenes --out="
   if not str(directory):
     raise ValueError(f"config.data.dir is empty: no data to read. {how}DIR, and set it to DIR.")
-  named_places.check(directory, "data directory")
-  path = pathlib.Path(directory).expanduser()
+  path = named_places.open_place(directory, "data directory").expanduser()
   return failures.retry_read(lambda: _open(path, how), path)
 
 
@@ -274,9 +272,8 @@ def _open(path: pathlib.Path, how: str) -> Dataset:
 
 def _check_shards(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
   for entry in manifest["splits"].values():
-    for shard in entry["shards"]:
-      file = path / shard["file"]
-      size = file.stat().st_size if file.is_file() else None
+    files = [path / shard["file"] for shard in entry["shards"]]
+    for shard, file, size in zip(entry["shards"], files, named_places.sizes(files), strict=True):
       if size != shard["bytes"]:
         why = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
         raise ValueError(

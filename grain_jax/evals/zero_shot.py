@@ -7,10 +7,9 @@ Vondrick (ICLR 2023): "a photo of a hen, which has two legs".
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -189,8 +188,7 @@ def cached_class_embeddings(
   path = folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.npy"
   if path.exists():
     try:
-      with path.open("rb") as file:
-        kept = np.lib.format.read_array(file, allow_pickle=False)
+      kept = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
       if kept.ndim == 2 and len(kept) == len(prompts):
         return retrieval.check_embeddings(kept, name=str(path))
       reason = f"it holds {list(kept.shape)} for {len(prompts)} classes"
@@ -199,15 +197,9 @@ def cached_class_embeddings(
     warn(f"{path} is no use and is made anew: {reason}")
   embeddings = compute()
   folder.mkdir(parents=True, exist_ok=True)
-  # Renamed when complete: one who reads it, or stops half-way, never meets half a file.
-  handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      np.lib.format.write_array(file, embeddings, allow_pickle=False)
-    os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
+  file = io.BytesIO()
+  np.lib.format.write_array(file, embeddings, allow_pickle=False)
+  places.write_bytes(path, file.getvalue())
   return embeddings
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grain_jax import failures, trees
+from grain_jax import failures, places, trees
 from grain_jax.runtime import distributed, orbax_noise, replicas
 
 # A replicated array is written in slices, one by each replica, where a slice has so many bytes at
@@ -28,6 +28,7 @@ _MIN_REPLICA_SLICE_BYTES = 1 << 20
 # Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
 # is tried again: what a network file system needs to get over a stale handle.
 WAITS = (1.0, 5.0, 15.0)
+COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
 _SLOW = 3600.0  # seconds that a process waits for another whose storage is slower
 
 
@@ -66,7 +67,7 @@ class Checkpoints:
       keep_best: checkpoints kept for their results, on top of `keep`.
       read_only: leave everything as it is, as beside a run that goes on.
     """
-    self._directory = pathlib.Path(directory).resolve()
+    self._directory = places.at(directory).resolve()
     self._read_only = read_only
     if not read_only:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class Checkpoints:
     processes = set(range(distributed.process_count())) if distributed.process_count() > 1 else None
     multiprocessing = ocp.options.MultiprocessingOptions(active_processes=processes)
     self._manager = _Manager(
-      self._directory,
+      epath.Path(self._directory),
       item_handlers={
         "state": ocp.PyTreeCheckpointHandler(
           multiprocessing_options=multiprocessing, type_handler_registry=_types()
@@ -140,7 +141,7 @@ class Checkpoints:
         target, number = self._directory / f"damaged-{step}", 1
         while target.exists():
           target, number = self._directory / f"damaged-{step}-{number}", number + 1
-        (self._directory / str(step)).rename(target)
+        places.move_aside(self._directory / str(step), target, first=COMMITTED)
     distributed.broadcast("damaged checkpoints set aside", "")
     self._damaged = []
     self._manager.reload()
@@ -180,10 +181,18 @@ class Checkpoints:
     return own or (SaveError(line) if line else None)
 
   def _steps(self) -> list[int]:
-    """Steps of all folders that look like checkpoints, whole or not, ascending."""
+    """Steps of all folders that look like checkpoints, whole or not, ascending.
+
+    On a disk a folder gets its name when it is finished; in a bucket, which cannot rename, the file
+    COMMITTED then.
+    """
     if not self._directory.is_dir():
       return []
-    return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+    found = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+    if not places.is_bucket(self._directory):
+      return found
+    committed = places.sizes([self._directory / str(step) / COMMITTED for step in found])
+    return [step for step, size in zip(found, committed, strict=True) if size is not None]
 
   def latest(self) -> int | None:
     """Step of the newest checkpoint that this process sees, or None."""
@@ -325,11 +334,8 @@ class Checkpoints:
     value = distributed.broadcast("best", repr(float(results[self._best_metric])))
     self._results[step] = float(value)
     if distributed.process_index() == 0:
-      path = self._directory / "best.json"
-      temporary = path.with_suffix(".tmp")
       content = {"metric": self._best_metric, "best": self.best(), "results": self._results}
-      temporary.write_text(json.dumps(content, indent=2) + "\n")
-      temporary.replace(path)
+      places.write_text(self._directory / "best.json", json.dumps(content, indent=2) + "\n")
 
   def _read_results(self) -> dict[int, float]:
     """{step: result} as `record` left it for the same metric."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import jax
 
+from grain_jax import places
 from grain_jax.runtime import distributed
 
 PATIENCE = 1.0  # seconds of compiling before it is said; to read a kept program takes 0.2
@@ -30,9 +31,7 @@ _said: set[str] = set()
 
 def default_folder() -> pathlib.Path:
   """`grain_jax/jax` in $XDG_CACHE_HOME, or in ~/.cache where that is no absolute path."""
-  root = os.environ.get("XDG_CACHE_HOME", "")
-  home = pathlib.Path(root) if os.path.isabs(root) else pathlib.Path.home() / ".cache"
-  return home / "grain_jax" / "jax"
+  return places.user_cache() / "jax"
 
 
 def use() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import filelock
 from absl import logging
 
-from grain_jax import failures
+from grain_jax import failures, places
 from grain_jax.runtime import checkpoint, distributed
 
 _LOCK = ".lock"
@@ -34,13 +33,20 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
   """Holds the workdir for this run, which process 0 does for all.
 
   The lock is the operating system's (or a file, where there is none), so a dead process holds
-  nothing.
+  nothing. A bucket has no locks: there a line says so, and who has written last.
 
   Raises:
     ValueError: another run holds it; one line that names it.
   """
   if distributed.process_index() != 0:
     yield
+    return
+  if places.is_bucket(folder):
+    told = f" ({_holder(folder)} began one)" if (folder / _HOLDER).exists() else ""
+    line = f"{folder} is in a bucket, which has no locks: start no second run there{told}"
+    print(line, flush=True)
+    with _note(folder):
+      yield
     return
   lock = filelock.FileLock(folder / _LOCK)
   try:
@@ -53,6 +59,16 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
       raise ValueError(
         f"{folder} is held by {_holder(folder)}. Wait for its end, or use another --workdir."
       ) from None
+  try:
+    with _note(folder):
+      yield
+  finally:
+    lock.release()
+
+
+@contextlib.contextmanager
+def _note(folder: pathlib.Path) -> Iterator[None]:
+  """Notes in a workdir that this process holds it."""
   holder = {"host": socket.gethostname(), "pid": os.getpid()}
   holder["since"] = datetime.now().astimezone().isoformat(timespec="seconds")
   (folder / _HOLDER).write_text(json.dumps(holder) + "\n")
@@ -60,7 +76,6 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     yield
   finally:
     (folder / _HOLDER).unlink(missing_ok=True)
-    lock.release()
 
 
 def _holder(folder: pathlib.Path) -> str:
@@ -131,6 +146,6 @@ def save_probe(folder: pathlib.Path, state: Any) -> None:
   probe.close()
   distributed.broadcast("probe written", "")
   if distributed.process_index() == 0:
-    shutil.rmtree(place, ignore_errors=True)
+    places.remove_tree(place)
     if place.exists():
       logging.warning("%s could not be removed; it is no part of the run", place)

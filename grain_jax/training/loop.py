@@ -334,6 +334,7 @@ def _loop(
       began = time.monotonic()
       distributed.report_progress("saving", step)
       last = step == total_steps
+      writer.flush()  # in a bucket lines come late: none of a step that is kept may be missing
       keep = checkpoints.save_surely if last else checkpoints.save
       keep(step, state, describe(step))
       progress.pause(time.monotonic() - began)

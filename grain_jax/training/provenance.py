@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import tokenizing
+from grain_jax import places, tokenizing
 from grain_jax.runtime import distributed, metrics
 from grain_jax.training import continuation
 
@@ -27,10 +27,8 @@ def check_workdir(
 def write_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Writes the run's config.json, and the files of a tokenizer that it names, into the workdir."""
   if distributed.process_index() == 0:
-    path = folder / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(configs.to_json(tokenizing.into_folder(config, folder)))
-    temporary.replace(path)
+    text = configs.to_json(tokenizing.into_folder(config, folder))
+    places.write_text(folder / "config.json", text)
 
 
 def _check_config(

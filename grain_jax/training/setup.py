@@ -67,8 +67,7 @@ def settle(
   Raises:
     ValueError: configuration, data or devices cannot work; one line.
   """
-  places.check(workdir, "--workdir")
-  folder = pathlib.Path(workdir)
+  folder = places.open_place(workdir, "--workdir")
   config = configs.resolve(start.adopt(config, folder, say=say))
   config = continuation.continue_as(sizing.keep(config, folder), folder, continue_as, say=say)
   configs.check(config)

@@ -60,6 +60,12 @@ def _parser(kind: str | None, description: str) -> argparse.ArgumentParser:
     help="tokens of the longest text; a run may have a shorter config.model.text.context",
   )
   add(
+    "--scratch",
+    default="",
+    help="folder in which --out=gs://... is built before it is copied there (default: in the "
+    "user's cache folder)",
+  )
+  add(
     "--allow_dropped",
     type=float,
     default=tally.ALLOWED,
@@ -133,7 +139,12 @@ def parse(arguments: Sequence[str], *, description: str) -> argparse.Namespace:
     )
   found = parser.parse_args(arguments)
   with as_error_of(parser):
-    places.check_all({f"--{name}": value for name, value in vars(found).items()})
+    values = {f"--{name}": value for name, value in vars(found).items()}
+    places.check_all(values, buckets=("--out",))
+    if places.is_bucket(found.out) and found.ray_address and not found.scratch:
+      raise ValueError(
+        f"--out={found.out} with --ray_address needs --scratch=DIR, a folder that all machines see."
+      )
   return found
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from grain_jax import places
 from grain_jax.evals import evidence
 
 _PUBLISHED = pathlib.Path(__file__).parent / "published.json"
@@ -187,9 +187,7 @@ def write(
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
   )
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  places.write_text(path, text)
 
 
 def _facts(facts: Mapping[str, str], links: Mapping[str, str]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import axes, figure, patches
 from matplotlib.backends import backend_agg
 
+from grain_jax import places
 from grain_jax.evals import evidence, grounding, segmentation
 from grain_jax.evals.page import curves, figures
 
@@ -44,7 +45,7 @@ def write(
     if there are examples, `region_weights.png` if weights of regions were tried. Each appears whole
     or not at all.
   """
-  figures_dir = pathlib.Path(figures_dir)
+  figures_dir = places.at(figures_dir)
   figures_dir.mkdir(parents=True, exist_ok=True)
   drawn = {}
   if curves.series(history, "train/loss"):
@@ -57,9 +58,9 @@ def write(
   if weights is not None:
     drawn["region_weights.png"] = weights
   for name, picture in drawn.items():
-    partial = figures_dir / f".{name}.{os.getpid()}"
-    picture.savefig(partial, format="png", facecolor="white", dpi=_DPI)
-    os.replace(partial, figures_dir / name)
+    png = io.BytesIO()
+    picture.savefig(png, format="png", facecolor="white", dpi=_DPI)
+    places.write_bytes(figures_dir / name, png.getvalue())
   return [figures_dir / name for name in drawn]
 
 
