@@ -201,6 +201,11 @@ class _Split:
         reason = " ".join(str(error).split())[:200]
         return ValueError(f"{where}: cannot be read ({reason}).")
       shards.READERS.discard(self.paths[shard], owner=self._owner)
+      if error is not None and shards.has_given_up(error):
+        raise failures.TransientError(
+          f"{where} cannot be read: {failures.one_line(error, limit=300)} When the bucket answers, "
+          "start the same command again."
+        )
       if last:
         raise failures.lost(where, lost)
     raise AssertionError("`attempts` ends with a last one")

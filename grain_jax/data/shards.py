@@ -51,6 +51,11 @@ def system_error(error: BaseException, path: object) -> OSError | None:
   return OSError(_NUMBERS.get(words, errno.EIO), words, str(path))
 
 
+def has_given_up(error: BaseException) -> bool:
+  """Whether it is of a bucket, which array_record has asked again for a quarter of an hour."""
+  return "Retry policy exhausted" in str(error)
+
+
 def _open_reader(path: str) -> Any:
   from array_record.python import array_record_module
 

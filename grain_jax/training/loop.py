@@ -170,8 +170,10 @@ def _start(
       state = state.replace(teacher=jax.tree.map(jax.numpy.copy, state.params))
 
   def save() -> None:
+    distributed.report_progress("saving", 0)  # a bucket that does not answer is asked for long
     checkpoints.save(0, state, {**meta, "step": 0})
     checkpoints.wait()
+    distributed.report_progress("starting", 0)
 
   workdirs.prove_saving(folder, save)
   return state
@@ -289,8 +291,7 @@ def _loop(
       stop(first, state, saved=True)
   for step in range(first + 1, total_steps + 1):
     began = time.monotonic()
-    if step > first + 1:
-      distributed.report_progress("data", step)
+    distributed.report_progress("data", step)
     host_batch = next(batches)
     if step == first + 1:
       _check_batch(host_batch, config)
