@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data = ml_collections.ConfigDict()
   c.data.dir = ""  # folder written by `python -m grain_jax.data.build`
   c.data.sources = ()  # to train on several: ({"dir": "data/a", "weight": 3.0}, ...), for `dir`
+  c.data.local_copy = ""  # folder on this machine's disk to copy shards to while training
   c.data.split = "train"  # split to train on
   c.data.max_regions = 5  # regions an image, those of highest score (R)
   c.data.negatives = 0  # false captions an image (K)

@@ -115,6 +115,11 @@ def is_storage(error: BaseException) -> bool:
   return error.errno not in _OF_THE_PATH | _NO_ROOM
 
 
+def is_no_room(error: BaseException) -> bool:
+  """Whether a disk is full, or a quota."""
+  return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
 def attempts() -> Iterator[bool]:
   """Waits longer before each attempt but the first; yields whether it is the last one."""
   yield not RETRY_DELAYS

@@ -21,7 +21,7 @@ import tempfile
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 from grain_jax import failures
 
@@ -160,19 +160,27 @@ def open_raw(path: pathlib.Path, offset: int = 0) -> io.RawIOBase:
   return file
 
 
-def sizes(paths: Sequence[pathlib.Path]) -> list[int | None]:
-  """Bytes of each file; None where there is none."""
+class Stamp(NamedTuple):
+  """What changes with a file."""
 
-  def size(path: pathlib.Path) -> int | None:
+  size: int  # bytes
+  time: float  # of the last change
+
+
+def stamps(paths: Sequence[pathlib.Path]) -> list[Stamp | None]:
+  """Of each file; None where there is none. Of a bucket many are asked for at a time."""
+
+  def stamp(path: pathlib.Path) -> Stamp | None:
     try:
-      return path.stat().st_size if path.is_file() else None
-    except FileNotFoundError:
+      found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
       return None
+    return Stamp(found.st_size, found.st_mtime)
 
   if not paths or not is_bucket(paths[0]):
-    return [size(path) for path in paths]
+    return [stamp(path) for path in paths]
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    return list(pool.map(size, paths))
+    return list(pool.map(stamp, paths))
 
 
 def remove_tree(folder: pathlib.Path) -> None:

@@ -88,7 +88,10 @@ def test_a_build_into_a_bucket_is_that_on_a_disk(bucket, environment, scenes_dir
 def test_a_killed_run_goes_on_to_the_bits_of_a_local_one(
   bucket, environment, scenes, finished_run, tmp_path
 ):
-  flags = ("--workdir=gs://test/run", "--config.evals=()", "--config.save_every=8")
+  flags = (
+    "--workdir=gs://test/run", "--config.evals=()", "--config.save_every=8",
+    f"--config.data.local_copy={tmp_path / 'ssd'}",
+  )  # fmt: skip
   workdir = bucket.buckets / "test" / "run"
   process = kills.start(scenes, tmp_path, *flags)
   while not (workdir / "checkpoints" / "8" / "commit_success.txt").exists():
@@ -103,6 +106,9 @@ def test_a_killed_run_goes_on_to_the_bits_of_a_local_one(
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 25))
   assert list(workdir.glob("events.*")) and not (workdir / ".lock.json").exists()
+  shard = "scenes-train.array_record-00000-of-00001"
+  (copied,) = (tmp_path / "ssd").rglob(shard)
+  assert copied.read_bytes() == (bucket.buckets / "test" / "scenes" / shard).read_bytes()
   check_evaluate_and_load(bucket, finished_run)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import logging
 import pathlib
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ from grain_jax import places as named_places
 from grain_jax.data import records, shards, token_ids
 
 MANIFEST = "manifest.json"
+_LOOK_EVERY = 2.0  # seconds between looks for the local copy of a shard
 FORMAT = 1  # of the manifest; raised when older readers would misread a directory
 
 
@@ -33,18 +37,36 @@ class ReadCounts(NamedTuple):
   opens: int  # of shards
 
 
+class ShardChanged(ValueError):
+  """A shard is not any more what the manifest says, so its records are of other data."""
+
+
 class Dataset:
   """A built dataset.
 
   Attributes:
     directory: where it lies.
     manifest: what `data.build` wrote about it.
+    local_copy: folder of its copy on this machine (`local_copy`), which is read as far as it is
+      there; '': there is none.
   """
 
-  def __init__(self, directory: pathlib.Path, manifest: Mapping[str, Any]):
-    self.directory = directory
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    manifest: Mapping[str, Any],
+    *,
+    local_copy: str = "",
+    stamps: Mapping[str, named_places.Stamp] | None = None,
+  ):
+    """`stamps`: of the shards' files, by name, when they were found to be as the manifest says."""
+    self.directory = named_places.at(directory)
     self.manifest = manifest
-    self._splits = {name: _Split(directory, s) for name, s in manifest["splits"].items()}
+    self.local_copy = local_copy
+    self._splits = {
+      name: _Split(self.directory, s, copy=self.copy_of(name), stamps=stamps or {})
+      for name, s in manifest["splits"].items()
+    }
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -91,13 +113,19 @@ class Dataset:
   def fingerprint(self, split: str) -> str:
     """sha256 of a split's records in their order, wherever they lie, whenever they were built."""
     self._split(split)
-    shards = [[s["records"], s["sha256"]] for s in self.manifest["splits"][split]["shards"]]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    return _fingerprint(self.manifest, split)
+
+  def copy_of(self, split: str) -> pathlib.Path | None:
+    """Folder of a split's copy on this machine: of its content, wherever it was copied from."""
+    if not self.local_copy:
+      return None
+    return pathlib.Path(self.local_copy).expanduser() / _fingerprint(self.manifest, split)[:16]
 
   def read(self, split: str, indices: Sequence[int]) -> list[bytes | ValueError]:
     """Serialised records; in the place of a damaged one, the error that says why.
 
     Raises:
+      ShardChanged: a shard was written anew, with other records; one line.
       failures.TransientError: a shard is cut short, is gone, or its storage fails, and still does
         after some tens of seconds; one line.
     """
@@ -131,11 +159,28 @@ class Dataset:
     return self._splits[split]
 
 
+def _fingerprint(manifest: Mapping[str, Any], split: str) -> str:
+  shards = [[s["records"], s["sha256"]] for s in manifest["splits"][split]["shards"]]
+  return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+
 class _Split:
   """The shards of a split, opened when first read."""
 
-  def __init__(self, directory: pathlib.Path, entry: Mapping[str, Any]):
-    self.paths = [directory / shard["file"] for shard in entry["shards"]]
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    entry: Mapping[str, Any],
+    *,
+    copy: pathlib.Path | None,
+    stamps: Mapping[str, named_places.Stamp],
+  ):
+    self._origins = [directory / shard["file"] for shard in entry["shards"]]
+    self.paths = list(self._origins)  # those that are read
+    self._copies = [copy and copy / shard["file"] for shard in entry["shards"]]
+    self._looked = [0.0] * len(self.paths)  # for the copy
+    self._stamps = [stamps.get(shard["file"]) for shard in entry["shards"]]
+    self._sha256 = [shard["sha256"] for shard in entry["shards"]]
     self.bytes = [shard["bytes"] for shard in entry["shards"]]
     self.starts = [0, *itertools.accumulate(shard["records"] for shard in entry["shards"])]
     self.counts = ReadCounts(0, 0)
@@ -179,9 +224,42 @@ class _Split:
       return reader.read(inside)
 
   def _reader(self, shard: int) -> contextlib.AbstractContextManager[Any]:
+    self._look_for_copy(shard)
     return shards.READERS.reader(
-      self.paths[shard], owner=self._owner, on_open=lambda: self._count(opens=1)
+      self.paths[shard], owner=self._owner, on_open=lambda: self._opened(shard)
     )
+
+  def _look_for_copy(self, shard: int) -> None:
+    """Has a shard read from its local copy where that is finished by now."""
+    copy, now = self._copies[shard], time.monotonic()
+    if copy is None or self.paths[shard] is copy or now - self._looked[shard] < _LOOK_EVERY:
+      return
+    self._looked[shard] = now
+    with contextlib.suppress(OSError):
+      if copy.stat().st_size == self.bytes[shard]:
+        shards.READERS.discard(self.paths[shard], owner=self._owner)
+        self.paths[shard] = copy
+
+  def _forget_copy(self, shard: int) -> None:
+    """A copy that is lost is read no more: the shard itself is."""
+    logging.warning("%s is lost: %s is read instead", self.paths[shard], self._origins[shard])
+    self.paths[shard], self._copies[shard] = self._origins[shard], None
+
+  def _opened(self, shard: int) -> None:
+    """Counts, and looks whether a shard was written since the dataset was opened."""
+    self._count(opens=1)
+    before, path = self._stamps[shard], self.paths[shard]
+    if before is None or path is not self._origins[shard]:
+      return
+    (now,) = named_places.stamps([path])
+    if now is None or now.size != before.size:
+      raise OSError(errno.EIO, "it has another size", str(path))  # `_lost` says more
+    if now != before and digest_of(path) != self._sha256[shard]:
+      raise ShardChanged(
+        f"shard {path} is not what {MANIFEST} says: it was written anew under the run, or is "
+        "damaged. Restore it, or build the data into a new directory."
+      )
+    self._stamps[shard] = now
 
   def _read_record(self, shard: int, place: int) -> bytes | ValueError:
     """A record; the error of a damaged one. What the storage fails to give is asked for again."""
@@ -195,6 +273,9 @@ class _Split:
       except (OSError, RuntimeError) as raised:
         error = raised
       lost = self._lost(shard, error)
+      if lost is not None and self.paths[shard] is not self._origins[shard]:
+        self._forget_copy(shard)
+        return self._read_record(shard, place)
       if lost is None:  # the file is whole, so the record is not
         if error is None:
           return data
@@ -236,8 +317,21 @@ class _Split:
     return None
 
 
-def open_dataset(directory: str | pathlib.Path) -> Dataset:
+def digest_of(path: pathlib.Path) -> str:
+  """SHA-256 of a file, as the manifest has it."""
+  digest = hashlib.sha256()
+  with named_places.open_raw(path) as file:
+    while data := file.read(1 << 22):
+      digest.update(data)
+  return digest.hexdigest()
+
+
+def open_dataset(directory: str | pathlib.Path, *, local_copy: str = "") -> Dataset:
   """Opens a directory that `grain_jax.data.build` has finished.
+
+  Args:
+    directory: which.
+    local_copy: see `Dataset`.
 
   Raises:
     ValueError: one line, where it is missing, half-built, of another format, or a shard is missing
@@ -248,10 +342,10 @@ def open_dataset(directory: str | pathlib.Path) -> Dataset:
   if not str(directory):
     raise ValueError(f"config.data.dir is empty: no data to read. {how}DIR, and set it to DIR.")
   path = named_places.open_place(directory, "data directory").expanduser()
-  return failures.retry_read(lambda: _open(path, how), path)
+  return failures.retry_read(lambda: _open(path, how, local_copy), path)
 
 
-def _open(path: pathlib.Path, how: str) -> Dataset:
+def _open(path: pathlib.Path, how: str, local_copy: str) -> Dataset:
   file = path / MANIFEST
   if not file.is_file():
     part = path.with_name(f"{path.name}.part")  # of `grain_jax.data.build`
@@ -266,8 +360,8 @@ def _open(path: pathlib.Path, how: str) -> Dataset:
     manifest = json.loads(file.read_text())
     version = manifest["format"]
     if version == FORMAT:
-      _check_shards(path, manifest)
-      return Dataset(path, manifest)
+      stamps = _check_shards(path, manifest)
+      return Dataset(path, manifest, local_copy=local_copy, stamps=stamps)
   except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
     raise ValueError(
       f"{file} is not a manifest of this program ({type(error).__name__}: {error}). {how}{path}"
@@ -275,13 +369,18 @@ def _open(path: pathlib.Path, how: str) -> Dataset:
   raise ValueError(f"{file} has format {version}, this program reads {FORMAT}. {how}{path}")
 
 
-def _check_shards(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+def _check_shards(path: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, named_places.Stamp]:
+  """The shards' stamps by file name; raises where one is not there as a whole."""
+  found = {}
   for entry in manifest["splits"].values():
     files = [path / shard["file"] for shard in entry["shards"]]
-    for shard, file, size in zip(entry["shards"], files, named_places.sizes(files), strict=True):
+    for shard, file, stamp in zip(entry["shards"], files, named_places.stamps(files), strict=True):
+      size = None if stamp is None else stamp.size
       if size != shard["bytes"]:
         why = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
         raise ValueError(
           f"shard {file} {why} (manifest.json): the copy is incomplete or damaged. Copy it again, "
           "or build the directory again with --overwrite."
         )
+      found[shard["file"]] = stamp
+  return found

@@ -113,13 +113,14 @@ class Examples:
 
     Raises:
       BadRecord: a record is bad and config.data.on_bad_record is 'stop'.
+      dataset.ShardChanged: a shard was written anew.
       failures.TransientError: the storage of the records failed, or there is no more memory.
     """
     if self.failure:  # what is under way in other threads need not wait for lost storage in turn
       raise self.failure
     try:
       return self._chunk(indices, epoch, image)
-    except (failures.TransientError, MemoryError) as error:
+    except (failures.TransientError, MemoryError, dataset_lib.ShardChanged) as error:
       with self._lock:
         self.failure = self.failure or _without_memory(error)
         raise self.failure from None

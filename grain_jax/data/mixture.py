@@ -66,9 +66,14 @@ def open_training(config: ml_collections.ConfigDict) -> dataset_lib.Dataset | Mi
   """What `config.data` trains on: the mixture of its sources, or the dataset in its folder."""
   sources = config.data.sources
   if not sources:
-    return dataset_lib.open_dataset(config.data.dir)
+    return dataset_lib.open_dataset(config.data.dir, local_copy=config.data.local_copy)
   check(sources)
-  return Mixture(sources, split=config.data.split, seed=config.seed)
+  return Mixture(
+    sources,
+    split=config.data.split,
+    seed=config.seed,
+    local_copy=config.data.local_copy,
+  )
 
 
 def _shares(total: int, weights: Sequence[float]) -> list[int]:
@@ -98,6 +103,7 @@ class Mixture:
     split: str,
     seed: int,
     opened: Sequence[dataset_lib.Dataset] | None = None,
+    local_copy: str = "",
   ):
     """Opens all of them; see `check` for what they are.
 
@@ -106,11 +112,12 @@ class Mixture:
       split: of each that names none.
       seed: of the order of each source.
       opened: the datasets of the sources; None: they are opened here.
+      local_copy: see `dataset.Dataset`.
     """
     self.sources = [dict(entry) for entry in sources]
     self.split, self.seed = split, seed
     if opened is None:
-      opened = [dataset_lib.open_dataset(entry["dir"]) for entry in sources]
+      opened = [dataset_lib.open_dataset(entry["dir"], local_copy=local_copy) for entry in sources]
     splits = [entry.get("split") or split for entry in sources]
     counts = [data.num_records(s) for data, s in zip(opened, splits, strict=True)]
     weights = [float(entry.get("weight", 1.0)) for entry in sources]

@@ -26,6 +26,8 @@ from grain_jax.data import examples as examples_lib
 
 open_dataset = dataset_lib.open_dataset
 
+# What `examples.Examples` keeps as its `failure`.
+_FAILURES = (examples_lib.BadRecord, dataset_lib.ShardChanged, failures.TransientError)
 _CHUNK = 32  # most records a call: small enough that a large batch is shared among threads
 
 
@@ -103,6 +105,7 @@ class TrainBatches:
 
     Raises:
       examples.BadRecord: a record is bad, or one too many is, by the config; one line.
+      dataset.ShardChanged: a shard was written anew under the run; one line.
       failures.TransientError: the storage of the records failed; one line.
     """
     try:
@@ -248,7 +251,7 @@ def _threaded(
     """Arrays of a chunk, and whether it was made: tf.data would log an error at length."""
     try:
       return *examples.chunk(indices, int(epoch)).arrays, np.ones(chunk, bool)
-    except (examples_lib.BadRecord, failures.TransientError):  # kept as `examples.failure`
+    except _FAILURES:  # kept as `examples.failure`
       return *(np.zeros(shape, dtype) for shape, dtype in shapes), np.zeros(chunk, bool)
 
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())

@@ -191,8 +191,8 @@ class Checkpoints:
     found = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
     if not places.is_bucket(self._directory):
       return found
-    committed = places.sizes([self._directory / str(step) / COMMITTED for step in found])
-    return [step for step, size in zip(found, committed, strict=True) if size is not None]
+    committed = places.stamps([self._directory / str(step) / COMMITTED for step in found])
+    return [step for step, stamp in zip(found, committed, strict=True) if stamp is not None]
 
   def latest(self) -> int | None:
     """Step of the newest checkpoint that this process sees, or None."""

@@ -17,7 +17,7 @@ from absl import logging
 
 from grain_jax import evaluate, schema, trees
 from grain_jax.convert import start
-from grain_jax.data import pipeline
+from grain_jax.data import local_copy, pipeline
 from grain_jax.evals.inputs import attempts
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
@@ -127,12 +127,14 @@ def train(
           run.training, config, start_step=step, host=shards, num_hosts=num_shards
         )
         profiler = metrics.Profiler(config.profile, folder / "profile")
-        with contextlib.closing(batches), contextlib.closing(profiler):
+        parts = local_copy.splits_of(run.training, config.data.split)
+        copier = local_copy.Copier(config.data.local_copy, parts, say=_say)
+        with contextlib.closing(copier), contextlib.closing(batches), contextlib.closing(profiler):
           state = _loop(
             config, state, train_step, batches,
             mesh=mesh, checkpoints=checkpoints, writer=writer, total_steps=total_steps,
             run_evals=run_evals, meta=meta, stopping=stopping, profiler=profiler, folder=folder,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate, copier=copier,
           )  # fmt: skip
       results = _evaluate_last(
         config, state, run_evals, writer=writer, folder=folder, stopping=stopping
@@ -227,6 +229,7 @@ def _loop(
   profiler: metrics.Profiler,
   folder: pathlib.Path,
   learning_rate: optax.Schedule,
+  copier: local_copy.Copier,
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
@@ -329,6 +332,7 @@ def _loop(
       report(*late)
       late = None
     checkpoints.check()
+    copier.check()
     if told and (step < total_steps or config.evals or config.validation.batches):
       stop(step, state, saved=False)
     if save:

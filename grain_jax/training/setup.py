@@ -16,14 +16,14 @@ from grain_jax import evaluate, places, tokenizing
 from grain_jax import tokenizer as tokenizers
 from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import mixture, pipeline, sampler, token_ids
+from grain_jax.data import local_copy, mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
 from grain_jax.runtime import devices, distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
 _MACHINE_KEYS = frozenset({"config.data.dir", "config.data.threads", "config.data.prefetch",
-                           "config.data.workers",
+                           "config.data.workers", "config.data.local_copy",
                            "config.compile_cache", "config.datasets",
                            "config.model.text.tokenizer"})  # fmt: skip
 
@@ -76,8 +76,10 @@ def settle(
     config.data.dir = config.data.sources[0]["dir"]
     say(f"evaluations and validation read config.data.sources[0], {config.data.dir}")
   devices.check_found()
-  dataset = pipeline.open_dataset(config.data.dir)
+  local_copy.check(config.data.local_copy)
+  dataset = pipeline.open_dataset(config.data.dir, local_copy=config.data.local_copy)
   training = mixture.open_training(config) if config.data.sources else dataset
+  local_copy.check_room(config.data.local_copy, local_copy.splits_of(training, config.data.split))
   records = training.num_records(config.data.split)
   asked, shards = config, max(jax.device_count() // max(config.mesh.tensor, 1), 1)
   config = sizing.choose(

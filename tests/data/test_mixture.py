@@ -48,7 +48,7 @@ class Fake(mixture.Mixture):
     opened = {
       str(i): types.SimpleNamespace(num_records=lambda split, n=n: n) for i, n in enumerate(counts)
     }
-    patch.setattr(dataset, "open_dataset", opened.__getitem__)
+    patch.setattr(dataset, "open_dataset", lambda directory, **_: opened[directory])
     sources = [{"dir": str(i), "weight": w} for i, w in enumerate(weights)]
     super().__init__(sources, split="train", seed=seed)
 
