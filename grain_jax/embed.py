@@ -166,7 +166,7 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
     if remote:
       temporary.write_text("")  # the right to write is tried
       temporary.unlink()
-      temporary = pathlib.Path(tempfile.mkdtemp(prefix="grain_jax-")) / out.name
+      temporary = places.temporary_folder() / out.name
     temporary.touch()
   except OSError as error:
     line = f"--out={out} cannot be written ({error.strerror}). Name another place."
@@ -184,8 +184,6 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
     yield write
   finally:
     temporary.unlink(missing_ok=True)
-    if remote:
-      temporary.parent.rmdir()
 
 
 def check_space(path: str, config: ml_collections.ConfigDict, *, rows: int, regions: bool) -> None:

@@ -254,6 +254,11 @@ def _scratch() -> pathlib.Path:
   return pathlib.Path(folder)
 
 
+def temporary_folder() -> pathlib.Path:
+  """A new folder on the local disk, which goes when the process ends."""
+  return pathlib.Path(tempfile.mkdtemp(dir=_scratch()))
+
+
 def fetch(path: str | os.PathLike) -> pathlib.Path:
   """A file or folder on the local disk: itself, or a copy of what is in a bucket.
 
@@ -270,7 +275,7 @@ def fetch(path: str | os.PathLike) -> pathlib.Path:
     objects, root = buckets.walk(source), source
   else:
     return source
-  folder = pathlib.Path(tempfile.mkdtemp(dir=_scratch())) / source.name
+  folder = temporary_folder() / source.name
   targets = [folder / path.relative_to(root).as_posix() for path in objects]
   if source.is_file():
     targets = [folder]

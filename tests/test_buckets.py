@@ -239,3 +239,32 @@ def test_commands_end_with_a_line_and_the_right_code(
   process = kills.start(scenes, tmp_path, f"--workdir={workdir}", "--config.method=clip")
   assert process.wait(timeout=300) == code
   assert (tmp_path / "stderr.txt").read_text().splitlines()[-1].startswith(line)
+
+
+CONVERTED = """
+import json, numpy as np, grain_jax
+from grain_jax import embed, export
+from grain_jax.convert import convert
+export.export("gs://test/run", format="safetensors", out="gs://test/exported")
+convert.convert("safetensors", "gs://test/exported", out="gs://test/weights")
+with embed.output("gs://test/e.npz", overwrite=False) as write:
+  write({"a": np.arange(3)}, {})
+try:
+  convert.convert("safetensors", "gs://test/exported", out="gs://test/weights")
+except ValueError as error:
+  print(error)
+for name in ("run", "exported", "weights"):
+  print(json.dumps(grain_jax.load(f"gs://test/{name}").encode_text(["a red apple"]).tolist()))
+"""
+
+
+def test_what_is_exported_and_imported_there_is_the_same_model(bucket, gone_on):
+  taken, *told = run(CONVERTED).splitlines()
+  assert taken.startswith("--out=gs://test/weights exists already")
+  assert len(told) == 3 and len({*told}) == 1
+  made = bucket.buckets / "test"
+  assert (made / "weights" / "checkpoints" / "0" / "commit_success.txt").exists()
+  with np.load(made / "e.npz") as arrays:
+    assert arrays["a"].tolist() == [0, 1, 2]
+  puts = [x for x in bucket.requests() if x.startswith("POST /upload") and "weights%2F" in x]
+  assert "config.json" in puts[-1]  # the last object, without which it is no model

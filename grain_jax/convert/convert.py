@@ -119,7 +119,13 @@ def _read(
         f"--tokenizer is for --from={' and --from='.join(_WITH_TOKENIZER)}; {source} has its own."
       )
     load = functools.partial(load, tokenizer=tokenizer)
-  found = load(places.fetch(path))
+  file = places.fetch(path)
+  try:
+    found = load(file)
+  except ValueError as error:
+    if not places.is_bucket(path):
+      raise
+    raise ValueError(str(error).replace(str(file), str(path))) from error
   if found.part is not None:
     _check_options_of_tower(source, found.part, recipe=recipe, image_size=image_size)
   config = _configure(found, recipe)

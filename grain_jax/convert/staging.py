@@ -6,7 +6,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 
 from grain_jax import places
@@ -27,11 +26,10 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   refuse_existing(out)
   if places.is_bucket(out):
-    with tempfile.TemporaryDirectory(prefix="grain_jax-") as folder:
-      temporary = pathlib.Path(folder) / out.name
-      yield temporary
-      refuse_existing(out)
-      places.upload(temporary, out, last=("config.json",))
+    temporary = places.temporary_folder() / out.name
+    yield temporary
+    refuse_existing(out)
+    places.upload(temporary, out, last=("config.json",))
     return
   out.parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import pathlib
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from grain_jax import textfiles
+from grain_jax import places, textfiles
 
 Pairs = Mapping[str, tuple[Any, Any]]
 
@@ -137,12 +138,15 @@ class Profiler:
     self._first = window.start_step if jax.process_index() == 0 else 0
     self._last = self._first + window.num_steps - 1
     self._folder = folder
+    # The profiler of JAX writes to a disk.
+    bucket = bool(self._first) and places.is_bucket(folder)
+    self._local = places.temporary_folder() if bucket else folder
     self._running = False
 
   def before(self, step: int) -> None:
     """Begins the trace at its first step, or later where the run goes on within the window."""
     if self._first and not self._running and self._first <= step <= self._last:
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(self._local))
       self._running = True
 
   def after(self, step: int, values: Any) -> None:
@@ -156,3 +160,6 @@ class Profiler:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+      if self._local != self._folder:
+        places.upload(self._local, self._folder)
+        shutil.rmtree(self._local, ignore_errors=True)

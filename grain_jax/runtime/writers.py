@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import shutil
-import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent import futures
@@ -131,7 +130,7 @@ def create_writer(workdir: pathlib.Path, *, start_step: int) -> metric_writers.M
   if jax.process_index() != 0:
     return metric_writers.MultiWriter([])
   if places.is_bucket(workdir):
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="grain_jax-"))
+    folder = places.temporary_folder()
     if (workdir / METRICS).is_file():
       (folder / METRICS).write_bytes((workdir / METRICS).read_bytes())
     return _Mirrored(folder, workdir, start_step=start_step)
