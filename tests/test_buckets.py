@@ -85,9 +85,18 @@ def test_a_build_into_a_bucket_is_that_on_a_disk(bucket, environment, scenes_dir
   assert "already built" in command("data.build", *flags)[1]
 
 
+# Some requests of each library fail.
+FLAKY = (
+  {"match": "checkpoints.*alt=media", "status": 503, "times": 2},
+  {"match": "POST.*checkpoints", "status": 429, "times": 2},
+  {"match": "scenes.*alt=media", "cut": 5, "times": 2},
+  {"match": "PUT", "status": 503, "times": 2},
+)
+
+
 @pytest.fixture
 def gone_on(bucket, environment, scenes, tmp_path_factory):
-  """Folder of a run in the bucket that was killed after its checkpoint 8 and went on to its end."""
+  """Folder of a run that was killed after checkpoint 8 and went on, with a bucket that fails."""
   workdir, logs = bucket.buckets / "test" / "run", bucket.folder / "logs"
   if workdir.exists():
     return workdir
@@ -101,7 +110,9 @@ def gone_on(bucket, environment, scenes, tmp_path_factory):
     time.sleep(0.01)
   os.killpg(process.pid, signal.SIGKILL)
   process.wait()
+  bucket.fail(*FLAKY)
   kills.finish(kills.start(scenes, logs, *flags), logs)
+  bucket.fail()
   return workdir
 
 
@@ -143,13 +154,17 @@ def test_evaluate_and_load_read_it(gone_on, finished_run):
 
 
 def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path):
-  flags = ("--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=2")
+  flags = (
+    "--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=2",
+    f"--config.data.local_copy={tmp_path / 'ssd'}",
+  )  # fmt: skip
   processes = several.start_pair(scenes, tmp_path, *flags)
   assert several.end(processes) == [0, 0], several.said(tmp_path)[-2000:]
   workdir = bucket.buckets / "test" / "pair"
   assert (workdir / "checkpoints" / "4" / "commit_success.txt").exists()
   losses = [json.loads(x)["train/loss"] for x in (workdir / "metrics.jsonl").open()]
   assert len(losses) == 4 and np.isfinite(losses).all()
+  assert len([p for p in (tmp_path / "ssd").rglob("scenes-train*") if p.suffix != ".lock"]) == 1
 
 
 FAULTS = """
@@ -218,6 +233,7 @@ def test_what_a_bucket_refuses_is_tried_again_and_never_half_there(
 @pytest.mark.parametrize(
   ("workdir", "fault", "code", "line"),
   [
+    ("gs://test/stuck", "scenes-train.*alt=media", 75, "no progress for "),
     (
       "gs://nothing-here/run",
       None,
@@ -236,9 +252,51 @@ def test_commands_end_with_a_line_and_the_right_code(
   bucket, environment, scenes, tmp_path, workdir, fault, code, line
 ):
   bucket.fail(*([{"match": fault, "status": 503}] if fault else []))
-  process = kills.start(scenes, tmp_path, f"--workdir={workdir}", "--config.method=clip")
+  flags = (f"--workdir={workdir}", "--config.method=clip", "--config.watchdog_seconds=25")
+  process = kills.start(scenes, tmp_path, *flags)
   assert process.wait(timeout=300) == code
   assert (tmp_path / "stderr.txt").read_text().splitlines()[-1].startswith(line)
+
+
+CHECKPOINTS = """
+import jax, numpy as np
+from grain_jax import buckets, places
+from grain_jax.runtime import checkpoint
+
+def save(step, value):
+  kept.save(step, {"x": jax.numpy.full(9, value)}, {"step": step})
+  kept.wait()
+
+def read():
+  state, meta = kept.restore({"x": jax.ShapeDtypeStruct((9,), np.float32)})
+  return meta["step"], float(state["x"][0])
+
+folder = places.at("gs://test/kept")
+kept = checkpoint.Checkpoints(folder)
+for step in (1, 2, 3):
+  save(step, float(step))
+kept.close()
+(folder / "3" / "commit_success.txt").unlink()  # as one that was killed leaves it
+kept = checkpoint.Checkpoints(folder)
+print(kept.latest(), kept._steps(), read())
+save(3, 4.0)
+print(kept.latest(), kept._steps(), read())
+for path in buckets.walk(folder / "3" / "state"):
+  path.write_bytes(b"spoilt")
+print(read())
+save(3, 5.0)
+print(kept._steps(), read(), (folder / "damaged-3" / "state" / "_METADATA").read_text())
+kept.close()
+"""
+
+
+def test_a_checkpoint_that_was_cut_off_is_none_and_a_damaged_one_is_set_aside(bucket, environment):
+  assert run(CHECKPOINTS).splitlines() == [
+    "2 [1, 2] (2, 2.0)",
+    "3 [1, 2, 3] (3, 4.0)",
+    "(2, 2.0)",
+    "[1, 2, 3] (3, 5.0) spoilt",
+  ]
 
 
 CONVERTED = """

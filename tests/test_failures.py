@@ -3,8 +3,9 @@
 import errno
 
 import pytest
+import tensorflow as tf
 
-from grain_jax import cli, failures
+from grain_jax import buckets, cli, failures
 
 
 def raised(error, *, cause=None, context=None, hidden=False):
@@ -96,3 +97,35 @@ def test_a_command_ends_with_a_line_and_a_code(monkeypatch, capsys, error, code,
     cli.run(main)
   said = capsys.readouterr().err
   assert end.value.code == code and line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("error", "kind", "transient"),
+  [
+    (tf.errors.NotFoundError(None, None, "HTTP 404"), FileNotFoundError, False),
+    (tf.errors.PermissionDeniedError(None, None, "HTTP 403"), PermissionError, False),
+    (tf.errors.UnauthenticatedError(None, None, "HTTP 401"), PermissionError, False),
+    (tf.errors.InvalidArgumentError(None, None, "HTTP 400"), OSError, False),
+    (tf.errors.FailedPreconditionError(None, None, "HTTP 412"), OSError, False),
+    (
+      tf.errors.FailedPreconditionError(None, None, "libcurl code 6"),
+      failures.TransientError,
+      True,
+    ),
+    (tf.errors.UnavailableError(None, None, "HTTP 503"), failures.TransientError, True),
+    (tf.errors.AbortedError(None, None, "All 10 retry\n"), failures.TransientError, True),
+    (tf.errors.ResourceExhaustedError(None, None, "HTTP 429"), failures.TransientError, True),
+  ],
+)
+def test_errors_of_a_bucket_are_those_of_a_disk(error, kind, transient):
+  with pytest.raises(kind) as caught:
+    buckets.raise_as_of_files(error, "gs://b/x")
+  assert type(caught.value) is kind and "gs://b/x" in str(caught.value)
+  assert "\n" not in str(caught.value)
+  assert failures.restart_helps(caught.value) == transient
+
+
+def test_tensorstore_says_in_words_that_a_bucket_is_away():
+  error = ValueError('UNAVAILABLE: Error reading "gs://b/x": All 33 retry attempts failed')
+  assert failures.is_transient(error) and not failures.restart_helps(error)  # see `checkpoint`
+  assert not failures.is_transient(ValueError("NOT_FOUND: Error opening: gs://b/x"))

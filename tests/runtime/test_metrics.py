@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from grain_jax import failures, places
 from grain_jax.runtime import metrics, writers
 
 
@@ -46,6 +47,36 @@ def test_lines_that_are_no_metrics_are_passed_over_and_counted(tmp_path, caplog)
   assert metrics.read_jsonl(path) == [{"step": 1}, {"step": 3}]
   assert "4 broken lines passed over, first 2" in caplog.text
   assert metrics.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_files_of_a_bucket_are_uploaded_again_after_one_that_failed(tmp_path, monkeypatch, caplog):
+  local, bucket, writes = tmp_path / "local", tmp_path / "bucket", []
+  local.mkdir()
+  bucket.mkdir()
+  monkeypatch.setattr(writers, "UPLOAD_SECONDS", 30.0)
+  write_bytes = places.write_bytes
+
+  def write(path, data):
+    writes.append(path.name)
+    if len(writes) == 5:
+      raise failures.TransientError("the bucket is away")
+    write_bytes(path, data)
+
+  mirrored = writers._Mirrored(local, bucket, start_step=0)
+  monkeypatch.setattr(places, "write_bytes", write)
+  for step in (1, 2, 3):
+    mirrored.write_scalars(step, {"a": step})
+  mirrored.flush()  # does not wait for the pause
+  assert [line["step"] for line in metrics.read_jsonl(bucket / "metrics.jsonl")] == [1, 2, 3]
+  count = len(writes)
+  assert count <= 4  # one upload of both files while they grew, one of all
+  del writes[:]
+  writes += [""] * 4
+  mirrored.write_scalars(4, {"a": 4})
+  mirrored.close()
+  assert "metrics are not uploaded yet: the bucket is away" in caplog.text
+  assert [line["step"] for line in metrics.read_jsonl(bucket / "metrics.jsonl")] == [1, 2, 3, 4]
+  assert list(bucket.glob("events.*")) and not local.exists()
 
 
 def test_writer_makes_a_jsonl_and_an_events_file(tmp_path):
