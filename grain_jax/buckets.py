@@ -33,7 +33,9 @@ def raise_as_of_files(error: Exception, path: object) -> None:
   if code in _NOT_FOUND:
     raise FileNotFoundError(errno.ENOENT, "there is no such object or bucket", str(path)) from error
   if code in _DENIED:
-    raise PermissionError(errno.EACCES, f"access is denied ({why})", str(path)) from error
+    raise PermissionError(
+      errno.EACCES, f"the bucket denies it to this account ({why})", str(path)
+    ) from error
   if code in failures.TENSORFLOW_TRANSIENT or "libcurl code" in why:  # of the network
     raise failures.TransientError(
       f"{path}: the bucket does not answer as it should ({why}). When it does, start the same "

@@ -32,6 +32,7 @@ _HUB = re.compile(r"(hf:/+|https?:/+(www\.)?(huggingface\.co|hf\.co)/)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _BUCKET = re.compile(r"gs:/+([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
 _THREADS = 16  # requests to a bucket at a time
+_UPLOADS = 4  # files at a time; TensorFlow writes each to the temporary folder first
 
 
 def check(path: str | os.PathLike, name: str, *, bucket: bool = False) -> None:
@@ -62,7 +63,8 @@ def check(path: str | os.PathLike, name: str, *, bucket: bool = False) -> None:
     if not _has_storage_client():
       raise ValueError(
         f"{name}{sign}{text}: gs:// needs google-cloud-storage, which is not installed. Run pip "
-        "install -r requirements-gcs.txt, or give a path of a file system."
+        "install google-cloud-storage google-cloud-storage-control (requirements-gcs.txt), or give a "
+        "path of a file system."
       )
     return
   also = " Of addresses gs://BUCKET/FOLDER is taken." if bucket else ""
@@ -217,7 +219,7 @@ def upload(source: pathlib.Path, target: pathlib.Path, *, last: Collection[str] 
   def send(path: pathlib.Path) -> None:
     upload_file(path, target if path == source else target / path.relative_to(source).as_posix())
 
-  with futures.ThreadPoolExecutor(_THREADS) as pool:
+  with futures.ThreadPoolExecutor(_UPLOADS) as pool:
     list(pool.map(send, [path for path in files if path not in ends]))
   for path in ends:
     send(path)
