@@ -63,8 +63,8 @@ def check(path: str | os.PathLike, name: str, *, bucket: bool = False) -> None:
     if not _has_storage_client():
       raise ValueError(
         f"{name}{sign}{text}: gs:// needs google-cloud-storage, which is not installed. Run pip "
-        "install google-cloud-storage google-cloud-storage-control (requirements-gcs.txt), or give a "
-        "path of a file system."
+        "install google-cloud-storage google-cloud-storage-control (requirements-gcs.txt), or give "
+        "a path of a file system."
       )
     return
   also = " Of addresses gs://BUCKET/FOLDER is taken." if bucket else ""

@@ -25,6 +25,7 @@ from grain_jax.data import mixture
 
 _THREADS = 2  # shards that a process copies at a time
 _BLOCK = 1 << 24  # bytes; a bucket is asked for as many at a time
+_LEAVE_SECONDS = 5.0  # until a thread is left behind whose storage does not answer
 _KEY = "config.data.local_copy"
 
 
@@ -171,7 +172,7 @@ class Copier:
     """Stops; what is copied of a shard stays, and is gone on with."""
     self._stopping.set()
     for thread in self._threads:
-      thread.join()
+      thread.join(_LEAVE_SECONDS)
 
   def _work(self) -> None:
     try:

@@ -245,6 +245,23 @@ def test_a_disk_that_gets_full_is_a_line_and_a_new_start(data, tmp_path):
   assert finished(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_a_run_on_a_shard_that_changed_ends_with_its_line(scenes_dir, tmp_path):
+  data = shutil.copytree(scenes_dir, tmp_path / "scenes")
+  (shard,) = data.glob("scenes-train.*")
+  other_bytes(shard)
+  keys = (
+    f"--config.data.local_copy={tmp_path / 'ssd'}",
+    "--config.method=clip",
+    "--config.evals=()",
+  )
+  process = kills.start(data, tmp_path / "run", *keys)
+  assert process.wait(timeout=300) == 1
+  last = (tmp_path / "run" / "stderr.txt").read_text().splitlines()[-1]
+  assert last.startswith(f"ShardChanged: shard {shard} is not what manifest.json says")
+  assert "copying 1 shards" in (tmp_path / "run" / "stdout.txt").read_text()
+
+
 def test_room_is_looked_at_before_the_run(data, tmp_path, monkeypatch):
   folder = str(tmp_path / "ssd")
   parts = local_copy.splits_of(opened(data, tmp_path), "train")
