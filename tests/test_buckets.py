@@ -73,15 +73,21 @@ def test_a_build_into_a_bucket_is_that_on_a_disk(bucket, environment, scenes_dir
     "--source=scenes", "--out=gs://test/built", f"--scratch={tmp_path / 'scratch'}", "--train=64",
     "--val=24", "--objects_per_class=1", "--concepts=8", "--image_size=32", "--workers=1",
   )  # fmt: skip
-  code, said, _ = command("data.build", *flags)
-  assert code == 0 and not list((tmp_path / "scratch").iterdir())
+  bucket.fail({"match": "PUT.*built%2Fmanifest", "status": 503})
+  code, _, line = command("data.build", *flags)
+  assert code == 75 and "gs://test/built/manifest.json: the bucket does not answer" in line
+  bucket.fail()
+  with pytest.raises(ValueError, match=r"it has no manifest\.json, so it is half-built"):
+    dataset.open_dataset(bucket.buckets / "test" / "built")
+  assert command("data.build", *flags)[0] == 0 and not list((tmp_path / "scratch").iterdir())
   built = bucket.buckets / "test" / "built"
   there, here = dataset.open_dataset(built), dataset.open_dataset(scenes_dir)
   for split in here.splits:
     assert there.fingerprint(split) == here.fingerprint(split)
   assert sorted(p.name for p in built.iterdir()) == sorted(p.name for p in scenes_dir.iterdir())
   puts = [line for line in bucket.requests() if line.startswith("POST /upload") and "built" in line]
-  assert puts[-1].count("manifest.json")  # the last object
+  assert "manifest.json" in puts[-1]  # the last object, but for the mark of an unfinished one
+  assert sum("scenes-train" in line for line in puts) == 1  # what was there stayed
   assert "already built" in command("data.build", *flags)[1]
 
 
