@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_a_cache_file_runs_no_code(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_leaves_no_half_file(tmp_path, monkeypatch):
-  monkeypatch.setattr(zero_shot.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+  monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
   with pytest.raises(OSError, match="full"):
     Cache(tmp_path).get([["a"]])
   assert not list(tmp_path.iterdir())
