@@ -34,7 +34,7 @@ def raise_as_of_files(error: Exception, path: object) -> None:
     raise FileNotFoundError(errno.ENOENT, "there is no such object or bucket", str(path)) from error
   if code in _DENIED:
     raise PermissionError(
-      errno.EACCES, f"the bucket denies it to this account ({why})", str(path)
+      errno.EACCES, f"the bucket denies it: have Storage Object Admin granted ({why})", str(path)
     ) from error
   if code in failures.TENSORFLOW_TRANSIENT or "libcurl code" in why:  # of the network
     raise failures.TransientError(

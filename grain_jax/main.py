@@ -61,6 +61,8 @@ Exit codes:
   {restart}   told to stop (SIGTERM) and saved, or storage or a process was lost: start it again
   {interrupted}  Ctrl-C, saved; a second Ctrl-C ends at once
 
+DIR and config.data.dir may be in a bucket, gs://BUCKET/FOLDER; docs/buckets.md says what differs.
+
 DIR gets config.json, checkpoints/, metrics.jsonl, TensorBoard events, and at the end results.json,
 figures/ and report.html.
 """

