@@ -64,8 +64,9 @@ class Dataset:
     self.directory = named_places.at(directory)
     self.manifest = manifest
     self.local_copy = local_copy
+    self.stamps = dict(stamps or {})
     self._splits = {
-      name: _Split(self.directory, s, copy=self.copy_of(name), stamps=stamps or {})
+      name: _Split(self.directory, s, copy=self.copy_of(name), stamps=self.stamps)
       for name, s in manifest["splits"].items()
     }
 

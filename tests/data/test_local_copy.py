@@ -203,7 +203,8 @@ def test_one_that_is_cut_short_is_lost_storage(data, tmp_path):
   assert failures.restart_helps(caught.value)
 
 
-def test_one_that_changed_under_the_run_ends_what_reads_it_in_place(data):
+@pytest.mark.parametrize("workers", (0, 1))
+def test_one_that_changed_under_the_run_ends_what_reads_it_in_place(data, workers):
   found = dataset.open_dataset(data)
   before = found.read("train", [0])
   path = shards_of(data)[1]
@@ -214,10 +215,13 @@ def test_one_that_changed_under_the_run_ends_what_reads_it_in_place(data):
   with pytest.raises(dataset.ShardChanged, match="00002-of-00003 is not what") as caught:
     found.read("train", [8])
   assert "\n" not in str(caught.value)
-  batches = pipeline.train_batches(found, toy_data.config(data))
-  with pytest.raises(dataset.ShardChanged):
+  config = toy_data.config(data)
+  config.data.workers = workers
+  batches = pipeline.train_batches(found, config)
+  with pytest.raises(dataset.ShardChanged, match="00002-of-00003 is not what"):
     for _ in range(3):
       next(batches)
+  batches.close()
   assert found.read("train", [0]) == before
 
 

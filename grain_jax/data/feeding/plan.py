@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
 
 from grain_jax import config as configs
-from grain_jax import failures
+from grain_jax import failures, places
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import examples as examples_lib
 from grain_jax.data import mixture, token_ids
@@ -47,18 +46,24 @@ def _dataset(dataset: dataset_lib.Dataset, split: str) -> dict[str, Any]:
   """Of the manifest what reading needs: the rest can be long."""
   manifest = {"splits": {split: {"shards": dataset.manifest["splits"][split]["shards"]}}}
   manifest[token_ids.KEY] = dataset.tokens
-  return {"directory": str(dataset.directory), "manifest": manifest}
+  return {"directory": str(dataset.directory), "manifest": manifest, "stamps": dataset.stamps}
 
 
 def restore(told: dict[str, Any]) -> examples_lib.Examples:
   """The examples that `describe` described; shards are opened when they are read."""
+  config = configs.from_json(json.dumps(told["config"]))
   opened = [
-    dataset_lib.Dataset(pathlib.Path(d["directory"]), d["manifest"]) for d in told["datasets"]
+    dataset_lib.Dataset(
+      d["directory"],
+      d["manifest"],
+      local_copy=config.data.local_copy,
+      stamps={name: stamp and places.Stamp(*stamp) for name, stamp in d["stamps"].items()},
+    )
+    for d in told["datasets"]
   ]
   dataset: dataset_lib.Dataset | mixture.Mixture = opened[0]
   if told["mixture"]:
     dataset = mixture.Mixture(**told["mixture"], opened=opened)
-  config = configs.from_json(json.dumps(told["config"]))
   return examples_lib.Examples(
     dataset, told["split"], config, training=True, negatives=told["negatives"]
   )
@@ -87,6 +92,8 @@ def describe_error(error: BaseException) -> dict[str, str] | None:
     return {"kind": "bad", "line": str(error)}
   if isinstance(error, failures.TransientError):
     return {"kind": "transient", "line": failures.one_line(error)}
+  if isinstance(error, dataset_lib.ShardChanged):
+    return {"kind": "changed", "line": str(error)}
   if isinstance(error, (ValueError, ImportError, OSError)):
     return {"kind": "value", "line": failures.one_line(error)}
   return None
@@ -94,5 +101,9 @@ def describe_error(error: BaseException) -> dict[str, str] | None:
 
 def made_of(error: dict[str, str]) -> Exception:
   """The error that `describe_error` described."""
-  kinds = {"bad": examples_lib.BadRecord, "transient": failures.TransientError}
+  kinds = {
+    "bad": examples_lib.BadRecord,
+    "changed": dataset_lib.ShardChanged,
+    "transient": failures.TransientError,
+  }
   return kinds.get(error["kind"], ValueError)(error["line"])
