@@ -81,7 +81,11 @@ def is_transient(error: BaseException) -> bool:
   for cause in _causes(error):
     if isinstance(cause, (TransientError, TimeoutError)):
       return True
-    if getattr(cause, "error_code", None) in TENSORFLOW_TRANSIENT or _STATUS.search(str(cause)):
+    # JAX's errors have such a code too, of a program: memory that it lacks it lacks again.
+    of_tensorflow = any(c.__module__.startswith("tensorflow") for c in type(cause).__mro__)
+    if of_tensorflow and getattr(cause, "error_code", None) in TENSORFLOW_TRANSIENT:
+      return True
+    if _STATUS.search(str(cause)):
       return True
   number = os_errno(error)
   return number is not None and number not in _OF_THE_PATH

@@ -140,11 +140,12 @@ def test_flops_of_the_sides_are_the_formula():
   assert_allclose(text["unpadded"], costs.text_flops(config, lengths))
   # A row is one text to the tower; its five others are projected too.
   rows = costs.text_flops(config, np.full(samples, 112)) + 5 * samples * 3 * 2 * 32 * 16
-  # Its last block computes keys and values alone of the 106 tokens that end no text.
-  rest = 106 * (4 * 32 * 32 + 4 * 32 * 128) + 4 * 106 * 112 * 32
-  # The gradient of our attention computes its logits again: 2 blocks of 112 queries, one of 6.
-  again = 2 * (2 * 112 + 6) * 112 * 32
-  assert_allclose(text["ours"], rows - samples * (3 * rest - again))
+  # Of its last block the 6 tokens that end texts, whose heads read all 112 as they are.
+  whole = 112 * (8 * 32 * 32 + 4 * 32 * 128) + 4 * 112 * 112 * 32
+  last = 6 * (8 * 32 * 32 + 4 * 32 * 128) + 4 * 6 * config.model.text.heads * 112 * 32
+  # The gradient of our attention computes its logits again, in the other two blocks.
+  again = 2 * 2 * 112 * 112 * 32
+  assert_allclose(text["ours"], rows - samples * (3 * (whole - last) - again))
   # By hand: 2 layers of 5 tokens, the patch embedding without a gradient of the image.
   layer = 5 * (4 * 2 * 32 * 32 + 2 * 2 * 32 * 128) + 2 * 2 * 5 * 5 * 32
   for side in sides.SIDES:

@@ -58,7 +58,7 @@ def times(tmp_path, batch, kind):
 def test_one_is_timed_while_the_others_stand_still(tmp_path):
   lines, missing = run(tmp_path, {1: (0.3, 0.5, ""), 2: (1.2, 0.1, ""), 3: (0.1, 0.1, "")})
   assert [line["batch"] for line in lines] == [1, 3, 2] and missing == []
-  assert lines[0]["case"] == "ours-1-elementwise-device" and lines[0]["at_seconds"] > 0
+  assert lines[0]["case"] == "ours-1-none-device" and lines[0]["at_seconds"] > 0
   timed = times(tmp_path, 1, "timing")
   moved = [t for t in times(tmp_path, 2, "ready") if timed[0] + 0.05 < t < timed[-1] - 0.05]
   assert len(timed) > 20 and not moved
@@ -143,7 +143,7 @@ def test_each_side_is_compared_at_its_own_best_and_at_equal_batch():
 
 def test_useful_flops_are_those_of_the_recipe():
   found = bench.flops_per_sample("configs/cc12m.py", batch=256, row_length=128)
-  assert 126.0e9 < found["useful"] < 127.0e9 < found["padded"] < 140e9
+  assert 122.5e9 < found["useful"] < 123.5e9 < found["padded"] < 140e9
 
 
 def command(*args):
@@ -157,7 +157,7 @@ def test_it_is_rehearsed_without_a_gpu_and_says_so(tmp_path, monkeypatch):
   done = command("--rehearse", "--only=128", f"--cache={tmp_path}", "--minutes=3")
   assert done.returncode == 0, done.stderr[-2000:]
   *lines, end = map(json.loads, done.stdout.splitlines())
-  assert {line["case"] for line in lines} == {"ours-2-elementwise-device", "peer-2"}
+  assert {line["case"] for line in lines} == {"ours-2-none-device", "peer-2"}
   assert all(line["samples_per_s"] > 0 and line["mfu_useful"] is None for line in lines)
   assert end["missing"] == [] and end["rehearsal"] and end["compared"]["batch_2"]["ratio"] > 0
 

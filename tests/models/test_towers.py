@@ -135,7 +135,7 @@ def test_what_keeps_matrix_products_keeps_cudnn_attention_too():
   assert not kept["elementwise"](jax.lax.exp_p) and not kept["attention"](primitive)
 
 
-@pytest.mark.parametrize("remat", layers.REMAT)
+@pytest.mark.parametrize("remat", [r for r in layers.REMAT if r != "auto"])
 @pytest.mark.parametrize("unroll", [1, -1])
 def test_last_block_at_the_ends_alone_is_the_whole_block(clip_text, rng, remat, unroll):
   """Value and gradient against all blocks on all tokens, taken at the ends afterwards."""

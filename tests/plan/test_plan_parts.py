@@ -108,11 +108,11 @@ def test_flops_count_what_is_computed_again_and_every_shard():
 
 
 def test_text_without_padding_by_hand(tiny):
-  """Width 32, 2 layers: one whole, one of the last token of each text alone."""
+  """Width 32, 2 heads, 2 layers: one whole, one of the last token of each text alone."""
   tiny.data.max_regions = 1
   dense = 8 * 32**2 + 4 * 32 * 128
   whole = 10 * dense + 4 * 10**2 * 32 + 6 * dense + 4 * 6**2 * 32
-  last = 16 * 4 * 32**2 + 2 * (dense - 4 * 32**2) + 4 * 16 * 32
+  last = 2 * dense + 4 * 16 * 2 * 32  # both heads read all 16 tokens as they are
   expected = 3 * (whole + last + 2 * 2 * 32 * 16)
   assert_allclose(plan_useful.text_tower_flops(tiny, caption=10, description=6), expected)
 
