@@ -27,7 +27,7 @@ from grain_jax.models import fused_attention
 
 Array = jax.Array
 
-_WIDEST = 3072
+_WIDEST = 3072  # rows that fit a program's registers
 _PROGRAMS = 1056  # of the backward pass: 8 for each of an H100's multiprocessors
 _CHUNKS = 12  # powers of two that a row is made of, at most
 _WARPS = 4
@@ -232,12 +232,6 @@ def chosen(norm: str) -> Iterator[None]:
     yield
   finally:
     _chosen.reset(token)
-
-
-def summary() -> str:
-  """What is refused, in one line; '' where nothing is."""
-  refused = sorted({why for why in _refusals.values() if why})
-  return f"LayerNorm: XLA (its kernels are refused: {'; '.join(refused)})" if refused else ""
 
 
 def _specs(x: Array) -> tuple[PartitionSpec, tuple[str, ...]] | None:

@@ -144,7 +144,6 @@ def test_what_the_compiler_refuses_goes_by_xla_and_is_said_once(monkeypatch, cap
       "LayerNorm of 64 bfloat16 goes by XLA: its kernels are refused: INTERNAL: no Triton for this"
       " card"
     ]
-    assert norm_kernels.summary().startswith("LayerNorm: XLA (its kernels are refused: INTERNAL")
   finally:
     norm_kernels._refusals.clear()
 
