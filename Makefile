@@ -10,11 +10,12 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 # Large pages where glibc allocates make training steps on a CPU shorter (docs/performance.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help quickstart test lint scenes clean
+.PHONY: help quickstart test test-all lint scenes clean
 
 help:
 	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (12 minutes on 2 CPU cores)"
-	@echo "make test        all tests"
+	@echo "make test        the tests, within a quarter of an hour on 2 CPU cores"
+	@echo "make test-all    the long ones too"
 	@echo "make lint        ruff"
 	@echo "make scenes      the embedded data alone, into data/scenes"
 
@@ -45,6 +46,9 @@ lint: .venv/installed-tests
 
 test: .venv/installed-tests lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: .venv/installed-tests lint
+	GRAIN_JAX_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv .cache runs data

@@ -36,6 +36,15 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, de
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items):
+  """Leaves out the long ones unless they are asked for, and counts them as skipped."""
+  if os.environ.get("GRAIN_JAX_LONG") == "1":
+    return
+  for item in items:
+    if item.get_closest_marker("long"):
+      item.add_marker(pytest.mark.skip(reason="long: make test-all, or GRAIN_JAX_LONG=1"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def fresh_caches():
   """Compiled functions of a test file go with it: all of them together take gigabytes."""

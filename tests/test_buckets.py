@@ -213,6 +213,7 @@ attempt("none", lambda: places.open_place("gs://nothing-here/x", "--workdir"))
 """
 
 
+@pytest.mark.long
 def test_what_a_bucket_refuses_is_tried_again_and_never_half_there(
   bucket, environment, scenes, scenes_dir
 ):
@@ -238,7 +239,9 @@ def test_what_a_bucket_refuses_is_tried_again_and_never_half_there(
 @pytest.mark.parametrize(
   ("workdir", "fault", "code", "line"),
   [
-    ("gs://test/stuck", "scenes-train.*alt=media", 75, "no progress for "),
+    pytest.param(
+      "gs://test/stuck", "scenes-train.*alt=media", 75, "no progress for ", marks=pytest.mark.long
+    ),
     (
       "gs://nothing-here/run",
       None,
@@ -295,6 +298,7 @@ kept.close()
 """
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_was_cut_off_is_none_and_a_damaged_one_is_set_aside(bucket, environment):
   assert run(CHECKPOINTS).splitlines() == [
     "2 [1, 2] (2, 2.0)",

@@ -20,11 +20,6 @@ from etils import epath
 from grain_jax import failures, places, trees
 from grain_jax.runtime import distributed, orbax_noise, replicas
 
-# A replicated array is written in slices, one by each replica, where a slice has so many bytes at
-# least. Orbax's default is none, and each slice of each array is a program that is compiled.
-_MIN_REPLICA_SLICE_BYTES = 1 << 20
-
-
 # Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
 # is tried again: what a network file system needs to get over a stale handle.
 WAITS = (1.0, 5.0, 15.0)
@@ -80,7 +75,7 @@ class Checkpoints:
       epath.Path(self._directory),
       item_handlers={
         "state": ocp.PyTreeCheckpointHandler(
-          multiprocessing_options=multiprocessing, type_handler_registry=_types()
+          multiprocessing_options=multiprocessing, type_handler_registry=replicas.handlers()
         ),
         "meta": ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing),
       },
@@ -246,6 +241,10 @@ class Checkpoints:
         self._directory,
         reason,
       )
+    if step is None:
+      listed = distributed.broadcast("checkpoints again", json.dumps(self._steps()))
+      if set(json.loads(listed)) - set(steps):  # a run that goes on has replaced them meanwhile
+        return self.restore(abstract)
     which = "none of the checkpoints" if step is None else f"checkpoint {step}"
     raise ValueError(
       f"{self._directory}: {which} of steps {steps[::-1]} can be read ({reason}). "
@@ -278,6 +277,8 @@ class Checkpoints:
         return (replicas.spread(restored[0], abstract), told[0][2]), ""
       if reason.startswith(_OTHER_MODEL):
         return None, reason
+    if not json.loads(distributed.broadcast("is there", json.dumps(step in self._steps()))):
+      return None, reason  # a run that goes on has replaced it
     raise failures.TransientError(
       f"{self._directory}: checkpoint {step} cannot be read ({reason}), though it may be whole. "
       "Mend the storage, and start again."
@@ -388,18 +389,6 @@ def _gather(name: str, value: Any) -> list[Any]:
   """The JSON-able `value` of every process, which may have slower storage than this one."""
   told = distributed.gather(name, json.dumps(value), seconds=_SLOW)
   return [json.loads(text) for text in told]
-
-
-def _types() -> ocp.type_handlers.TypeHandlerRegistry:
-  """How the leaves of a state are written."""
-  handlers = ocp.type_handlers
-  arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_SLICE_BYTES)
-  scalars = handlers.ScalarHandler()
-  return handlers.create_type_handler_registry(
-    (jax.Array, arrays),
-    (np.ndarray, handlers.NumpyHandler()),
-    *((kind, scalars) for kind in (int, float, np.number)),
-  )
 
 
 _OTHER_MODEL = "of another model"

@@ -20,6 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# A replicated array is written in slices, one by each replica, where a slice has so many bytes at
+# least. Orbax's default is none, and each slice of each array is a program that is compiled.
+_MIN_REPLICA_SLICE_BYTES = 1 << 20
+
 # Bytes a device that are spread at a time: a program each. It needs three times as many.
 _CHUNK_BYTES = 1 << 28
 
@@ -175,3 +179,15 @@ def _sum_of(term: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(term, _BITS[size])
   total = jnp.sum(bits, axis=0, dtype=_SUMS[size]).astype(_BITS[size])
   return jax.lax.bitcast_convert_type(total, term.dtype)
+
+
+def handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+  """How the leaves of a state are written."""
+  kinds = ocp.type_handlers
+  arrays = kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_SLICE_BYTES)
+  scalars = kinds.ScalarHandler()
+  return kinds.create_type_handler_registry(
+    (jax.Array, arrays),
+    (np.ndarray, kinds.NumpyHandler()),
+    *((kind, scalars) for kind in (int, float, np.number)),
+  )

@@ -58,7 +58,9 @@ def words(command, url, source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "source", ("--source=folder --input=pets", SCENES), ids=("folder", "scenes")
+  "source",
+  ("--source=folder --input=pets", pytest.param(SCENES, marks=pytest.mark.long)),
+  ids=("folder", "scenes"),
 )
 def test_from_pictures_to_a_run(place, tmp_path, source):
   assert len(COMMANDS) == 6

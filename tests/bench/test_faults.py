@@ -19,7 +19,7 @@ def scenarios(scenes_dir, tmp_path):
   return faults.Faults(tmp_path, kills=0, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_stop_and_one_goes_on(scenarios, tmp_path):
   """The same losses as one process that nothing disturbed, so the same order of samples."""
   whole, run = tmp_path / "whole", tmp_path / "run"

@@ -251,6 +251,25 @@ def test_reading_beside_a_run_leaves_what_it_writes(tmp_path, state):
   assert half.exists()
 
 
+def test_one_that_a_run_replaces_while_it_is_read_is_no_loss(tmp_path, state, monkeypatch):
+  """It was listed, and is gone when it is read: the newer one is taken."""
+  save(tmp_path, state, 1).close()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  read, seen = checkpoint.Checkpoints._read_again, []
+
+  def replaced(self, step, like):
+    seen.append(step)
+    if len(seen) == 1:
+      save(tmp_path, state, 2).close()
+      shutil.rmtree(tmp_path / "1")
+    return read(self, step, like)
+
+  monkeypatch.setattr(checkpoint, "WAITS", (0.0,))
+  monkeypatch.setattr(checkpoint.Checkpoints, "_read_again", replaced)
+  assert reader.restore(abstract(state, mesh_of(1)))[1]["step"] == 2 and seen == [1, 2]
+  reader.close()
+
+
 def stale(monkeypatch, times, *, error=None):
   """The first `times` reads of a state fail as on a network file system."""
   monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))

@@ -120,7 +120,9 @@ def test_processes_with_different_configs_end_with_one_line_each(scenes_dir, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"tensor": 8}])
+@pytest.mark.parametrize(
+  "axes", [{"data": 4, "fsdp": 2}, pytest.param({"tensor": 8}, marks=pytest.mark.long)]
+)
 def test_two_processes_of_four_devices_train_as_one_device_does(
   finished_run, scenes_dir, tmp_path, axes
 ):

@@ -60,6 +60,7 @@ def test_a_tokenizer_that_does_not_fit_ends_before_training(config, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_clips_tower_takes_a_tokenizer_of_pieces_and_t5s_clips(config, tmp_path):
   """Any tower with any tokenizer, trained from nothing; a run with another one does not go on."""
   config.model.text.update(kind="t5", activation="relu")  # and CLIP's tokenizer
