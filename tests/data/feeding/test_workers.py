@@ -258,7 +258,11 @@ def test_what_a_run_holds_does_not_grow(data):
       next(batches)
     seen.append(measure())
   assert len(processes(batches)) == 2
-  assert seen[-1][0] - seen[0][0] < 8 and len({s[1:] for s in seen[1:]}) == 1
+  assert seen[-1][0] - seen[0][0] < 8
+  # A file or a thread of what earlier tests left may go or come meanwhile; 150 batches do not.
+  for i in (1, 2):
+    counts = [s[i] for s in seen[1:]]
+    assert max(counts) - min(counts) <= 2, seen
   fds = own.num_fds()
   batches.close()
   assert own.num_fds() < fds and not own.children()
