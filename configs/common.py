@@ -74,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
   # matrix products) | attention (their products in attention too) | block (each block) | auto (by
   # the device's memory, chosen once, when the run begins)
   c.model.attention = "auto"  # auto (cuDNN's fused one where that is possible: NVIDIA's GPUs,
-  # bfloat16, no dropout) | xla | cudnn (or an error)
+  # bfloat16, no dropout) | xla | cudnn (or an error); few queries take XLA's in any case
   c.model.norm = "auto"  # LayerNorm: auto (Pallas kernels on NVIDIA's GPUs, in half precision, if
   # they compile) | xla | pallas (unasked)
   c.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07)

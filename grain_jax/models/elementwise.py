@@ -131,6 +131,12 @@ def _activate_backward(
   return gradient, sum_rows(gradient, bias.dtype)
 
 
+_activate.defvjp(
+  lambda name, written_out, x, bias: (_activate(name, written_out, x, bias), (x, bias)),
+  _activate_backward,
+)
+
+
 def sum_rows(gradient: Array, dtype: Any) -> Array:
   """Gradient of a bias: [..., D] summed in float32 over all but the last axis, in `dtype`."""
   return jnp.sum(gradient.astype(jnp.float32), tuple(range(gradient.ndim - 1))).astype(dtype)
@@ -189,12 +195,6 @@ def _project_backward(residuals: tuple, gradients: tuple[Array, ...]) -> tuple:
 _project.defvjp(
   lambda x, kernels, biases: (_project(x, kernels, biases), (x, kernels, biases)),
   _project_backward,
-)
-
-
-_activate.defvjp(
-  lambda name, written_out, x, bias: (_activate(name, written_out, x, bias), (x, bias)),
-  _activate_backward,
 )
 
 

@@ -28,24 +28,12 @@ def bad(tmp_path_factory):
   return toy_data.built(directory, good, check_image=False)
 
 
-def take(batches, count):
-  return [next(batches) for _ in range(count)]
-
-
-def assert_equal(a, b):
-  assert len(a) == len(b)
-  for x, y in zip(a, b, strict=True):
-    assert x.keys() == y.keys()
-    for name in x:
-      np.testing.assert_array_equal(x[name], y[name], err_msg=name)
-
-
 @pytest.mark.parametrize("negatives", [0, 2])
 def test_batches_are_as_the_schema_says(data, negatives):
   c = toy_data.config(data)
   sizes = dict(batch=4, image_size=48, row_length=64, regions=3, negatives=negatives)
   batches = pipeline.train_batches(data, c, negatives=negatives)
-  for batch in take(batches, 3):
+  for batch in toy_data.take(batches, 3):
     schema.check_batch(batch, **sizes)
     assert batch["example_mask"].all()
   for batch, extras in pipeline.eval_batches(data, "val", c, negatives=negatives):
@@ -82,35 +70,35 @@ def test_examples_are_the_records(data):
 
 def test_starting_later_is_not_stopping(data):
   c = toy_data.config(data, resize="crop", flip=True)
-  whole = take(pipeline.train_batches(data, c), 5)
-  assert_equal(take(pipeline.train_batches(data, c, start_step=3), 2), whole[3:])
+  whole = toy_data.take(pipeline.train_batches(data, c), 5)
+  toy_data.assert_equal(toy_data.take(pipeline.train_batches(data, c, start_step=3), 2), whole[3:])
   c.data.threads = 3
-  assert_equal(take(pipeline.train_batches(data, c), 5), whole)
+  toy_data.assert_equal(toy_data.take(pipeline.train_batches(data, c), 5), whole)
 
 
 def test_hosts_share_the_batch(data):
   c = toy_data.config(data, resize="crop", flip=True)
-  whole = take(pipeline.train_batches(data, c), 3)
-  parts = [take(pipeline.train_batches(data, c, host=h, num_hosts=2), 3) for h in range(2)]
+  whole = toy_data.take(pipeline.train_batches(data, c), 3)
+  parts = [toy_data.take(pipeline.train_batches(data, c, host=h, num_hosts=2), 3) for h in range(2)]
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
-  assert_equal(joined, whole)
+  toy_data.assert_equal(joined, whole)
 
 
 def test_a_process_may_read_for_several_hosts_that_do_not_lie_together(data):
   c = toy_data.config(data, resize="crop", flip=True)
   c.batch_size = 8
-  whole = take(pipeline.train_batches(data, c), 3)
+  whole = toy_data.take(pipeline.train_batches(data, c), 3)
   for hosts, rows in (((0, 3), [0, 1, 6, 7]), ((1, 2), [2, 3, 4, 5])):
-    parts = take(pipeline.train_batches(data, c, host=hosts, num_hosts=4), 3)
-    assert_equal(parts, [{k: v[rows] for k, v in batch.items()} for batch in whole])
+    parts = toy_data.take(pipeline.train_batches(data, c, host=hosts, num_hosts=4), 3)
+    toy_data.assert_equal(parts, [{k: v[rows] for k, v in batch.items()} for batch in whole])
 
 
 def test_large_batches_are_made_of_chunks(data, monkeypatch):
   c = toy_data.config(data)
   c.batch_size = 10
-  whole = take(pipeline.train_batches(data, c), 2)
+  whole = toy_data.take(pipeline.train_batches(data, c), 2)
   monkeypatch.setattr(pipeline, "_CHUNK", 4)  # 5 chunks of 2
-  assert_equal(take(pipeline.train_batches(data, c), 2), whole)
+  toy_data.assert_equal(toy_data.take(pipeline.train_batches(data, c), 2), whole)
 
 
 def test_captions_are_drawn_half_and_half(data):
@@ -119,7 +107,9 @@ def test_captions_are_drawn_half_and_half(data):
   shares = {}
   for caption in ("half", "original", "generated"):
     c = toy_data.config(data, caption=caption)
-    first = np.concatenate([b["tokens"][:, 1] for b in take(pipeline.train_batches(data, c), 60)])
+    first = np.concatenate(
+      [b["tokens"][:, 1] for b in toy_data.take(pipeline.train_batches(data, c), 60)]
+    )
     shares[caption] = (first == second).mean()
   assert shares["original"] == 0 and shares["generated"] == 1
   assert 0.4 < shares["half"] < 0.6
@@ -130,7 +120,7 @@ def test_joined_captions_are_all_descriptions_half_of_the_time(tmp_path):
   c = toy_data.config(data, caption="joined", max_regions=0)
   tok = tokenizer.Tokenizer()
   joined = tok.encode("a red box, a green box, a blue box")
-  rows = np.concatenate([b["tokens"] for b in take(pipeline.train_batches(data, c), 60)])
+  rows = np.concatenate([b["tokens"] for b in toy_data.take(pipeline.train_batches(data, c), 60)])
   whole = (rows[:, : len(joined)] == joined).all(axis=1)
   generated = rows[:, 1] == tok.encode("picture")[1]
   assert 0.4 < whole.mean() < 0.6
@@ -141,7 +131,7 @@ def test_crop_and_flip_keep_boxes_on_their_rectangles(data):
   c = toy_data.config(data, resize="crop", flip=True, crop_min_area=0.4, caption="original")
   words = {name: tokenizer.Tokenizer().encode(name)[1] for name in toy_data.COLORS}
   checked, flipped = 0, set()
-  for batch in take(pipeline.train_batches(data, c), 20):
+  for batch in toy_data.take(pipeline.train_batches(data, c), 20):
     for i, region in np.argwhere(batch["region_mask"]):
       text = batch["tokens"][i][batch["segments"][i] == region + 2]
       (name,) = [n for n, word in words.items() if word in text]
@@ -161,9 +151,9 @@ def test_crop_and_flip_keep_boxes_on_their_rectangles(data):
 def test_no_flip_where_a_text_says_left(tmp_path):
   sided = [toy_data.record(i, captions=["the left one", "x"]) for i in range(4)]
   out = toy_data.built(tmp_path / "d", sided)
-  plain = take(pipeline.train_batches(out, toy_data.config(out)), 6)
-  flips = take(pipeline.train_batches(out, toy_data.config(out, flip=True)), 6)
-  assert_equal(flips, plain)
+  plain = toy_data.take(pipeline.train_batches(out, toy_data.config(out)), 6)
+  flips = toy_data.take(pipeline.train_batches(out, toy_data.config(out, flip=True)), 6)
+  toy_data.assert_equal(flips, plain)
 
 
 def test_evaluation_reads_every_record_once(data):
@@ -187,7 +177,7 @@ def test_evaluation_reads_every_record_once(data):
 def test_bad_records_are_skipped_and_counted(bad):
   c = toy_data.config(bad)
   batches = pipeline.train_batches(bad, c)
-  got = take(batches, 2)
+  got = toy_data.take(batches, 2)
   chosen = sampler.indices(seed=0, epoch=0, step=0, batch_size=4, num_records=8).tolist()
   chosen += sampler.indices(seed=0, epoch=0, step=1, batch_size=4, num_records=8).tolist()
   masks = np.concatenate([b["example_mask"] for b in got])
@@ -203,7 +193,7 @@ def test_bad_records_are_skipped_and_counted(bad):
 def test_bad_records_stop_where_the_config_says_so(bad):
   c = toy_data.config(bad, on_bad_record="stop")
   for read in (
-    lambda: take(pipeline.train_batches(bad, c), 2),
+    lambda: toy_data.take(pipeline.train_batches(bad, c), 2),
     lambda: list(pipeline.eval_batches(bad, "train", c)),
   ):
     with pytest.raises(ValueError, match=r"toy-train.array_record-0000.-of-00002, record") as error:
@@ -222,7 +212,7 @@ def test_damage_within_a_shard_costs_its_records_alone(tmp_path):
   shard.write_bytes(content)
   c = toy_data.config(out)
   batches = pipeline.train_batches(out, c)
-  masks = np.concatenate([b["example_mask"] for b in take(batches, 2)])
+  masks = np.concatenate([b["example_mask"] for b in toy_data.take(batches, 2)])
   assert masks.sum() == 7 and batches.bad.keys() == {3}
 
 
@@ -336,7 +326,9 @@ def test_reduced_decoding_shows_the_same_picture_and_boxes(tmp_path, resize):
     c = toy_data.config(data, resize=resize, reduced_decode=reduced)
     batches[reduced] = next(pipeline.train_batches(data, c))
     evaluated = next(pipeline.eval_batches(data, "train", c))[0]["image"]
-    assert_equal([{"image": evaluated}], [batches.setdefault("eval", {"image": evaluated})])
+    toy_data.assert_equal(
+      [{"image": evaluated}], [batches.setdefault("eval", {"image": evaluated})]
+    )
   whole, reduced = batches[False], batches[True]
   difference = np.abs(whole["image"].astype(int) - reduced["image"])
   assert 0 < difference.mean() < 3  # another program, the same image

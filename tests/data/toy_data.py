@@ -76,3 +76,17 @@ def config(directory, **data):
   c.data.dir, c.data.row_length, c.data.threads, c.data.max_regions = str(directory), 64, 1, 3
   c.data.update(data)
   return c
+
+
+def take(batches, count):
+  """The next `count` batches."""
+  return [next(batches) for _ in range(count)]
+
+
+def assert_equal(a, b):
+  """Both hold the same batches, bit for bit."""
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    assert x.keys() == y.keys()
+    for name in x:
+      np.testing.assert_array_equal(x[name], y[name], err_msg=name)

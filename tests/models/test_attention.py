@@ -81,3 +81,65 @@ def test_weights_are_not_kept_for_the_backward_pass(rng):
   batch, length, heads, width = SHAPE
   assert max(sizes) == query.size
   assert min(sizes) == batch * heads * length  # the denominators' logarithms
+
+
+@pytest.mark.parametrize("how", ["all", "padded", "masked"])
+def test_few_queries_read_what_keys_and_values_would_say(rng, how):
+  """Against torch's keys and values, with a bias of the keys, which changes nothing."""
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+  query, memory, weight = draw(2, 3, 4, 8), draw(2, 11, 16), draw(2, 3, 4, 8)
+  key_kernel, value_kernel, value_bias = draw(16, 4, 8) / 4, draw(16, 4, 8) / 4, draw(4, 8)
+  tokens = 9 if how == "padded" else None
+  mask = rng.random((2, 1, 3, 11)) < 0.6
+  mask[..., 0] = True
+  names = (query, memory, key_kernel, value_kernel, value_bias)
+  theirs = [torch.tensor(x, requires_grad=True) for x in names]
+  q, m, wk, wv, bv = theirs
+  key = torch.einsum("ble,ehd->bhld", m[:, :tokens], wk) + torch.tensor(draw(4, 1, 8))
+  value = torch.einsum("ble,ehd->bhld", m[:, :tokens], wv) + bv[:, None]
+  want = torch.nn.functional.scaled_dot_product_attention(
+    q.transpose(1, 2), key, value, attn_mask=torch.tensor(mask) if how == "masked" else None
+  ).transpose(1, 2)
+  (want * torch.tensor(weight)).sum().backward()
+
+  def loss(*arrays):
+    options = {"tokens": tokens, "mask": mask if how == "masked" else None}
+    out = attention.attend_memory(*arrays, **options)
+    return jnp.sum(out * weight), out
+
+  gradients, out = jax.grad(loss, argnums=tuple(range(5)), has_aux=True)(*names)
+  assert_allclose(out, want.detach(), rtol=1e-5, atol=1e-5)
+  for got, tensor in zip(gradients, theirs, strict=True):
+    assert_allclose(got, tensor.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_dropped_weights_keep_their_share_of_the_values_bias(rng):
+  """Torch drops weights of values that have their bias already."""
+  query, memory = rng.normal(size=(1, 2, 2, 4)), rng.normal(size=(1, 5, 8))
+  kernels, bias = rng.normal(size=(2, 8, 2, 4)), rng.normal(size=(2, 4))
+  kept = (rng.random((1, 2, 2, 5)) < 0.5) * 2.0
+  query, memory, kernels, bias = (
+    jnp.asarray(x, jnp.float32) for x in (query, memory, kernels, bias)
+  )
+  seen = []
+  got = attention.attend_memory(
+    query, memory, *kernels, bias, drop=lambda w: seen.append(w) or w * kept
+  )
+  value = jnp.einsum("ble,ehd->blhd", memory, kernels[1]) + bias
+  assert_allclose(got, jnp.einsum("bhql,blhd->bqhd", seen[0] * kept, value), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_seen_by_nothing(rng):
+  """Seven tokens of nine are as they are without the other two, whatever stands there."""
+  query, key, value, weight = inputs(rng)
+  weight[:, 7:] = 0
+
+  def loss(*arrays):
+    out = attention.attend(*arrays, tokens=7)
+    return jnp.sum(out * weight), out
+
+  gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+  want = stock(*(x[:, :7] for x in (query, key, value, weight)))
+  for got, other in zip([out, *gradients], want, strict=True):
+    assert_allclose(got[:, :7], other, rtol=1e-5, atol=2e-6)
+  assert not any(np.any(g[:, 7:]) for g in gradients)

@@ -40,18 +40,6 @@ def bad(tmp_path_factory):
   return toy_data.built(tmp_path_factory.mktemp("data") / "bad", good, check_image=False)
 
 
-def take(batches, count):
-  return [next(batches) for _ in range(count)]
-
-
-def assert_equal(a, b):
-  assert len(a) == len(b)
-  for x, y in zip(a, b, strict=True):
-    assert x.keys() == y.keys()
-    for name in x:
-      np.testing.assert_array_equal(x[name], y[name], err_msg=name)
-
-
 def config(data, workers, **changes):
   c = toy_data.config(data, resize="crop", flip=True, negatives=2, negatives_per_region=1)
   c.data.update(workers=workers, row_length=100, **changes)
@@ -71,26 +59,26 @@ def test_workers_make_what_threads_make(data, monkeypatch, workers, size, chunk)
     c = config(data, number)
     c.batch_size = size
     batches = pipeline.train_batches(data, c)
-    runs.append(take(batches, 9))  # kept by us, more than are lent
+    runs.append(toy_data.take(batches, 9))  # kept by us, more than are lent
     told = (batches.dropped_negatives(), batches.shard_opens_per_1000() > 0, batches.bad)
     runs[-1].append({"told": np.array(str(told[1:]))})
     batches.close()
-  assert_equal(*runs)
+  toy_data.assert_equal(*runs)
 
 
 def test_a_run_that_goes_on_and_hosts_that_share_read_what_one_does(data):
   threads = pipeline.train_batches(data, config(data, 0))
-  whole = take(threads, 8)
+  whole = toy_data.take(threads, 8)
   threads.close()
   later = pipeline.train_batches(data, config(data, 2), start_step=5)
-  assert_equal(take(later, 3), whole[5:])
+  toy_data.assert_equal(toy_data.take(later, 3), whole[5:])
   later.close()
   parts = []
   for host in range(2):
     batches = pipeline.train_batches(data, config(data, 1), host=host, num_hosts=2)
-    parts.append(take(batches, 3))
+    parts.append(toy_data.take(batches, 3))
     batches.close()
-  assert_equal(
+  toy_data.assert_equal(
     [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)], whole[:3]
   )
 
@@ -105,9 +93,9 @@ def test_a_mixture_is_mixed_alike(data, tmp_path):
       {"dir": str(other), "regions": False, "name": "plain"},
     )
     batches = pipeline.train_batches(mixture.open_training(c), c)
-    runs.append(take(batches, 12))
+    runs.append(toy_data.take(batches, 12))
     batches.close()
-  assert_equal(*runs)
+  toy_data.assert_equal(*runs)
   assert {0, 1} == set(np.concatenate([batch["source"] for batch in runs[1]]).tolist())
 
 
@@ -116,13 +104,13 @@ def test_bad_records_are_left_out_and_counted(bad, caplog):
   for workers in (0, 2):
     with caplog.at_level(logging.WARNING):
       batches = pipeline.train_batches(bad, config(bad, workers))
-      runs.append(take(batches, 4))
+      runs.append(toy_data.take(batches, 4))
     assert batches.bad.keys() == {2, 5} and "corrupt image" in batches.bad[2]
     named = [r.message for r in caplog.records if "skipped bad record" in r.message]
     assert len(named) == 2 and all("array_record" in line for line in named)
     caplog.clear()
     batches.close()
-  assert_equal(*runs)
+  toy_data.assert_equal(*runs)
 
 
 def test_a_bad_record_that_is_to_stop_the_run_stops_it(bad):
@@ -130,7 +118,7 @@ def test_a_bad_record_that_is_to_stop_the_run_stops_it(bad):
   for workers in (0, 2):
     batches = pipeline.train_batches(bad, config(bad, workers, on_bad_record="stop"))
     with pytest.raises(examples.BadRecord, match="on_bad_record=skip") as error:
-      take(batches, 2)
+      toy_data.take(batches, 2)
     lines.append(str(error.value))
   for line in lines:
     assert "\n" not in line and "record" in line
@@ -149,7 +137,7 @@ def test_a_killed_worker_is_one_line(data, number, words):
   victim, other = processes(batches)
   os.kill(victim.pid, number)
   with pytest.raises(failures.TransientError, match=words) as error:
-    take(batches, 1000)
+    toy_data.take(batches, 1000)
   assert f"worker 0 of the input pipeline (process {victim.pid})" in str(error.value)
   assert "\n" not in str(error.value) and failures.restart_helps(error.value)
   assert other.poll() is not None
@@ -164,7 +152,7 @@ def test_a_worker_killed_for_memory_is_told_from_one_killed_by_hand(data, monkey
   counts.write_text("low 0\nhigh 3\nmax 12\noom 5\noom_kill 3\noom_group_kill 0\n")
   os.kill(processes(batches)[1].pid, signal.SIGKILL)
   with pytest.raises(failures.TransientError, match="worker 1 .* by the system for want of memory"):
-    take(batches, 1000)
+    toy_data.take(batches, 1000)
   assert deaths.describe(-9, {}) == (
     "was killed by SIGKILL, perhaps by the system for want of memory"
   )
@@ -184,7 +172,7 @@ def test_a_worker_without_memory_ends_the_run_instead_of_losing_its_images(tmp_p
   used = psutil.Process(worker.pid).memory_info().vms
   resource.prlimit(worker.pid, resource.RLIMIT_AS, (used + (1 << 20), used + (1 << 20)))
   with pytest.raises(failures.TransientError, match="no more memory") as error:
-    take(batches, 50)
+    toy_data.take(batches, 50)
   assert "\n" not in str(error.value) and not batches.bad
 
 
@@ -203,7 +191,7 @@ def test_interrupts_are_the_run_s(data):
       os.kill(process.pid, signal.SIGTERM)
       os.kill(process.pid, signal.SIGINT)
     next(batches)
-  take(batches, 30)
+  toy_data.take(batches, 30)
   batches.close()
 
 
@@ -213,7 +201,7 @@ def test_workers_import_neither_jax_nor_tensorflow_nor_a_tokenizer(data):
   while not all("array_record" in file.read_text() for file in files):  # both have begun
     next(batches)
     time.sleep(0.05)
-  take(batches, 20)
+  toy_data.take(batches, 20)
   for file in files:
     mapped = file.read_text()
     assert not [name for name in ("jaxlib", "tensorflow", "tokenizers") if name in mapped]
@@ -224,7 +212,7 @@ def test_arrays_that_are_in_use_are_not_written_over(data):
   """JAX takes an array over as it lies where it can: it must stay until JAX lets go of it."""
   jax = pytest.importorskip("jax")
   threads = pipeline.train_batches(data, config(data, 0))
-  wanted = take(threads, 60)
+  wanted = toy_data.take(threads, 60)
   threads.close()
   rng = np.random.default_rng(0)
   batches = pipeline.train_batches(data, config(data, 2))
