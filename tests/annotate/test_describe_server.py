@@ -3,6 +3,7 @@
 import base64
 import collections
 import json
+import threading
 import time
 
 import chat_server
@@ -181,8 +182,12 @@ def test_retry_after_as_a_date():
 
 @pytest.mark.parametrize("concurrency", [1, 6])
 def test_as_many_requests_at_a_time_as_asked_for(concurrency):
+  together = threading.Barrier(concurrency)  # as many as asked for are at the server at once
+
   def answer(body, number):
-    return chat_server.Reply(text=chat_server.sensible(body, number), wait=0.02)
+    if number < concurrency:
+      together.wait(timeout=60)
+    return chat_server.sensible(body, number)
 
   with chat_server.serve(answer) as server:
     stage = describe.make(settings(server, concurrency=concurrency))
