@@ -45,7 +45,7 @@ from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs import images as images_lib
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.models import attention, grain
-from grain_jax.runtime import addresses, compile_cache, distributed
+from grain_jax.runtime import addresses, compile_cache, devices, distributed
 from grain_jax.runtime import mesh as meshes
 
 _SAY_EVERY = 10.0  # seconds between lines of progress
@@ -218,7 +218,7 @@ class _Progress:
 
 
 def main() -> None:
-  with distributed.session(addresses.from_flags()):
+  with distributed.session(addresses.from_flags()), devices.explaining(devices.ENCODING):
     _main(flags.FLAGS)
 
 
@@ -235,6 +235,7 @@ def _main(flag: flags.FlagValues) -> None:
     names = texts = files.read_lines(pathlib.Path(flag.texts), "--texts")
     if not texts:
       raise ValueError(f"--texts={flag.texts} holds no text. Write one into each line.")
+  devices.check_found()
   total = len(names)
   digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
   distributed.check_equal("command", {"--checkpoint": flag.checkpoint, "inputs": (total, digest)})

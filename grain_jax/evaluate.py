@@ -38,7 +38,7 @@ from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
 from grain_jax.evals.page import page, report
 from grain_jax.evals.sets import suite
 from grain_jax.models import attention, grain
-from grain_jax.runtime import addresses, compile_cache, distributed, metrics
+from grain_jax.runtime import addresses, compile_cache, devices, distributed, metrics
 from grain_jax.runtime import mesh as meshes
 
 DIGITS = 6  # of results, after the point
@@ -59,8 +59,13 @@ def check(
   config: ml_collections.ConfigDict,
   dataset: dataset_lib.Dataset | None,
   options: Options = DEFAULTS,
+  *,
+  say: Callable[[str], None] = lambda line: None,
 ) -> None:
-  """Raises a one-line ValueError where `config.evals` asks for what cannot be had."""
+  """Raises a one-line ValueError where `config.evals` asks for what cannot be had.
+
+  `say` gets a line on what is asked for and will be left out.
+  """
   ours, outside = _split_names(config.evals)
   if ours and dataset is None:
     raise ValueError(
@@ -68,6 +73,8 @@ def check(
     )
   for name in ours:
     built.check(name, config, dataset)
+  if line := built.left_out(ours, config):
+    say(line)
   suite.check(suite.parse(outside), options, has_regions=config.method != "clip")
 
 
@@ -207,7 +214,7 @@ def evaluate(
     step: which checkpoint of a run; the newest by default.
     batch_size: images or rows of text at a time, over all devices; 0: the run's own.
     options: of the evaluations on outside datasets.
-    say: gets a line before each of those.
+    say: gets a line before each of those, and on what is left out.
 
   Returns:
     Results with examples for the report's figures, and the checkpoint as it was read.
@@ -230,7 +237,7 @@ def evaluate(
     )
   ours, _ = _split_names(config.evals)
   dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
-  check(config, dataset, options)
+  check(config, dataset, options, say=say)
   distributed.check_equal(
     "command", {"path": str(path), "step": evaluated.step, "evals": config.evals}
   )
@@ -266,7 +273,7 @@ def _split_names(evals: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-  with distributed.session(addresses.from_flags()):
+  with distributed.session(addresses.from_flags()), devices.explaining(devices.ENCODING):
     _main(flags.FLAGS)
 
 
@@ -295,6 +302,7 @@ def _main(flag: flags.FlagValues) -> None:
     cache=out / "prompts",
     warn=warn,
   )
+  devices.check_found()
   compile_cache.use()
   outcome, evaluated = evaluate(
     path,

@@ -99,12 +99,8 @@ def main() -> None:
     from grain_jax.training import loop
 
     keys = [key.removeprefix("config.") for key in _CONTINUE_AS.value]
-    try:
+    with devices.explaining(devices.TRAINING):
       loop.train(_CONFIG.value, _WORKDIR.value, continue_as=keys)
-    except RuntimeError as error:
-      if (known := devices.explained(error)) is error:
-        raise
-      raise known from error
 
 
 if __name__ == "__main__":

@@ -229,6 +229,15 @@ def wanted(name: str, config: ml_collections.ConfigDict) -> bool:
   return not evaluation.regions or (config.method != "clip" and config.data.max_regions > 0)
 
 
+def left_out(names: Sequence[str], config: ml_collections.ConfigDict) -> str:
+  """A line on those that the model is not asked for; '' where there are none."""
+  names = [name for name in names if not wanted(name, config)]
+  if not names:
+    return ""
+  why = "config.method = clip" if config.method == "clip" else "config.data.max_regions = 0"
+  return f"not evaluated: {', '.join(names)}: the model has no region queries ({why})"
+
+
 def run(
   names: Sequence[str],
   config: ml_collections.ConfigDict,

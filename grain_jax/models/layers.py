@@ -359,18 +359,23 @@ class Stack:
     depth = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
     scanned = 0 < self.unroll < depth
-
-    def scan_body(carry: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
-      params, key = layer
-      return self.apply_block(params, carry, *broadcast, dropout_key=key, scanned=scanned)
-
     if scanned:
+
+      def scan_body(carry: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Any]:
+        params, key = layer
+        return self.apply_block(params, carry, *broadcast, dropout_key=key, scanned=True)
+
       return jax.lax.scan(scan_body, carry, (params, keys), unroll=self.unroll)
+
+    @jax.jit  # traced and lowered once and not once a layer; the compiler writes the calls out
+    def run_layer(params: Any, key: Array | None, carry: Array, *broadcast: Any) -> tuple[Array, Any]:
+      with elementwise.layers_written_out():
+        return self.apply_block(params, carry, *broadcast, dropout_key=key)
+
     outputs = []
     for i, layer in enumerate(split_stack(params, [1] * depth)):
       layer = jax.tree.map(lambda p: jnp.squeeze(p, 0), layer)
-      with elementwise.layers_written_out():
-        carry, output = scan_body(carry, (layer, None if keys is None else keys[i]))
+      carry, output = run_layer(layer, None if keys is None else keys[i], carry, *broadcast)
       outputs.append(output)
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
 import subprocess
+from collections.abc import Iterator
 
 import jax
 
@@ -13,9 +15,16 @@ _BFLOAT16 = 8.0  # compute capability from which NVIDIA's GPUs have it (Ampere)
 _NODE = pathlib.Path("/dev/nvidia0")
 _SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
 
+# What makes a program smaller.
+TRAINING = (
+  "Set config.model.remat=block, a smaller batch_size or a larger config.accumulate, or "
+  "config.mesh.fsdp on several devices."
+)
+ENCODING = "Set a smaller --batch_size (config.eval_batch_size in a run's own evaluations)."
+
 
 def check_found() -> None:
-  """That a machine with an NVIDIA GPU does not train on its CPU unasked.
+  """That a machine with an NVIDIA GPU does not work on its CPU unasked.
 
   JAX goes on with the CPU where its wheels do not fit the driver, or lack CUDA.
 
@@ -28,7 +37,7 @@ def check_found() -> None:
   raise ValueError(
     f"this machine has an NVIDIA GPU ({_NODE}), but JAX uses the CPU: {why[:300].rstrip('.')}. "
     "Install requirements-gpu.txt with the CUDA that the driver has (nvidia-smi says which), or "
-    "set JAX_PLATFORMS=cpu to train on the CPU."
+    "set JAX_PLATFORMS=cpu to use the CPU."
   )
 
 
@@ -66,10 +75,25 @@ def check_dtype(dtype: str) -> None:
   )
 
 
-def explained(error: Exception) -> Exception:
+@contextlib.contextmanager
+def explaining(advice: str) -> Iterator[None]:
+  """What is raised within is `explained`."""
+  try:
+    yield
+  except RuntimeError as error:
+    if (known := explained(error, advice)) is error:
+      raise
+    raise known from error
+
+
+def explained(error: Exception, advice: str) -> Exception:
   """The error, or what a user can do about a device without memory for the program, in one line.
 
   Another process that keeps a GPU's memory, as JAX does from its start, is named.
+
+  Args:
+    error: anything.
+    advice: TRAINING or ENCODING.
   """
   text = " ".join(str(error).split())
   if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(
@@ -85,8 +109,7 @@ def explained(error: Exception) -> Exception:
   taken = f" Other processes are on the GPUs: {others}." if others else ""
   return ValueError(
     f"the program does not fit the memory of {device.device_kind}{has} ({text[:200].rstrip('.')})."
-    f"{taken} Set config.model.remat=block, a smaller batch_size or a larger config.accumulate, or "
-    "config.mesh.fsdp on several devices."
+    f"{taken} {advice}"
   )
 
 

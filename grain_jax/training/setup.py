@@ -103,7 +103,7 @@ def settle(
     warn=warn,
     flag="--config.datasets",
   )
-  evaluate.check(config, dataset, options)
+  evaluate.check(config, dataset, options, say=say)
   validation.check(config, dataset)
   preconditions.check_regions(config, training)
   preconditions.check_negatives(config, training)

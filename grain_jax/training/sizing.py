@@ -144,6 +144,8 @@ def available(
     if name != "available":
       found.append(name)
       continue
+    if line := built.left_out(AVAILABLE, config):
+      say(line)
     for candidate in AVAILABLE:
       if not built.wanted(candidate, config):
         continue

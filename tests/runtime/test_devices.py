@@ -60,11 +60,16 @@ def test_a_full_gpu_is_a_line_that_names_who_fills_it(monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: [gpu(limit=int(3e9))])
   monkeypatch.setattr(devices, "_SMI", ("echo", "77, /usr/bin/python3, 70000 MiB\n1, Xorg, 4 MiB"))
   error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to\nallocate")
-  line = str(devices.explained(error))
-  assert isinstance(devices.explained(error), ValueError) and "\n" not in line
+  known = devices.explained(error, devices.TRAINING)
+  line = str(known)
+  assert isinstance(known, ValueError) and "\n" not in line
   assert "Tesla V100, which has 3.0 GB for this process" in line
   assert "python3 (pid 77, 70000 MiB), Xorg (pid 1, 4 MiB)" in line and "remat=block" in line
   monkeypatch.setattr(devices, "_SMI", ("no-such-program",))
-  assert "Other processes" not in str(devices.explained(error))
+  assert "Other processes" not in str(devices.explained(error, devices.TRAINING))
+  with pytest.raises(ValueError, match=r"--batch_size \(config"), devices.explaining(devices.ENCODING):
+    raise error
   for other in (jax.errors.JaxRuntimeError("INTERNAL: a link is down"), RuntimeError("no room")):
-    assert devices.explained(other) is other
+    assert devices.explained(other, devices.TRAINING) is other
+    with pytest.raises(type(other), match=str(other)), devices.explaining(devices.TRAINING):
+      raise other

@@ -84,6 +84,24 @@ def test_what_the_data_cannot_serve_is_left_out_with_its_reason():
   assert sizing.available(with_outside, Data(), say=said.append).evals == ("retrieval:coco",)
 
 
+def test_what_a_model_without_region_queries_is_not_asked_for_is_said(scenes_dir):
+  from grain_jax import evaluate
+  from grain_jax.data import dataset
+
+  said = []
+  config = mine(method="clip", data__dir=str(scenes_dir))
+  data = dataset.open_dataset(scenes_dir)
+  config.evals = sizing.available(config, data, say=said.append).evals + ("grounding",)
+  evaluate.check(config, data, say=said.append)
+  assert said == [
+    "not evaluated: grounding: the model has no region queries (config.method = clip)"
+    for _ in range(2)
+  ]
+  config.update(method="grain", evals=("retrieval", "grounding"))
+  evaluate.check(config, data, say=said.append)
+  assert len(said) == 2
+
+
 def test_a_run_with_negatives_evaluates_what_they_may_cost(scenes_dir, capsys):
   """Asked for or not; where the data cannot, it says so."""
   from grain_jax.data import dataset

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grain_jax import failures
+from grain_jax.runtime import devices
 
 # attempt(name, call) -> what `call()` gives, or None where it failed and that is noted.
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -38,7 +39,7 @@ class Attempts:
     try:
       value = call()
     except Exception as caught:  # whatever it is, the others' results are worth having
-      error = caught
+      error = devices.explained(caught, devices.ENCODING)
     line = "" if error is None else f"{type(error).__name__}: {failures.one_line(error)}"
     try:
       lines = self._agree(name, line)
