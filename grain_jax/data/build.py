@@ -70,7 +70,7 @@ def build(
 
   Raises:
     ValueError: what cannot be built, or more is dropped than may be; one line.
-    failures.TransientError: storage failed, or a worker was killed; the same call goes on.
+    failures.TransientError: storage failed or is full, a worker was killed; the same call goes on.
   """
   if shard_size < 1:
     raise ValueError(f"--shard_size = {shard_size}: a shard holds at least one record. Raise it.")
@@ -97,6 +97,10 @@ def build(
       if build.is_long:  # a cluster that does not answer, a disk that is not mounted: hours of work
         raise ValueError(f"{error} What was read is kept in {part}.") from error
       shutil.rmtree(part, ignore_errors=True)
+      raise
+    except OSError as error:
+      if failures.is_no_room(error):
+        raise tasks.of_a_full_disk(error) from error
       raise
     destination.deliver(build.place.dataset, out, part, say)
     shutil.rmtree(part, ignore_errors=True)

@@ -368,9 +368,9 @@ class Stack:
       return jax.lax.scan(scan_body, carry, (params, keys), unroll=self.unroll)
 
     @jax.jit  # traced and lowered once and not once a layer; the compiler writes the calls out
-    def run_layer(params: Any, key: Array | None, carry: Array, *broadcast: Any) -> tuple[Array, Any]:
+    def run_layer(params: Any, key: Array | None, carry: Array, *inputs: Any) -> tuple[Array, Any]:
       with elementwise.layers_written_out():
-        return self.apply_block(params, carry, *broadcast, dropout_key=key)
+        return self.apply_block(params, carry, *inputs, dropout_key=key)
 
     outputs = []
     for i, layer in enumerate(split_stack(params, [1] * depth)):

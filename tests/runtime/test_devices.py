@@ -67,7 +67,7 @@ def test_a_full_gpu_is_a_line_that_names_who_fills_it(monkeypatch):
   assert "python3 (pid 77, 70000 MiB), Xorg (pid 1, 4 MiB)" in line and "remat=block" in line
   monkeypatch.setattr(devices, "_SMI", ("no-such-program",))
   assert "Other processes" not in str(devices.explained(error, devices.TRAINING))
-  with pytest.raises(ValueError, match=r"--batch_size \(config"), devices.explaining(devices.ENCODING):
+  with pytest.raises(ValueError, match=r"--batch_size \(c"), devices.explaining(devices.ENCODING):
     raise error
   for other in (jax.errors.JaxRuntimeError("INTERNAL: a link is down"), RuntimeError("no room")):
     assert devices.explained(other, devices.TRAINING) is other

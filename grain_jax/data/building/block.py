@@ -7,9 +7,12 @@ or not there.
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -85,11 +88,45 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(source, block, folder, scratch, share, threads, tokens, tick) -> dict[str, Any]:
-  from array_record.python import array_record_module
+class RecordWriter:
+  """Writes an ArrayRecord file. What fails on the disk is an OSError with its number."""
 
+  def __init__(self, path: pathlib.Path, options: str):
+    """`options` are array_record's."""
+    from array_record.python import array_record_module
+
+    self._path = path
+    with self._of_the_disk():
+      self._writer = array_record_module.ArrayRecordWriter(str(path), options)
+
+  def write(self, data: bytes) -> None:
+    with self._of_the_disk():
+      self._writer.write(data)
+
+  def close(self) -> None:
+    with self._of_the_disk():
+      self._writer.close()
+
+  def abandon(self) -> None:
+    """Closes a file that nobody will read."""
+    with contextlib.suppress(RuntimeError):  # a second time, of a full disk
+      self._writer.close()
+
+  @contextlib.contextmanager
+  def _of_the_disk(self) -> Iterator[None]:
+    try:
+      yield
+    except RuntimeError as error:  # 'write() failed: No space left on device; writing FILE; ...'
+      told = re.search(r"failed: ([^;]+);", str(error))
+      for number in errno.errorcode if told else ():
+        if os.strerror(number) == told[1]:
+          raise OSError(number, told[1], str(self._path)) from error
+      raise
+
+
+def _write(source, block, folder, scratch, share, threads, tokens, tick) -> dict[str, Any]:
   hints, page = hints_lib.Hints(source), preview.Preview(share)
-  writers: dict[str, Any] = {}
+  writers: dict[str, RecordWriter] = {}
   items: list[list[Any]] = []
   with_ = {"with_mask": source.with_mask, "with_label": source.with_label}
   with_ |= {"token_ids": tokens.encode if tokens else None}
@@ -103,8 +140,7 @@ def _write(source, block, folder, scratch, share, threads, tokens, tick) -> dict
         if not split.isidentifier():
           raise ValueError(f"split {split!r} of record {key!r} is not a name. Use letters and _.")
         if split not in writers:
-          file = records_file(folder, split)
-          writers[split] = array_record_module.ArrayRecordWriter(str(file), _WRITER)
+          writers[split] = RecordWriter(records_file(folder, split), _WRITER)
         data = records.encode(record, **with_)
         writers[split].write(data)
         false = sum(len(r.get("negatives") or ()) for r in record[schema.RECORD_REGIONS])
@@ -112,9 +148,12 @@ def _write(source, block, folder, scratch, share, threads, tokens, tick) -> dict
         counts = [*(len(record[name]) for name in names), false, len(data)]
       items.append([split, key, counts, losses])
       tick(split)
-  finally:
     for writer in writers.values():
       writer.close()
+  except BaseException:
+    for writer in writers.values():
+      writer.abandon()
+    raise
   return {"items": items, "hints": hints.take(), "preview": page.take()}
 
 

@@ -237,10 +237,10 @@ def _told() -> Iterator[None]:
   try:
     yield
   except sqlite3.Error as error:
-    raise ValueError(
-      f"the index of the build beside --out cannot be written or read: {error}. Make room on that "
-      "disk, or choose another."
-    ) from error
+    said = f"the index of the build beside --out cannot be written or read: {error}. "
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+      raise failures.TransientError(f"{said}Make room; the same command goes on.") from error
+    raise ValueError(f"{said}Choose another disk.") from error
 
 
 def _nfc(key: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -138,12 +137,10 @@ class Writer:
     blocks: pathlib.Path,
   ):
     """Args: as of `write`."""
-    from array_record.python import array_record_module
-
     self.split, self.number = split, number
     self._file, self._facts, self._blocks = file_of(folder, split, number), facts, blocks
     self._temporary = block_lib.aside(self._file)
-    self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER)
+    self._writer = block_lib.RecordWriter(self._temporary, _WRITER)
     self._count = 0
     self._digest = hashlib.sha256()
     self._written = self._temporary.open("rb", buffering=0)
@@ -171,8 +168,7 @@ class Writer:
 
   def abandon(self) -> None:
     """Nothing of the shard stays."""
-    with contextlib.suppress(RuntimeError):  # a full disk
-      self._writer.close()
+    self._writer.abandon()
     self._written.close()
     self._temporary.unlink(missing_ok=True)
 

@@ -82,8 +82,18 @@ def perform(
     )
 
 
+def of_a_full_disk(error: OSError) -> failures.TransientError:
+  """What ends a build whose disk is full, or a quota."""
+  where = f": {error.filename}" if error.filename else ""
+  return failures.TransientError(
+    f"the disk is full ({error.strerror}{where}). Make room; the same command goes on."
+  )
+
+
 def describe(error: BaseException) -> dict[str, str] | None:
   """An error as JSON, for `raise_described` in another process; None: a fault of the program."""
+  if isinstance(error, OSError) and failures.is_no_room(error):
+    error = of_a_full_disk(error)
   if isinstance(error, failures.TransientError) or failures.is_storage(error):
     return {"kind": "transient", "line": failures.one_line(error)}
   if isinstance(error, (ValueError, ImportError, OSError)):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -83,11 +84,14 @@ def test_several_processes_write_the_same_shards(images, undisturbed, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def start(images, out, *flags):
+def start(images, out, *flags, room=None):
+  """A build in a process of its own; `room`: bytes that a file may have."""
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: E731
   return subprocess.Popen(
     [sys.executable, "-m", "grain_jax.data.build", "--source=folder", f"--input={images}",
      f"--out={out}", "--shard_size=900", *flags],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    preexec_fn=None if room is None else limit,
   )  # fmt: skip
 
 
@@ -113,6 +117,22 @@ def test_killed_at_any_moment_it_goes_on(images, undisturbed, tmp_path, seed):
   assert f"{len(times)} of 4 blocks are there" in said or not times or "already built" in said
   assert shards(out) == undisturbed
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_is_a_line_and_the_build_goes_on(images, undisturbed, tmp_path, workers):
+  """Here no file may grow beyond 100 kB."""
+  out, flags = tmp_path / "out", f"--workers={workers}"
+  process = start(images, out, flags, room=100_000)
+  said, _ = process.communicate(timeout=60)
+  last = said.splitlines()[-1]
+  assert process.returncode == failures.EXIT_RESTART, said
+  assert "the disk is full (File too large: " in last and "the same command goes on" in last
+  finished = start(images, out, flags)
+  assert finished.wait(timeout=60) == 0
+  finished.stdout.close()
+  assert shards(out) == undisturbed
 
 
 @pytest.mark.slow
