@@ -102,16 +102,16 @@ FLAKY = (
 
 @pytest.fixture
 def gone_on(bucket, environment, scenes, tmp_path_factory):
-  """Folder of a run that was killed after checkpoint 8 and went on, with a bucket that fails."""
+  """Folder of a run that was killed after checkpoint 12 and went on, with a bucket that fails."""
   workdir, logs = bucket.buckets / "test" / "run", bucket.folder / "logs"
   if workdir.exists():
     return workdir
   flags = (
-    "--workdir=gs://test/run", "--config.evals=()", "--config.save_every=8",
+    "--workdir=gs://test/run", "--config.evals=()", "--config.save_every=12",
     f"--config.data.local_copy={logs / 'ssd'}",
   )  # fmt: skip
   process = kills.start(scenes, logs, *flags)
-  while not (workdir / "checkpoints" / "8" / "commit_success.txt").exists():
+  while not (workdir / "checkpoints" / "12" / "commit_success.txt").exists():
     assert process.poll() is None, (logs / "stderr.txt").read_text()
     time.sleep(0.01)
   os.killpg(process.pid, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_evaluate_and_load_read_it(gone_on, finished_run):
 
 def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path):
   flags = (
-    "--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=2",
+    "--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=4",
     f"--config.data.local_copy={tmp_path / 'ssd'}",
   )  # fmt: skip
   processes = several.start_pair(scenes, tmp_path, *flags)

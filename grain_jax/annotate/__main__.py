@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:
     print(f"{_PROGRAM}: {failures.one_line(error)}", file=sys.stderr)
-    again = isinstance(error, failures.TransientError) or failures.is_storage(error)
+    again = failures.restart_helps(error)
     return failures.EXIT_RESTART if again else 2
   except KeyboardInterrupt:
     print(f"{_PROGRAM}: interrupted; the same command goes on.", file=sys.stderr)

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = write(build_flags.source(flags), folder, out)
   except (ValueError, ImportError, OSError, failures.TransientError) as error:
     print(f"{_PROGRAM}: {failures.one_line(error)}", file=sys.stderr)
-    again = isinstance(error, failures.TransientError) or failures.is_storage(error)
+    again = failures.restart_helps(error)
     return failures.EXIT_RESTART if again else 2
   print(f"{out}: {counts.images:,} images, {counts.regions:,} boxes")
   return 0

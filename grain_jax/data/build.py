@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:
     print(f"python -m grain_jax.data.build: {error}", file=sys.stderr)
-    again = isinstance(error, failures.TransientError) or failures.is_storage(error)
+    again = failures.restart_helps(error)
     return failures.EXIT_RESTART if again else 2
   except KeyboardInterrupt:
     print("python -m grain_jax.data.build: interrupted; the same command goes on.", file=sys.stderr)

@@ -26,7 +26,7 @@ def test_medians_leave_out_the_first_round():
   assert matching.medians({"a": lambda: time.sleep(next(waits))}, rounds=3)["a"] < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_prints_one_object():
   done = subprocess.run(
     [

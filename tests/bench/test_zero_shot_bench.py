@@ -97,7 +97,7 @@ def test_differences_are_the_largest_of_all_rounds(tmp_path, rng):
   assert_allclose(found["spread"], 1, atol=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_prints_one_json_object(vocabulary):
   command = [sys.executable, "-m", "bench.zero_shot", f"--recipe={SMALL}", "--json"]
   command += [f"--vocabulary={vocabulary}", "--prompts=4", "--repeats=2", "--batch=2"]

@@ -58,6 +58,7 @@ def folders(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_that_goes_on_reads_and_reports_the_same(folders, tmp_path, capsys):
   c = configs.load(f"configs/quickstart.py:{kills.TINY}")
+  c.loss.matcher = "device"  # whose program is found in the cache by the second run
   c.update(steps=12, save_every=6, evals=("retrieval",))
   c.data.dir = ""
   c.data.sources = (
