@@ -44,8 +44,8 @@ lint: .venv/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: .venv/installed-tests lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: .venv/installed-tests lint  # one process more than cores: tests wait for processes of theirs
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-all: .venv/installed-tests lint
 	GRAIN_JAX_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -162,6 +162,7 @@ def test_evaluate_and_load_read_it(gone_on, finished_run):
 def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path):
   flags = (
     "--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=4",
+    "--config.loss.matcher=device",
     f"--config.data.local_copy={tmp_path / 'ssd'}",
   )  # fmt: skip
   processes = several.start_pair(scenes, tmp_path, *flags)

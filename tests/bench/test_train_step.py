@@ -250,7 +250,7 @@ def test_ratios_and_table():
   assert "samples/s" not in bench.table(flops, None, {"batch_size": 8})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_prints_one_json_object(monkeypatch):
   monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

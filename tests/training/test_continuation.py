@@ -87,6 +87,7 @@ def read(folder):
 def test_a_run_is_made_longer_and_goes_on_after_a_crash(scenes_dir, tmp_path, monkeypatch):
   def config(**changes):
     c = configs.load(f"configs/quickstart.py:{kills.TINY}")
+    c.loss.matcher = "device"  # whose program is found in the cache by the second run
     c.data.dir = str(scenes_dir)
     c.evals = ()
     c.log_every, c.save_every = 1, 4

@@ -92,7 +92,11 @@ def test_any_devices_and_either_matcher_give_the_losses_and_gradients_of_three_s
 
 @pytest.mark.parametrize(
   ("devices", "layout", "num_microbatches"),
-  [(1, "data=8", 4), (8, "data=8", 2), (8, "tensor=2", 2)],
+  [
+    (1, "data=8", 4),
+    (8, "data=8", 2),
+    pytest.param(8, "tensor=2", 2, marks=pytest.mark.long),
+  ],
 )
 def test_a_batch_encoded_in_microbatches_gives_the_gradient_of_the_full_batch(
   config, batch, devices, layout, num_microbatches
@@ -216,7 +220,11 @@ def test_nothing_becomes_nan_without_regions_or_without_examples(config, batch):
 
 @pytest.mark.parametrize(
   "devices, mesh_sizes, accumulate, optimizer",
-  [(1, {}, 1, "adamw"), (8, dict(fsdp=4, tensor=2), 1, "muon"), (4, dict(fsdp=2), 2, "adamw")],
+  [
+    pytest.param(1, {}, 1, "adamw", marks=pytest.mark.long),
+    (8, dict(fsdp=4, tensor=2), 1, "muon"),
+    (4, dict(fsdp=2), 2, "adamw"),
+  ],
 )
 def test_a_step_without_a_usable_example_changes_the_step_alone(
   tiny, make_batch, devices, mesh_sizes, accumulate, optimizer

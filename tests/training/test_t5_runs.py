@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow  # each trains a few steps
 def config(scenes_dir):
   """Four steps of GRAIN, evaluated and saved after the last."""
   c = configs.load(f"configs/quickstart.py:{kills.TINY}")
+  c.loss.matcher = "device"  # whose program is found in the cache by the second run
   c.data.dir, c.steps, c.save_every, c.evals = str(scenes_dir), 4, 100, ("zero_shot", "retrieval")
   c.mesh.update(data=-1)
   return c
