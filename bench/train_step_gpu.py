@@ -153,7 +153,7 @@ class Bench:
       "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes on one GPU
       "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
       "JAX_COMPILATION_CACHE_DIR": str(self._folder / "jax"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # as a run keeps them
       "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor"),
       "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }

@@ -91,9 +91,11 @@ def _line(name: str, text: str) -> str:
 
 def main() -> None:
   address = addresses.from_flags()
-  from grain_jax.runtime import distributed  # after the flags: a wrong one answers at once
+  # After the flags: a wrong one answers at once.
+  from grain_jax.runtime import compile_cache, distributed
 
   distributed.prepare(_CONFIG.value)
+  compile_cache.keep_in(_CONFIG.value.compile_cache)
   with distributed.session(address, limit=_CONFIG.value.watchdog_seconds):
     from grain_jax.runtime import devices
     from grain_jax.training import loop

@@ -1,6 +1,6 @@
 """Compiled programs, kept in the user's cache folder for the next process.
 
-For processes that use a model; a training run keeps its programs in `config.compile_cache`. What a
+For processes that use a model; a training run keeps its own in `config.compile_cache`. What a
 process has set itself, by `JAX_COMPILATION_CACHE_DIR` or `jax.config`, stays: JAX takes one folder
 a process, the one set when it first compiles. The key of a program holds the versions, XLA_FLAGS,
 the number of devices and the processor's instructions, so machines may share the folder. It may be
@@ -54,7 +54,17 @@ def use() -> None:
       "XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours."
     )
     return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  keep_in(str(folder))
+
+
+def keep_in(folder: str) -> None:
+  """What this process compiles is kept in `folder` (`config.compile_cache` of a run), if it is set.
+
+  Short programs too, such as those that try what a GPU takes: a start has a dozen of them.
+  """
+  if not folder:
+    return
+  jax.config.update("jax_compilation_cache_dir", folder)
   if _MIN_TIME.upper() not in os.environ and getattr(jax.config, _MIN_TIME) == 1:
     jax.config.update(_MIN_TIME, _SHORTEST)
 

@@ -78,8 +78,6 @@ def keep_cpu_backend() -> None:
 def prepare(config: ml_collections.ConfigDict) -> None:
   """Settings that JAX reads with its first program: to be called before processes join."""
   keep_cpu_backend()
-  if config.compile_cache:
-    jax.config.update("jax_compilation_cache_dir", config.compile_cache)
   # A GPU is a run's own: JAX's default of three quarters leaves the rest unused.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   flags_of_xla = os.environ.get("XLA_FLAGS", "")

@@ -18,7 +18,7 @@ from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import local_copy, mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
-from grain_jax.runtime import devices, distributed
+from grain_jax.runtime import compile_cache, devices, distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
@@ -72,6 +72,7 @@ def settle(
   config = continuation.continue_as(sizing.keep(config, folder), folder, continue_as, say=say)
   configs.check(config)
   distributed.prepare(config)
+  compile_cache.keep_in(config.compile_cache)
   if config.data.sources and not config.data.dir:
     config.data.dir = config.data.sources[0]["dir"]
     say(f"evaluations and validation read config.data.sources[0], {config.data.dir}")

@@ -182,6 +182,7 @@ def test_what_jax_reads_first_is_set_before_processes_join(tmp_path, monkeypatch
   def join(address):
     seen["flags"] = os.environ["XLA_FLAGS"]
     seen["cache"] = jax.config.jax_compilation_cache_dir
+    seen["shortest"] = jax.config.jax_persistent_cache_min_compile_time_secs
     raise InterruptedError
 
   from grain_jax import main
@@ -191,13 +192,19 @@ def test_what_jax_reads_first_is_set_before_processes_join(tmp_path, monkeypatch
   monkeypatch.setattr(distributed, "_join", join)
   monkeypatch.setattr(addresses, "from_flags", lambda: addresses.Address("flags"))
   monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=types.SimpleNamespace(**values)))
-  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update(names[1], 1.0)  # JAX's own
   try:
     with pytest.raises(InterruptedError):
       main.main()
   finally:
-    jax.config.update("jax_compilation_cache_dir", before)
-  assert seen == {"flags": "--own --xla_gpu_deterministic_ops=true", "cache": str(tmp_path)}
+    for name, value in before.items():
+      jax.config.update(name, value)
+  assert seen == {
+    "flags": "--own --xla_gpu_deterministic_ops=true", "cache": str(tmp_path), "shortest": 0.1,
+  }  # fmt: skip
 
 
 INTERLEAVED = """
