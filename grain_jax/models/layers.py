@@ -70,11 +70,27 @@ def pin_layout(x: Array) -> Array:
   """Fixes the order of an array's axes in a GPU's memory: as they are written.
 
   Else the compiler lets the batch run fastest, which suits one sum over it, and turns activations
-  around for the matrix products of every block.
+  around for the matrix products of every block. Each device does it with its own part: for the
+  partitioner the constraint is a call that it does not know, before which it gathers whole arrays.
+
+  Args:
+    x: [B, L, D], or of heads [B, L, H, D].
   """
   if fused_attention.platform() != "gpu":
     return x
-  return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+
+  def pin(x: Array) -> Array:
+    return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return pin(x)
+  by_heads = jax.ShapeDtypeStruct(x.shape if x.ndim == 4 else (*x.shape[:2], 0, 0), x.dtype)
+  specs = fused_attention.partition_specs(by_heads, None)
+  if specs is None:
+    return x
+  spec = specs[0] if x.ndim == 4 else PartitionSpec(specs[0][0])
+  return jax.shard_map(pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 class Attention(nn.Module):

@@ -23,6 +23,7 @@ def cuda(monkeypatch):
 
   monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(fused_attention, "unavailable", lambda: "")
+  monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
   lower = lambda traced: traced.lower(lowering_platforms=("cuda",))  # noqa: E731
   monkeypatch.setattr(fused_attention, "compile_probe", lower)
   yield
@@ -47,11 +48,16 @@ def test_a_recipes_step_is_lowered_for_cuda(name, cuda):
     step = steps.make_train_step(model, config, mesh, optimizer, shardings)
     traced = step.trace(state, initial.dummy_batch(config, config.batch_size))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # What the partitioner does not know stands in programs of a device's part alone, 16 / 4 images:
+  # before anything else it would gather whole activations.
+  pinned = re.findall(r"custom_call @LayoutConstraint\(.*-> tensor<(\d+)x", text)
+  assert pinned and set(pinned) == {"4"}
   calls = set(re.findall(r"__cudnn\$fmha\w*", text))
   if config.model.dtype == "float32":
     assert not calls and attention.implementations()["image tower"] == "XLA (float32)"
   else:
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= calls
     tokens = 1 + (config.model.image.size // config.model.image.patch) ** 2
-    padded = f"{tokens} padded to {tokens + 1}" if tokens % 2 else f"{tokens}"
+    whole = fused_attention.pad_to(tokens, 8)
+    padded = f"{tokens} padded to {whole}" if whole > tokens else f"{tokens}"
     assert attention.implementations()["image tower"] == f"cuDNN, {padded} tokens"
