@@ -264,7 +264,7 @@ def train(
 if __name__ == "__main__":
   flags.DEFINE_list("arms", list(ARMS), f"Which of {', '.join(ARMS)}.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, of parameters and data alike.")
-  flags.DEFINE_integer("steps", 600, "Length of every run.")
+  flags.DEFINE_integer("steps", 1300, "Length of every run.")
   flags.DEFINE_string("recipe", "configs/quickstart.py", "Recipe, FILE or FILE:argument.")
   flags.DEFINE_string("data", "data/ablation", "Folder of the three data sets, built if missing.")
   flags.DEFINE_string("workdir", "runs/ablation", "Folder of the workdirs of all runs.")
