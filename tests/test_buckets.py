@@ -159,6 +159,7 @@ def test_evaluate_and_load_read_it(gone_on, finished_run):
   np.testing.assert_array_equal(there, here)
 
 
+@pytest.mark.long
 def test_two_processes_train_from_it_to_it(bucket, environment, scenes, tmp_path):
   flags = (
     "--workdir=gs://test/pair", "--config.steps=4", "--config.save_every=4",
@@ -326,6 +327,7 @@ for name in ("run", "exported", "weights"):
 """
 
 
+@pytest.mark.long
 def test_what_is_exported_and_imported_there_is_the_same_model(bucket, gone_on):
   taken, *told = run(CONVERTED).splitlines()
   assert taken.startswith("--out=gs://test/weights exists already")
