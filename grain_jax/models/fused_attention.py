@@ -3,6 +3,7 @@
 What cuDNN takes differs by its version, JAX's version and the card, and no table of it stays true.
 So each problem is tried once: forward and backward are traced, and compiled on the GPU, in small.
 Lengths that are refused are padded. Nothing here decides what happens when cuDNN cannot be used.
+What the towers do for it stands here too: tokens padded once, axes in their order in memory.
 
 Dimensions: B batch, L tokens, H heads, D width of a head.
 """
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 from jax.sharding import PartitionSpec
 
 Array = jax.Array
@@ -147,6 +149,33 @@ def partition_specs(query: Array, mask: Array | None) -> tuple[PartitionSpec, Pa
   if mask is not None:
     mask_spec[:2] = [batch if mask.shape[0] > 1 else None, head if mask.shape[1] > 1 else None]
   return PartitionSpec(batch or None, None, head), PartitionSpec(*mask_spec)
+
+
+def pin_layout(x: Array) -> Array:
+  """Fixes the order of an array's axes in a GPU's memory: as they are written.
+
+  Else the compiler lets the batch run fastest, which suits one sum over it, and turns activations
+  around for the matrix products of every block. Each device does it with its own part: for the
+  partitioner the constraint is a call that it does not know, before which it gathers whole arrays.
+
+  Args:
+    x: [B, L, D], or of heads [B, L, H, D]; one that the mesh does not divide stays as it is.
+  """
+  if platform() != "gpu":
+    return x
+
+  def pin(x: Array) -> Array:
+    return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return pin(x)
+  by_heads = jax.ShapeDtypeStruct(x.shape if x.ndim == 4 else (*x.shape[:2], 0, 0), x.dtype)
+  specs = partition_specs(by_heads, None)
+  if specs is None:
+    return x
+  spec = specs[0] if x.ndim == 4 else PartitionSpec(specs[0][0])
+  return jax.shard_map(pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def attend_sharded(

@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental import layout
 from jax.sharding import PartitionSpec
 
 from grain_jax import config as configs
@@ -64,33 +63,6 @@ def shard_batch(x: Array) -> Array:
   """
   axes = tuple(a for a in ("data", "fsdp") if a in jax.sharding.get_abstract_mesh().axis_names)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
-
-
-def pin_layout(x: Array) -> Array:
-  """Fixes the order of an array's axes in a GPU's memory: as they are written.
-
-  Else the compiler lets the batch run fastest, which suits one sum over it, and turns activations
-  around for the matrix products of every block. Each device does it with its own part: for the
-  partitioner the constraint is a call that it does not know, before which it gathers whole arrays.
-
-  Args:
-    x: [B, L, D], or of heads [B, L, H, D].
-  """
-  if fused_attention.platform() != "gpu":
-    return x
-
-  def pin(x: Array) -> Array:
-    return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
-
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-    return pin(x)
-  by_heads = jax.ShapeDtypeStruct(x.shape if x.ndim == 4 else (*x.shape[:2], 0, 0), x.dtype)
-  specs = fused_attention.partition_specs(by_heads, None)
-  if specs is None:
-    return x
-  spec = specs[0] if x.ndim == 4 else PartitionSpec(specs[0][0])
-  return jax.shard_map(pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 class Attention(nn.Module):
@@ -155,7 +127,7 @@ class Attention(nn.Module):
       projected |= dict(zip(names, products, strict=True))
 
     def split(x: Array) -> Array:
-      return pin_layout(x.reshape(*x.shape[:-1], self.heads, width // self.heads))
+      return fused_attention.pin_layout(x.reshape(*x.shape[:-1], self.heads, width // self.heads))
 
     q, k, v = (split(projected[name]) for name in ("query", "key", "value"))
     if self.qk_norm_eps is not None:
@@ -294,7 +266,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, mask: Array | None, at: Array | None = None) -> tuple[Array, None]:
     attention_in, attention_out, fc1, fc2 = self.inits
-    x = pin_layout(x)
+    x = fused_attention.pin_layout(x)
     x, y = norm(self.norm_eps, self.dtype, "norm1").keep(x)
     query = y
     if at is not None:
@@ -315,7 +287,7 @@ class Block(nn.Module):
     mlp = Mlp(
       self.hidden, self.activation, fc1, fc2, self.zero_biases, dtype=self.dtype, name="mlp"
     )
-    x = pin_layout(elementwise.add_residual(x, *mlp(y)))
+    x = fused_attention.pin_layout(elementwise.add_residual(x, *mlp(y)))
     return x, None
 
 
