@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help:
 	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (12 minutes on 2 CPU cores)"
-	@echo "make test        the tests, within a quarter of an hour on 2 CPU cores"
+	@echo "make test        the tests, in about a quarter of an hour on 2 CPU cores"
 	@echo "make test-all    the long ones too"
 	@echo "make lint        ruff"
 	@echo "make scenes      the embedded data alone, into data/scenes"

@@ -79,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
   Of an error that another library raised: its causes and its words are looked at.
   """
   for cause in _causes(error):
-    if isinstance(cause, (TransientError, TimeoutError)):
+    if isinstance(cause, (TransientError, TimeoutError)) or is_storage(cause):
       return True
     # JAX's errors have such a code too, of a program: memory that it lacks it lacks again.
     of_tensorflow = any(c.__module__.startswith("tensorflow") for c in type(cause).__mro__)

@@ -58,6 +58,7 @@ def test_a_value_error_is_the_users_whatever_it_came_from():
   assert failures.is_transient(error) and not failures.restart_helps(error)
   assert failures.restart_helps(failures.TransientError("x"))
   assert failures.restart_helps(TimeoutError("x"))
+  assert failures.restart_helps(ConnectionError("without a number"))
   assert not failures.restart_helps(KeyError("x"))
 
 

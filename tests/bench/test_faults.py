@@ -54,7 +54,6 @@ cli.run(main.main)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_storage_lost_by_one_of_two_ends_both_with_its_line(scenarios, tmp_path):
   data, run = shutil.copytree(scenarios.data, tmp_path / "copy"), tmp_path / "run"

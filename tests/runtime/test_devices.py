@@ -1,10 +1,13 @@
 """What a machine's devices cannot do, in one line."""
 
+import contextlib
 import types
 
 import jax
 import pytest
 
+from grain_jax import embed, evaluate
+from grain_jax.evals.inputs import attempts
 from grain_jax.runtime import devices
 from grain_jax.training import sizing
 
@@ -69,7 +72,25 @@ def test_a_full_gpu_is_a_line_that_names_who_fills_it(monkeypatch):
   assert "Other processes" not in str(devices.explained(error, devices.TRAINING))
   with pytest.raises(ValueError, match=r"--batch_size \(c"), devices.explaining(devices.ENCODING):
     raise error
+  told = []
+  attempts.Attempts(told.append)("retrieval", lambda: raise_(error))
+  assert len(told) == 1 and devices.ENCODING in told[0]
   for other in (jax.errors.JaxRuntimeError("INTERNAL: a link is down"), RuntimeError("no room")):
     assert devices.explained(other, devices.TRAINING) is other
     with pytest.raises(type(other), match=str(other)), devices.explaining(devices.TRAINING):
       raise other
+
+
+def raise_(error):
+  raise error
+
+
+@pytest.mark.parametrize("command", [evaluate, embed])
+def test_commands_that_encode_say_it_too(monkeypatch, command):
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu()])
+  monkeypatch.setattr(command.addresses, "from_flags", lambda: None)
+  monkeypatch.setattr(command.distributed, "session", lambda address: contextlib.nullcontext())
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+  monkeypatch.setattr(command, "_main", lambda flag: raise_(error))
+  with pytest.raises(ValueError, match="--batch_size"):
+    command.main()
