@@ -61,7 +61,7 @@ kill_after() {
 
 # Starts all processes; returns the exit code of the first that fails, when none is left.
 run() {
-  local command=("$python" -m grain_jax.main "$@") first=0 port=55527 before code i
+  local command=("$python" -m grain_jax.main "$@") first=0 port=55527 before code i pid
   if ((processes > 1)); then
     [ "${DRY_RUN:-0}" != 0 ] ||
       port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -86,14 +86,21 @@ run() {
   while ((${#pids[@]})); do
     before=$signals code=0
     wait -n || code=$?
-    ((signals == before)) || continue  # a signal came, no process ended
-    ((code != 127)) || break           # none is left
+    ((signals == before)) || continue # a signal came, no process ended
+    # None is left, or a program was not found.
+    ((code != 127)) || [ -n "$(jobs -pr)" ] || break
     if ((code && !first)); then
       first=$code
       ((code != 2)) || kill -TERM "${pids[@]}" 2>/dev/null || true # wrong flags: the others wait
       # The others notice by themselves and say why; this is for one that does not.
       kill_after 90
     fi
+  done
+  # What was killed before `wait -n` was reached is not among what that returns.
+  for pid in "${pids[@]}"; do
+    code=0
+    wait "$pid" || code=$?
+    ((first)) || first=$code
   done
   ((!${#killers[@]})) || kill "${killers[@]}" 2>/dev/null || true
   killers=() pids=()

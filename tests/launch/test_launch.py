@@ -110,6 +110,21 @@ def test_local_starts_again_what_was_preempted_or_lost(house):
   assert (code, len(calls), house.waits) == (1, 1, [])
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_what_is_killed_before_it_is_waited_for_is_no_success(house, tmp_path, processes):
+  slow = tmp_path / "slow.sh"  # bash forgets, for `wait -n`, whose end it has told of
+  slow.write_text("set -T; trap '[[ $BASH_COMMAND != \"wait -n\"* ]] || /bin/sleep 0.5' DEBUG\n")
+  script = "[ $me = 0 ] || exit 0; kill -KILL $$"
+  code, calls, _ = house(script, processes, RESTARTS="1", BASH_ENV=str(slow))
+  assert (code, len(calls), house.waits) == (137, 2 * int(processes), [10])
+
+
+def test_a_program_that_is_not_there_is_no_success(house):
+  assert house("exec no-such-program")[0] == 127
+  code, _, seconds = house("[ $me = 0 ] || exec sleep 1; exec no-such-program", "2")
+  assert code == 127 and seconds >= 1
+
+
 def test_local_ends_with_the_first_failure_of_several(house):
   code, calls, _ = house("[ $me = 1 ] && exit 1; sleep 1; exit 75", "2")
   assert (code, len(calls)) == (1, 2)
