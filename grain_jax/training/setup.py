@@ -93,7 +93,7 @@ def settle(
   )
   config = sizing.available(config, dataset, say=say)
   devices.check_dtype(config.model.dtype)
-  if line := sizing.describe(asked, config, records=records):
+  if line := sizing.describe(asked, config, records=records, platform=jax.default_backend()):
     say(line)
   configs.check(config)
   steps_per_epoch = sampler.steps_per_epoch(records, config.batch_size)

@@ -11,6 +11,7 @@ from grain_jax import config as configs
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import sampler
 from grain_jax.evals import built
+from grain_jax.objectives import contrastive
 from grain_jax.training import rematerialization
 
 _SMALLEST = 8  # images a batch; contrast needs company
@@ -173,7 +174,11 @@ def available(
 
 
 def describe(
-  asked: ml_collections.ConfigDict, config: ml_collections.ConfigDict, *, records: int
+  asked: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
+  *,
+  records: int,
+  platform: str = "cpu",
 ) -> str:
   """A line of what was chosen; '' where the configuration left nothing open."""
   chosen = []
@@ -190,6 +195,8 @@ def describe(
   for key in ("dtype", "remat", "unroll"):
     if asked.model[key] != config.model[key]:
       chosen.append(f"model.{key} {config.model[key]}")
+  if config.loss.precision == "auto" and platform != "cpu":
+    chosen.append(f"loss.precision {contrastive.product_dtype('auto', platform)}")
   if asked.evals != config.evals:
     chosen.append(f"evals {', '.join(config.evals) or 'none'}")
   return f"chosen for {records} images: {'; '.join(chosen)}" if chosen else ""

@@ -32,7 +32,8 @@ def test_sizes_by_the_number_of_images(records, devices, platform, batch, steps,
   assert config.eval_every == config.save_every == steps // 10
   assert config.model.dtype == ("float32" if platform == "cpu" else "bfloat16")
   configs.check(config)
-  line = sizing.describe(mine(), config, records=records)
+  line = sizing.describe(mine(), config, records=records, platform=platform)
+  assert ("; loss.precision bfloat16" in line) == (platform != "cpu")
   assert f"batch_size {batch}; steps {steps} ({steps * batch / records:.0f} passes)" in line
 
 
