@@ -2,7 +2,8 @@
 
 OUT holds annotations/NNNNNN.jsonl, raw/NNNNNN.jsonl and facts/NNNNNN.json of each block, the facts
 last, each written aside and renamed; and, when all blocks are there, manifest.json. The blocks are
-those of `data.build`.
+those of `data.build`. Where failed pictures are to be done again, the facts of their block lie in
+again/ until it is: the other pictures keep what they have.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import collections
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax import failures
+from grain_jax import failures, textfiles
 from grain_jax.annotate import stages
 from grain_jax.data import records, sources
 from grain_jax.data.building import block as block_lib
@@ -50,39 +51,47 @@ class Job:
     if facts.is_file():
       return
     began, counts = time.monotonic(), collections.Counter[str]()
-    losses: dict[str, dict[str, Any]] = {}
-    lines, raws = [], []
-
-    def lose(key: str, what: str, why: str) -> None:
-      entry = losses.setdefault(f"{what}/{why}", {"count": 0, "first": []})
-      entry["count"] += 1
-      if len(entry["first"]) < _EXAMPLES:
-        entry["first"].append(key)
-
-    for items, known in self._batches(task["block"], lose, counts):
+    before = _Before(self.out, number)
+    losses, kept = _Losses(), before.losses  # of all, and of what would not be done again
+    lines, raws, failed = before.lines, before.raws, []
+    losses.add(kept.entries)
+    for items, known in self._batches(task["block"], losses.lose, counts, before.done):
       for item, line, result in zip(items, known, self.stage.annotate(items), strict=True):
         for what, why in result.losses:
-          lose(item.key, what, why)
+          losses.lose(item.key, what, why)
+          if result.line is not None:
+            kept.lose(item.key, what, why)
         raws += [{"key": item.key, "raw": reply} for reply in result.raw]
-        counts["failed"] += result.line is None
+        if result.line is None:
+          failed.append(item.key)
         whole = {"key": item.key, **line, **(result.line or {})}
         captions = [*line.get("captions", ()), *(result.line or {}).get("captions", ())]
         if captions:  # they come one after another, as those of a source and of a stage do
           whole["captions"] = list(dict.fromkeys(captions))
-        counts["descriptions"] += len(whole.get("descriptions", ()))
-        counts["regions"] += len(whole.get("regions", ()))
-        counts["negatives"] += len(whole.get("negatives", ()))
         lines.append(whole)
+    counts["failed"] = len(failed)
+    for what in ("descriptions", "regions", "negatives"):
+      counts[what] = sum(len(line.get(what, ())) for line in lines)
     _write_lines(file_of(self.out, "annotations", number), lines)
     _write_lines(file_of(self.out, "raw", number), raws)
-    told = {"counts": counts, "losses": losses, "totals": dict(self.stage.totals())}
-    told["seconds"] = time.monotonic() - began
+    told = {"counts": counts, "losses": losses.entries}
+    told["totals"] = before.totals + collections.Counter(self.stage.totals())
+    told["seconds"] = before.seconds + time.monotonic() - began
+    told["failed"], told["kept"] = failed, kept.entries
     _write_lines(facts, [told])
+    before.forget()
 
   def _batches(
-    self, block: Any, lose: Callable[[str, str, str], None], counts: collections.Counter[str]
+    self,
+    block: Any,
+    lose: Callable[[str, str, str], None],
+    counts: collections.Counter[str],
+    done: Collection[str],
   ) -> Iterator[tuple[list[stages.Item], list[dict[str, Any]]]]:
-    """(pictures, what was known of each) of a block, as many as the stage takes at a time."""
+    """(pictures, what was known of each) of a block, as many as the stage takes at a time.
+
+    `done`: keys of those that are counted, and left out.
+    """
     if self.source.annotated is not None and self._known is None:
       self._known = self.source.annotated.open(self.out / "scratch")
     items: list[stages.Item] = []
@@ -96,6 +105,8 @@ class Job:
       if checked.record is None:
         continue
       counts["read"] += 1
+      if key in done:
+        continue
       line = {} if self._known is None else dict(self._known.find(key))
       line.pop("key", None)
       items.append(_item(checked, line))
@@ -105,6 +116,49 @@ class Job:
         items, known = [], []
     if items:
       yield items, known
+
+
+class _Losses:
+  """{'what/why': {'count', 'first': some keys}}."""
+
+  def __init__(self):
+    self.entries: dict[str, dict[str, Any]] = {}
+
+  def lose(self, key: str, what: str, why: str) -> None:
+    self.add({f"{what}/{why}": {"count": 1, "first": [key]}})
+
+  def add(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in entries.items():
+      own = self.entries.setdefault(name, {"count": 0, "first": []})
+      own["count"] += entry["count"]
+      own["first"] = (own["first"] + entry["first"])[:_EXAMPLES]
+
+
+class _Before:
+  """What a block has whose failed pictures are done again; of another block nothing."""
+
+  def __init__(self, out: pathlib.Path, number: int):
+    self._file = file_of(out, "again", number)
+    self.lines: list[dict[str, Any]] = []
+    self.raws: list[dict[str, Any]] = []
+    self.done: set[str] = set()
+    self.losses, self.totals, self.seconds = _Losses(), collections.Counter[str](), 0.0
+    if not self._file.is_file():
+      return
+    told = json.loads(self._file.read_text())
+    if "failed" not in told:  # of before it was written down which: all again
+      return
+    failed = set(told["failed"])
+    self.lines, self.raws = (
+      [entry for entry in _read_lines(file_of(out, what, number)) if entry["key"] not in failed]
+      for what in ("annotations", "raw")
+    )
+    self.done = {line["key"] for line in self.lines}
+    self.losses.add(told["kept"])
+    self.totals, self.seconds = collections.Counter(told["totals"]), told["seconds"]
+
+  def forget(self) -> None:
+    self._file.unlink(missing_ok=True)
 
 
 def _item(checked: records.Checked, line: Mapping[str, Any]) -> stages.Item:
@@ -118,7 +172,11 @@ def _item(checked: records.Checked, line: Mapping[str, Any]) -> stages.Item:
 
 
 def file_of(out: pathlib.Path, what: str, number: int) -> pathlib.Path:
-  return out / what / f"{number:06d}.{'json' if what == 'facts' else 'jsonl'}"
+  return out / what / f"{number:06d}.{'json' if what in ('facts', 'again') else 'jsonl'}"
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  return [json.loads(line.data) for line in textfiles.iterate_lines(path)]
 
 
 def _write_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
@@ -163,7 +221,7 @@ def run(
     out: folder to write.
     execute: who does the blocks.
     max_failures: part of the pictures that may fail.
-    retry_failed: do blocks again of which pictures failed.
+    retry_failed: do the pictures again that failed.
     neutral: settings with which what is there goes on, whatever they were (how fast, from where).
     say: takes lines of progress.
 
@@ -188,7 +246,10 @@ def run(
       for number in range(len(blocks)):
         facts = file_of(out, "facts", number)
         if facts.is_file() and json.loads(facts.read_text())["counts"].get("failed"):
-          facts.unlink()
+          again = file_of(out, "again", number)
+          again.parent.mkdir(exist_ok=True)
+          (out / annotated.MANIFEST).unlink(missing_ok=True)  # not finished until all are there
+          facts.replace(again)
     there = {n for n in range(len(blocks)) if file_of(out, "facts", n).is_file()}
     if there:
       say(f"goes on in {out}: {len(there):,} of {len(blocks):,} blocks are there")
@@ -233,18 +294,15 @@ def _plan(source: base.Source, out: pathlib.Path, what: Mapping[str, Any]) -> li
 def _summary(out: pathlib.Path, blocks: int) -> dict[str, Any]:
   """{counts, losses, totals, seconds} over all blocks."""
   counts, totals = collections.Counter[str](), collections.Counter[str]()
-  losses: dict[str, dict[str, Any]] = {}
-  seconds = 0.0
+  losses, seconds = _Losses(), 0.0
   for number in range(blocks):
     facts = json.loads(file_of(out, "facts", number).read_text())
     counts.update(facts["counts"])
     totals.update(facts["totals"])
     seconds += facts["seconds"]
-    for name, entry in facts["losses"].items():
-      own = losses.setdefault(name, {"count": 0, "first": []})
-      own["count"] += entry["count"]
-      own["first"] = (own["first"] + entry["first"])[:_EXAMPLES]
-  return {"counts": counts, "losses": losses, "totals": totals, "seconds": round(seconds, 1)}
+    losses.add(facts["losses"])
+  told = {"counts": counts, "losses": losses.entries, "totals": totals}
+  return {**told, "seconds": round(seconds, 1)}
 
 
 def _check_hopeless(seen: Mapping[str, int], out: pathlib.Path) -> None:

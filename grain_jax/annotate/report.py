@@ -89,10 +89,12 @@ def _contact_sheet(
         source.prepare(scratch)
     few = dataclasses.replace(source, read=lambda *place: _of_keys(source.read(*place), wanted))
     for number in sorted({one.block for one in chosen}):
-      for split, key, given, checked in block_lib.checked_records(few, blocks[number], scratch, 1):
+      for split, key, given, checked in block_lib.checked_records(
+        few, blocks[number], scratch, 1, need_caption=False
+      ):
         if key in found or checked.record is None:
           continue
-        merged = annotated.merge(checked, wanted[key].line)
+        merged = annotated.merge(checked, wanted[key].line, need_caption=False)
         # It makes a small picture of the image.
         page = preview.Preview()
         page.add(split, given, merged._replace(dropped=[]), [])

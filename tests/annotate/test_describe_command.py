@@ -157,6 +157,15 @@ def test_what_cannot_work_is_one_line_before_anything_is_spent(
   assert not (tmp_path / "out").exists()
 
 
+def test_pictures_without_a_caption_have_a_price_too(pictures, tmp_path, capfd):
+  names = [json.dumps({"image": f"{i}.jpg"}) + "\n" for i in range(20)]
+  (pictures / "annotations.jsonl").write_text("".join(names))
+  with chat_server.serve(chat_server.sensible) as server:
+    assert command(server, pictures, tmp_path / "out", "--price_in=10", "--max_cost=0.5") == 2
+    assert 0 < len(server.bodies) <= 10
+  assert "is more than --max_cost=0.5" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
   "kind", ["rate_limited", "server_error", "garbage", "cut_reply", "timeout"]
 )

@@ -124,6 +124,36 @@ def test_what_is_finished_is_not_done_again(lengths, source, tmp_path, monkeypat
     engine.run(source, "lengths", {"a": 2}, tmp_path / "out", execute=engine.here)
 
 
+def test_only_what_failed_is_done_again(lengths, source, tmp_path, monkeypatch):
+  out = tmp_path / "out"
+  first = run(source, out)
+  whole = annotations(out)
+  raw = sorted(path.read_text() for path in (out / "raw").iterdir())
+
+  def broken(stage, items):
+    raise failures.TransientError("gone")
+
+  with monkeypatch.context() as patch:  # the server is away
+    patch.setattr(Lengths, "annotate", broken)
+    with pytest.raises(failures.TransientError):
+      run(source, out, retry_failed=True)
+  assert not (out / "manifest.json").exists()  # nothing takes it for finished
+  assert annotations(out) == whole
+  again = run(source, out)  # goes on with those that failed, and they fail again
+  assert again["totals"] == {"asked": 2499 + 2}  # all that was spent
+  for part in ("counts", "losses"):
+    assert again[part] == first[part]
+  assert annotations(out) == whole
+  assert sorted(path.read_text() for path in (out / "raw").iterdir()) == raw
+  with monkeypatch.context() as patch:
+    patch.setattr(Lengths, "one", lambda stage, item: stages.Result({"descriptions": ["x"]}))
+    third = run(source, out, retry_failed=True)
+  assert third["counts"]["failed"] == 0 and third["totals"] == {"asked": 2499 + 4}
+  assert set(third["losses"]) == {"pictures/missing_image"}
+  now = {key: {"key": key, "descriptions": ["x"]} for key in ("7.jpg", "2000.jpg")}
+  assert annotations(out) == whole | now and not list((out / "again").iterdir())
+
+
 def test_more_failures_than_may_be_are_an_error(lengths, source, tmp_path):
   match = r"2 of 2,499 pictures failed \(pictures/refused 2, .*--retry_failed"
   with pytest.raises(ValueError, match=match) as error:
