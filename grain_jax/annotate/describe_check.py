@@ -142,7 +142,9 @@ def _items(source: base.Source, scratch: pathlib.Path) -> Iterator[stages.Item]:
   known = None if source.annotated is None else source.annotated.open(scratch)
   blocks = source.blocks(scratch) if source.blocks is not None else [None]
   for block in blocks:
-    for _, key, _, checked in block_lib.checked_records(source, block, scratch, threads=1, need_caption=False):
+    for _, key, _, checked in block_lib.checked_records(
+      source, block, scratch, threads=1, need_caption=False
+    ):
       record = checked.record
       if record is not None:
         line = {} if known is None else known.find(key)

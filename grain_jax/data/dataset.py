@@ -271,7 +271,7 @@ class _Split:
     """A record; the error of a damaged one. What the storage fails to give is asked for again."""
     where = f"{self.paths[shard]}, record {place}"
     for last in failures.attempts():
-      error = None
+      error, path = None, self.paths[shard]
       try:
         (data,) = self._read_once(shard, [place])
         if data:
@@ -279,6 +279,8 @@ class _Split:
       except (OSError, RuntimeError) as raised:
         error = raised
       lost = self._lost(shard, error)
+      if self.paths[shard] is not path:  # meanwhile: what was looked at is not what was read
+        return self._read_record(shard, place)
       if lost is not None and self.paths[shard] is not self._origins[shard]:
         self._forget_copy(shard)
         return self._read_record(shard, place)

@@ -23,6 +23,7 @@ from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import optim, provenance, setup, steps, utilization, validation
+from grain_jax.training.failed_evaluations import FailedEvaluations
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -75,7 +76,7 @@ def train(
     )
     batch_shards = meshes.num_shards(mesh)
     meta = {"config": config.to_dict(), **run.fingerprints, "batch_shards": batch_shards}
-    failed: dict[str, Exception] = {}  # evaluations, by name and step
+    failed = FailedEvaluations(folder)
     with jax.set_mesh(mesh):
       state = _start(
         config, init, abstract, checkpoints, folder=folder, meta=meta, changing=continue_as
@@ -115,7 +116,7 @@ def train(
           mesh=mesh, tokenizer=run.tokenizer, on_batch=on_batch, options=run.options,
         )  # fmt: skip
         outcome.results.update(validation.attempt(validate, state.eval_params, on_batch))
-        failed.update({f"{name} at step {at}": e for name, e in outcome.errors.items()})
+        failed.note(at, outcome.errors)
         best = config.checkpoint.best_metric
         if best in outcome.results or not outcome.errors:
           checkpoints.record(at, outcome.results)
@@ -141,7 +142,7 @@ def train(
       )
       writer.close()
       checkpoints.close()
-  if error := attempts.error_of(failed, kept=f"{folder}, and so is the model"):
+  if error := attempts.error_of(failed.take(), kept=f"{folder}, and so is the model"):
     raise error
   return results
 

@@ -168,6 +168,38 @@ def test_a_copy_that_is_lost_is_read_at_its_origin(data, tmp_path, caplog):
   assert caplog.text.count("is lost:") == 3
 
 
+def test_one_thread_leaves_a_lost_copy_while_another_asks_why_its_read_failed(
+  data, tmp_path, monkeypatch
+):
+  found = opened(data, tmp_path)
+  copying = copier(found, tmp_path)
+  copying.wait()
+  copying.close()
+  before = found.read("train", range(RECORDS))
+  for path in finished(tmp_path):
+    os.truncate(path, 100)
+  gone, split = threading.Event(), found._splits["train"]
+  lost = type(split)._lost
+
+  def slow(self, shard, error):
+    if threading.current_thread().name == "slow":
+      assert gone.wait(10)
+    return lost(self, shard, error)
+
+  monkeypatch.setattr(type(split), "_lost", slow)
+  got = {}
+  threads = [
+    threading.Thread(target=lambda n=n: got.update({n: found.read("train", [0, 1])}), name=n)
+    for n in ("slow", "fast")
+  ]
+  threads[0].start()
+  threads[1].start()
+  threads[1].join()
+  gone.set()
+  threads[0].join()
+  assert got == dict.fromkeys(("slow", "fast"), before[:2])
+
+
 def other_bytes(path):
   """So many bytes of something else."""
   content = bytearray(path.read_bytes())

@@ -1,5 +1,6 @@
 """Evaluations within a run: told to stop there, failing there, impossible from the start."""
 
+import functools
 import json
 
 import numpy as np
@@ -94,6 +95,26 @@ def test_an_evaluation_that_fails_costs_its_own_results_and_the_code(
   assert said.count("warning: evaluation zero_shot failed: ") == 2
 
 
+def test_what_failed_before_a_run_was_stopped_is_in_its_code_all_the_same(
+  config, tmp_path, monkeypatch
+):
+  """The evaluation that fails is the one at which the run is told to stop."""
+
+  def fail(*arguments):
+    monkeypatch.setattr(preemption.Preemption, "reached", lambda self: True)
+    raise ValueError("once")
+
+  with monkeypatch.context() as patch:
+    patch.setitem(built.EVALS, "retrieval", built.EVALS["retrieval"]._replace(run=fail))
+    with pytest.raises(preemption.Preempted):
+      loop.train(config, str(tmp_path))
+  monkeypatch.undo()
+  with pytest.raises(ValueError, match="^1 evaluation failed .retrieval at step 2.: .*: once "):
+    loop.train(config, str(tmp_path))
+  assert json.loads((tmp_path / "results.json").read_text())["step"] == 4
+  loop.train(config, str(tmp_path))  # it was said
+
+
 def test_the_best_checkpoint_waits_for_an_evaluation_that_works(config, tmp_path, monkeypatch):
   config.checkpoint.best_metric = "zero_shot/top1"
   broken = built.EVALS["zero_shot"]._replace(run=lambda *x: (_ for _ in ()).throw(KeyError("x")))
@@ -152,6 +173,29 @@ def test_a_process_that_fails_alone_ends_the_run():
   with pytest.raises(failures.TransientError):
     attempt("retrieval", lambda: 1)
   told = []
-  attempt = attempts.Attempts(told.append, lambda name, line: [line, "KeyError: theirs"])
+  theirs = json.dumps({"line": "KeyError: theirs", "again": False})
+  attempt = attempts.Attempts(told.append, lambda name, mine: [mine, theirs])
   assert attempt("retrieval", lambda: np.ones(2)) is None
   assert told == ["evaluation retrieval failed: KeyError: theirs"]
+
+
+@pytest.mark.parametrize(
+  "mine, theirs",
+  [(None, OSError(5, "gone")), (ValueError("no"), OSError(5, "gone")), (None, ValueError("no"))],
+)
+def test_processes_end_with_one_code_for_an_evaluation_that_failed(mine, theirs):
+  from grain_jax.evals.inputs import attempts
+
+  def evaluate_as(error):
+    if error is not None:
+      raise error
+
+  codes, texts = [], []
+  for error in (mine, theirs):  # what each tells
+    found = attempts.Attempts(print, lambda name, text: texts.append(text) or [text])
+    found("retrieval", functools.partial(evaluate_as, error))
+  for error in (mine, theirs):
+    found = attempts.Attempts(print, lambda name, text: texts)
+    assert found("retrieval", functools.partial(evaluate_as, error)) is None
+    codes.append(failures.restart_helps(attempts.error_of(found.errors, kept="x")))
+  assert codes == [isinstance(theirs, OSError)] * 2

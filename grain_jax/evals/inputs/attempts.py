@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ class Attempts:
     warn: Callable[[str], None],
     agree: Callable[[str, str], list[str]] = lambda name, line: [line],
   ):
-    """`warn` gets a line for each failure; `agree` gathers the lines of all processes."""
+    """`warn` gets a line for each failure; `agree` gathers a text of each process."""
     self._warn, self._agree = warn, agree
     self.errors: dict[str, Exception] = {}
 
@@ -40,17 +41,24 @@ class Attempts:
       value = call()
     except Exception as caught:  # whatever it is, the others' results are worth having
       error = devices.explained(caught, devices.ENCODING)
-    line = "" if error is None else f"{type(error).__name__}: {failures.one_line(error)}"
+    mine = {}
+    if error is not None:
+      mine["line"] = f"{type(error).__name__}: {failures.one_line(error)}"
+      mine["again"] = failures.restart_helps(error)
     try:
-      lines = self._agree(name, line)
+      told = [json.loads(text) for text in self._agree(name, json.dumps(mine))]
     except failures.TransientError:
       if error is not None:  # the others wait in a collective for this process
         raise error from None
       raise
-    line = next(filter(None, lines), "")
-    if not line:
+    failed = [one for one in told if one]
+    if not failed:
       return value
-    self.errors[name] = error if error is not None else RuntimeError(line)
+    line = failed[0]["line"]
+    if error is None or not mine["again"]:  # one code for all processes
+      again = next((one["line"] for one in failed if one["again"]), "")
+      error = failures.TransientError(again) if again else error or RuntimeError(line)
+    self.errors[name] = error
     self._warn(f"evaluation {name} failed: {line}")
     return None
 
