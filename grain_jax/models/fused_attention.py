@@ -151,6 +151,7 @@ def partition_specs(query: Array, mask: Array | None) -> tuple[PartitionSpec, Pa
   return PartitionSpec(batch or None, None, head), PartitionSpec(*mask_spec)
 
 
+@jax.custom_vjp
 def pin_layout(x: Array) -> Array:
   """Fixes the order of an array's axes in a GPU's memory: as they are written.
 
@@ -158,9 +159,19 @@ def pin_layout(x: Array) -> Array:
   around for the matrix products of every block. Each device does it with its own part: for the
   partitioner the constraint is a call that it does not know, before which it gathers whole arrays.
 
+  The gradient is pinned likewise; that of `shard_map` would add up what devices along the mesh's
+  other axes hold alike.
+
   Args:
     x: [B, L, D], or of heads [B, L, H, D]; one that the mesh does not divide stays as it is.
   """
+  return _pin_layout(x)
+
+
+pin_layout.defvjp(lambda x: (_pin_layout(x), None), lambda kept, gradient: (_pin_layout(gradient),))
+
+
+def _pin_layout(x: Array) -> Array:
   if platform() != "gpu":
     return x
 

@@ -222,3 +222,21 @@ def test_one_line_says_it_where_there_was_a_choice(rng, cudnn, monkeypatch):
   assert attention.summary() == ""
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert attention.summary() == "attention: test: cuDNN, 9 tokens"
+
+
+@pytest.mark.parametrize("tensor", [2, 3])
+def test_a_pinned_array_has_its_own_gradient(rng, monkeypatch, tensor):
+  """On a mesh along whose last axis all devices hold the same: nothing is added up, and exactly."""
+  monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
+  devices = np.array(jax.devices()[: 2 * tensor]).reshape(2, 1, tensor)
+  mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  weights = jnp.asarray(rng.normal(size=(8, 16, 32)), jnp.bfloat16)
+  with jax.set_mesh(mesh):
+    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    x = jax.device_put(jnp.ones((8, 16, 32), jnp.bfloat16), rows)
+    gradient = jax.jit(
+      jax.grad(lambda x: jnp.sum((fused_attention.pin_layout(x) * weights).astype(jnp.float32)))
+    )
+    compiled = gradient.lower(x).compile()
+    assert " all-reduce(" not in compiled.as_text()
+    assert (np.asarray(compiled(x)) == np.asarray(weights)).all()
