@@ -28,12 +28,14 @@ pids=()
 signals=0 # that came
 stopped=0 # of them, those that end the run
 interrupted=0
+told=0 # processes that were sent the last one
 # Sends a signal to all processes. What does not end by a second one is killed soon after.
 # shellcheck disable=SC2329  # by the trap
 pass_on() {
   signals=$((signals + 1)) stopped=1
   [ "$1" != INT ] || interrupted=$((interrupted + 1))
-  ((${#pids[@]})) || return 0
+  told=${#pids[@]}
+  ((told)) || return 0
   kill "-$1" "${pids[@]}" 2>/dev/null || true
   ((interrupted < 2)) || kill_after 3
 }
@@ -67,8 +69,9 @@ run() {
       port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     command+=("--coordinator_address=127.0.0.1:$port" "--num_processes=$processes")
   fi
-  pids=()
+  pids=() told=0
   for ((i = 0; i < processes; i++)); do
+    ((!stopped)) || break
     local one=("${command[@]}")
     ((processes == 1)) || one=(env "CUDA_VISIBLE_DEVICES=$i" "${command[@]}" "--process_id=$i")
     if [ "${DRY_RUN:-0}" != 0 ]; then
@@ -83,6 +86,11 @@ run() {
       set +m
     fi
   done
+  if ((stopped)); then # before all were there: the others are sent it too
+    ((told == ${#pids[@]})) ||
+      kill "-$( ((interrupted)) && echo INT || echo TERM)" "${pids[@]:told}" 2>/dev/null || true
+    ((${#pids[@]})) || return "$( ((interrupted)) && echo 130 || echo 143)"
+  fi
   while ((${#pids[@]})); do
     before=$signals code=0
     wait -n || code=$?

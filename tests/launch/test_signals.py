@@ -124,3 +124,38 @@ def test_local_hands_sigterm_on_and_does_not_start_again(house, tmp_path):
   launcher.send_signal(signal.SIGTERM)
   assert launcher.wait(20) == RESTART
   assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("arguments", [["--workdir=gs://b/x"], ["2", "--workdir=w"]])
+def test_a_signal_before_the_processes_are_there(house, tmp_path, number, code, arguments):
+  """While a bucket is listed, or a port sought: nothing is started."""
+  python = tmp_path / ".venv" / "bin" / "python"
+  slow = f'if [ "$1" = -c ]; then touch {tmp_path}/asked; /bin/sleep 1; fi\n'
+  python.write_text(python.read_text().replace("\n", f"\n{slow}", 1))
+  (tmp_path / "script").write_text("exit 0")
+  launcher = subprocess.Popen(["bash", tmp_path / "launch" / "local.sh", *arguments])
+  until = time.monotonic() + 30
+  while not (tmp_path / "asked").exists():
+    assert time.monotonic() < until
+    time.sleep(0.02)
+  launcher.send_signal(number)
+  assert launcher.wait(20) == code and (tmp_path / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "int"), (signal.SIGTERM, "term")])
+def test_a_signal_between_two_processes_comes_to_both(house, tmp_path, number, name):
+  slow = tmp_path / "slow.sh"  # before the second is started, and before the first is known
+  slow.write_text("set -T; trap '[[ $BASH_COMMAND != pids+=* ]] || /bin/sleep 1' DEBUG\n")
+  (tmp_path / "script").write_text(
+    f"trap 'echo x >> {tmp_path}/int-$me; exit 130' INT\n"
+    f"trap 'echo x >> {tmp_path}/term-$me; exit 75' TERM\n"
+    f"touch {tmp_path}/up-$me\nfor i in {{1..300}}; do sleep 0.1; done"
+  )
+  command = ["bash", tmp_path / "launch" / "local.sh", "2"]
+  launcher = subprocess.Popen(command, env={**os.environ, "BASH_ENV": str(slow)})
+  wait_until_up(tmp_path, launcher, processes=1)
+  launcher.send_signal(number)
+  assert launcher.wait(20) == (130 if number == signal.SIGINT else RESTART)
+  assert (tmp_path / f"{name}-0").read_text() == "x\n"
+  assert len((tmp_path / "calls").read_text().splitlines()) == 1
