@@ -97,6 +97,7 @@ class Build:
     if known is not None and known["what"] != what:
       self.say(f"{place.root} holds a build of other settings or inputs: it is begun anew.")
     if known is None or known["what"] != what:
+      file.unlink(missing_ok=True)  # killed from here on, it is no build of either
       for path in place.root.iterdir():
         if path.is_dir():
           shutil.rmtree(path)

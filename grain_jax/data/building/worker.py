@@ -1,11 +1,16 @@
-"""`python -m grain_jax.data.building.worker RECIPE ROOT`: does the tasks on its standard input."""
+"""`python -m grain_jax.data.building.worker RECIPE ROOT`: does the tasks on its standard input.
+
+It ends with that, whatever it does: the build is gone, and another may write where this one does.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
+import queue
 import sys
+import threading
 import traceback
 
 from grain_jax.data import sources
@@ -17,7 +22,10 @@ def main() -> int:
   os.dup2(2, 1)  # what libraries print is no answer
   recipe, root = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
   source, place = None, tasks.Place(root)
-  for line in sys.stdin:
+  lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+  threading.Thread(target=_read, args=(lines,), daemon=True).start()
+  while True:
+    line = lines.get()
     try:
       source = source or sources.make(recipe)
       tasks.perform(json.loads(line), source, place)
@@ -29,7 +37,12 @@ def main() -> int:
         return 1
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
-  return 0
+
+
+def _read(lines: queue.SimpleQueue[str]) -> None:
+  for line in sys.stdin:
+    lines.put(line)
+  os._exit(0)
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ def describe_error(error: BaseException) -> dict[str, str] | None:
   """An error as JSON, for `raise_described` in the run; None: a fault of the program."""
   if isinstance(error, examples_lib.BadRecord):
     return {"kind": "bad", "line": str(error)}
-  if isinstance(error, failures.TransientError):
-    return {"kind": "transient", "line": failures.one_line(error)}
   if isinstance(error, dataset_lib.ShardChanged):
     return {"kind": "changed", "line": str(error)}
+  if failures.restart_helps(error):
+    return {"kind": "transient", "line": failures.one_line(error)}
   if isinstance(error, (ValueError, ImportError, OSError)):
     return {"kind": "value", "line": failures.one_line(error)}
   return None

@@ -1,6 +1,8 @@
 """Worker processes: the same batches as threads make, and what happens when one of them dies."""
 
+import errno
 import io
+import json
 import logging
 import os
 import pathlib
@@ -14,7 +16,7 @@ import pytest
 import toy_data
 
 from grain_jax import failures
-from grain_jax.data import examples, mixture, pipeline
+from grain_jax.data import dataset, examples, mixture, pipeline
 from grain_jax.data.feeding import deaths, plan, pool
 
 
@@ -281,3 +283,17 @@ def test_as_many_chunks_are_under_way_as_keep_all_workers_busy(data, monkeypatch
   made = batches._batches
   assert len(started) == 30 and len(made._making) * made._chunks >= 2 * 30
   batches.close()
+
+
+@pytest.mark.parametrize(
+  ("error", "kind"),
+  [
+    (OSError(errno.EIO, "gone"), failures.TransientError),
+    (OSError(errno.ENOENT, "not there"), ValueError),
+    (dataset.ShardChanged("it is another"), dataset.ShardChanged),
+  ],
+)
+def test_an_error_of_a_worker_has_the_code_that_it_has_in_the_run(error, kind):
+  told = plan.made_of(json.loads(json.dumps(plan.describe_error(error))))
+  assert type(told) is kind
+  assert failures.restart_helps(told) == failures.restart_helps(error)
