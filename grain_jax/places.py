@@ -256,6 +256,12 @@ def _scratch() -> pathlib.Path:
   return pathlib.Path(folder)
 
 
+def remove_temporary() -> None:
+  """Removes what `temporary_folder` and `fetch` made: for a process that ends without `atexit`."""
+  if _scratch.cache_info().currsize:
+    shutil.rmtree(_scratch(), ignore_errors=True)
+
+
 def temporary_folder() -> pathlib.Path:
   """A new folder on the local disk, which goes when the process ends."""
   return pathlib.Path(tempfile.mkdtemp(dir=_scratch()))

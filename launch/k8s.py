@@ -132,12 +132,12 @@ def _get(environ: Mapping[str, str], key: str, default: str, pattern: str, what:
 
 
 def _workdir(flags: Sequence[str]) -> str:
-  found = [re.fullmatch(r"--?workdir(?:=(.+))?", flag) for flag in flags]
-  for i, match in enumerate(found):
-    if match:
-      value = match[1] or (flags[i + 1] if i + 1 < len(flags) else "")
-      if value:
-        return value
+  workdir = ""
+  for flag, after in zip(flags, [*flags[1:], ""], strict=True):
+    if match := re.fullmatch(r"--?workdir(?:=(.*))?", flag):
+      workdir = after if match[1] is None else match[1]  # the last one counts, as in the run
+  if workdir:
+    return workdir
   raise ValueError("--workdir=... is missing among the run's flags.")
 
 

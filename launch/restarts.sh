@@ -18,11 +18,15 @@ watch_workdir() {
   restart_steps=$(list_checkpoints)
 }
 
-# Checkpoints of steps past 0, which is saved before training; one a line, sorted.
+# Checkpoints of steps past 0, which is saved before training; one a line, sorted. "?" where a bucket
+# does not say.
 list_checkpoints() {
   case $restart_workdir in
     "") ;;
-    *://*) in_bucket list "$restart_workdir/checkpoints" | grep -E '^[1-9][0-9]*$' || true ;;
+    *://*)
+      { in_bucket list "$restart_workdir/checkpoints" || echo "?"; } |
+        grep -E '^([1-9][0-9]*|[?])$' || true
+      ;;
     *)
       find "$restart_workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' \
         ! -name '*[!0-9]*' 2>/dev/null || true
@@ -31,10 +35,11 @@ list_checkpoints() {
 }
 
 # in_bucket list|read|write PLACE: names in a folder, or the text of a file; both may be missing, and
-# an empty text is taken away. `restart_python`, where it is set, is how to start Python.
+# an empty text is taken away. `restart_python`, where it is set, is how to start Python. Fails where
+# the bucket cannot be reached.
 in_bucket() {
   TF_CPP_MIN_LOG_LEVEL=3 "${restart_python[@]-${python:-python3}}" -c "$restart_in_bucket" "$@" ||
-    echo "warning: $2 cannot be reached; see the lines above." >&2
+    { echo "warning: $2 cannot be reached; see the lines above." >&2; return 1; }
 }
 restart_in_bucket='
 import sys
@@ -55,13 +60,13 @@ elif verb == "write":
 
 # read_note FILE: what write_note left there, in a folder or a bucket; nothing if it left nothing.
 read_note() {
-  case $1 in *://*) in_bucket read "$1" ;; *) cat "$1" 2>/dev/null || true ;; esac
+  case $1 in *://*) in_bucket read "$1" || true ;; *) cat "$1" 2>/dev/null || true ;; esac
 }
 
 # write_note FILE TEXT: an empty text takes it away.
 write_note() {
   case $1 in
-    *://*) printf %s "$2" | in_bucket write "$1" ;;
+    *://*) printf %s "$2" | in_bucket write "$1" || true ;;
     *)
       if [ -n "$2" ]; then
         mkdir -p "$(dirname "$1")"
@@ -79,10 +84,11 @@ can_restart() {
 }
 
 # made_progress RESTARTS: to be asked when a run has ended, after so many restarts. It fails, and
-# says why, when three in a row made no new checkpoint.
+# says why, when three in a row made no new checkpoint. One of which that is not known counts as none.
 made_progress() {
   local steps
   steps=$(list_checkpoints)
+  [ "$steps" != "?" ] || return 0
   if [ -n "$(LC_ALL=C comm -13 <(echo "$restart_steps") <(echo "$steps"))" ]; then
     restart_vain=0
   elif (($1 > 0)); then

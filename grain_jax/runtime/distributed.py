@@ -20,7 +20,7 @@ import ml_collections
 from absl import flags
 from jax.experimental import multihost_utils
 
-from grain_jax import cli, failures
+from grain_jax import cli, failures, places
 from grain_jax.failures import EXIT_RESTART as RESTART
 from grain_jax.runtime import addresses, preemption
 from grain_jax.runtime.watchdog import Watchdog
@@ -101,7 +101,9 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
   if address is not None:
     _join(address)
   store = _state().client if process_count() > 1 else None
-  _watchdog = Watchdog(store, index=process_index(), count=process_count(), limit=limit)
+  _watchdog = Watchdog(
+    store, index=process_index(), count=process_count(), limit=limit, leave=_leave
+  )
   _watchdog.start()
   try:
     with preemption.interruptible(_watchdog.end, several=process_count() > 1):
@@ -130,7 +132,15 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
     # Threads of the input pipeline may still run; a process that unwinds around them can abort.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+  """Ends this process at once; its copies of what lies in buckets go, if the disk lets them."""
+  removing = threading.Thread(target=places.remove_temporary, daemon=True)
+  removing.start()
+  removing.join(10)
+  os._exit(code)
 
 
 def _join(address: addresses.Address) -> None:

@@ -176,6 +176,9 @@ def test_variables_are_filled_in():
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"
   assert pod["volumes"] == [] and wait["volumeMounts"] == []
   assert container["args"] == [*FLAGS] and wait["args"] == ["--workdir=gs://b/runs/x"]
+  twice = (*FLAGS, "--workdir", "gs://b/runs/y")  # the last one counts in the run too
+  *_, wait = parts(k8s.fill("tpu", twice, variables))
+  assert wait["args"] == ["--workdir=gs://b/runs/y"]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,18 @@ def test_checkpoints_in_a_bucket_are_progress_too(house, tmp_path):
   assert not list(tmp_path.glob("gs*"))
 
 
+def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(house, tmp_path):
+  """Three times it does not, then nothing new is there as often."""
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.write_text(
+    f'#!/usr/bin/env bash\n[ "$1" != -c ] || {{ [ $(wc -l < {tmp_path}/calls) -gt 5 ]; exit; }}\n'
+    f'echo "$*" >> {tmp_path}/calls\n. {tmp_path}/script\n'
+  )
+  code, calls, _ = house(f"exit {RESTART}", "--workdir=gs://b/x", RESTARTS="20")
+  assert (code, len(calls), house.waits) == (1, 8, [10, 10, 10, 10, 10, 60, 300])
+  assert sum("cannot be reached" in line for line in house.said) == 6
+
+
 def test_what_the_launchers_ask_of_a_bucket(tmp_path):
   """The program that they run, on a folder."""
 

@@ -175,6 +175,24 @@ def test_a_new_start_may_help_where_the_machine_failed(error, again, monkeypatch
     assert capsys.readouterr().err.splitlines()[-1] == f"JaxRuntimeError: {error}"
 
 
+@pytest.mark.parametrize(
+  ("end", "code"),
+  [("raise preemption.Preempted(3)", 75), ("distributed._watchdog.end(130, 'interrupted')", 130)],
+)
+def test_copies_from_buckets_go_with_a_process_that_ends_at_once(tmp_path, end, code):
+  program = (
+    "from absl import flags\nfrom grain_jax import places\n"
+    "from grain_jax.runtime import distributed, preemption\nflags.FLAGS(['x'])\n"
+    "(places.temporary_folder() / 'weights.bin').write_bytes(b'x')\n"
+    f"with distributed.session(None):\n  {end}\n"
+  )
+  environ = {**os.environ, "TMPDIR": str(tmp_path)}
+  assert (
+    subprocess.run([sys.executable, "-c", program], env=environ, timeout=100).returncode == code
+  )
+  assert list(tmp_path.glob("grain_jax-*")) == []
+
+
 def test_what_jax_reads_first_is_set_before_processes_join(tmp_path, monkeypatch):
   """On GPUs the flag counts only if it is there when the backend starts, which joining does."""
   seen = {}
