@@ -6,7 +6,7 @@ The kinds are CE-CLIP's (arXiv 2306.08832): the place (relation), the colour (at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ def of_description(
   *,
   description: str,
   present: set[tuple[str, str]],
+  barred: Collection[tuple[str, str]] = (),
   colors: Sequence[str],
   names: Sequence[str],
   choose: Choose,
@@ -34,14 +35,17 @@ def of_description(
     thing: (colour, name) of what is described.
     description: as `texts.describe` made it.
     present: (colour, name) of all that the scene holds: none of it is used.
+    barred: (colour, name) pairs that are not used either. Of pairs that no image shows a model that
+      is trained on such texts would learn that they are always false.
     colors: to choose from.
     names: to choose from.
     choose: random.
   """
   color, name = thing
   size = next((s for s in ("small", "large") if f" {s} " in f" {description} "), "")
-  others = [c for c in colors if c != color and (c, name) not in present]
-  things = [n for n in names if n not in {p for _, p in present}]
+  others = [c for c in colors if c != color and (c, name) not in {*present, *barred}]
+  there = {p for _, p in present}
+  things = [n for n in names if n not in there and (color, n) not in barred]
   found = {}
   if others:
     found["attribute"] = texts.describe(name, others[choose(len(others))], size)
@@ -56,6 +60,7 @@ def of_caption(
   descriptions: Sequence[str],
   boxes: Sequence[texts.Box],
   *,
+  barred: Collection[tuple[str, str]] = (),
   colors: Sequence[str],
   names: Sequence[str],
   choose: Choose,
@@ -66,8 +71,8 @@ def of_caption(
     found.append({"caption": moved, "kind": "relation"})
   index = choose(len(things))
   false = of_description(
-    things[index], description=descriptions[index], present=set(things), colors=colors,
-    names=names, choose=choose,
+    things[index], description=descriptions[index], present=set(things), barred=barred,
+    colors=colors, names=names, choose=choose,
   )  # fmt: skip
   for kind, phrase in false.items():
     text = caption.replace(descriptions[index], phrase, 1)
@@ -104,6 +109,7 @@ def of_scene(
   caption: str,
   descriptions: Sequence[str],
   boxes: Sequence[texts.Box],
+  barred: Collection[tuple[str, str]] = (),
   colors: Sequence[str],
   names: Sequence[str],
   rng: np.random.Generator | None,
@@ -115,13 +121,16 @@ def of_scene(
     caption: the one that says where something is.
     descriptions: of the things.
     boxes: of the things.
+    barred: (colour, name) pairs that no false text names.
     colors: that there are.
     names: of things that there are.
     rng: random numbers.
   """
   if rng is None:
     return [], [[] for _ in descriptions]
-  options = {"colors": colors, "names": names, "choose": lambda n: int(rng.random() * n)}
+  options = {
+    "barred": barred, "colors": colors, "names": names, "choose": lambda n: int(rng.random() * n),
+  }  # fmt: skip
   of_things = []
   for thing, description in zip(things, descriptions, strict=True):
     drawn = [

@@ -196,6 +196,8 @@ class Scenes:
     self._unseen = unseen_pairs(s)
     num_classes = len(self.concepts) * len(s.colors)
     self._seen = sorted(set(range(num_classes)) - set(self._unseen))
+    pairs = (divmod(label, len(s.colors)) for label in self._unseen)
+    self._barred = {(s.colors[color][0], self.concepts[concept].name) for concept, color in pairs}
     if len(self._seen) < len(s.count_chances):
       raise ValueError(
         f"settings.concepts = {len(self.concepts)}: {len(self._seen)} seen pairs are fewer than "
@@ -219,7 +221,8 @@ class Scenes:
     false = false_texts.of_scene(
       [(s.colors[color][0], self.concepts[concept].name) for concept, color in things],
       caption=scene.captions[0], descriptions=scene.descriptions, boxes=scene.boxes.tolist(),
-      colors=[color for color, _ in s.colors], names=[c.name for c in self.concepts],
+      barred=self._barred, colors=[color for color, _ in s.colors],
+      names=[c.name for c in self.concepts],
       rng=np.random.default_rng([s.seed, SPLITS.index(split), index, 1]) if s.negatives else None,
     )  # fmt: skip
     record = {

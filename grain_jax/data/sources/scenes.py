@@ -55,6 +55,8 @@ def source(settings: Any = None, **values: Any) -> base.Source:
   recipe = {"kind": "scenes", "arguments": {"settings": dict(known)}}
   if not settings.negatives:
     del known["negatives"]  # a setting that came later: data built before are of equal settings
+  else:
+    known["false_texts"] = 2  # without unseen pairs
 
   def blocks(scratch: pathlib.Path) -> Iterator[base.Block]:
     for split in scenes_lib.SPLITS:

@@ -71,6 +71,21 @@ def test_false_descriptions_are_of_nothing_in_the_scene(made):
   assert number > 2000
 
 
+def test_no_false_text_names_a_pair_that_is_held_out(made):
+  """Else training says of each unseen class that it is never there."""
+  names = scenes.class_names(made.settings)
+  unseen = {tuple(names[i].split(" ", 1)) for i in scenes.unseen_pairs(made.settings)}
+  concepts, found = [c.name for c in made.concepts], []
+  for split, count in (("train", 400), ("val", 1)):
+    for index in range(count):
+      record = made.record(split, index)
+      false = [n["caption"] for n in record["negatives"]]
+      false += [text for region in record["regions"] for text in region["negatives"]]
+      for text in false:
+        found += things_in(text, made.settings, concepts)
+  assert len(set(found)) > 500 and not unseen & set(found)
+
+
 def test_without_the_setting_the_records_are_as_ever(made):
   plain = scenes.Scenes(scenes.SceneSettings(train=400, val=1))
   for index in (0, 7, 399):
