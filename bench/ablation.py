@@ -29,7 +29,8 @@ _EVALS = ("zero_shot", "retrieval", "composition", "grounding", "segmentation")
 # Rows of which under 1 % of the false texts fall out.
 _CLIP = {"method": "clip", "data.max_regions": 0, "data.row_length": 32}
 _CE_CLIP = {
-  **_CLIP, "data.negatives": 4, "data.row_length": 112, "loss.rank": 0.2, "loss.intra": 0.3,
+  **_CLIP, "data.negatives": 4, "data.negatives_of": "caption", "data.row_length": 112,
+  "loss.rank": 0.2, "loss.intra": 0.3,
 }  # fmt: skip
 # What differs from the recipe; 'data' is the variant of `ablation_data` that it trains on.
 ARMS: dict[str, dict[str, Any]] = {
@@ -50,8 +51,8 @@ ARMS: dict[str, dict[str, Any]] = {
   "grain_negatives": {"data.negatives_per_region": 1, "data.row_length": 96},
   "grain_spoilt": {"data": "spoilt_regions"},
   "grain_plus": {
-    "data.negatives": 4, "data.negatives_per_region": 1, "data.row_length": 160,
-    "loss.rank": 0.2, "loss.intra": 0.3, "model.auxiliary_pool": "max",
+    "data.negatives": 4, "data.negatives_of": "caption", "data.negatives_per_region": 1,
+    "data.row_length": 160, "loss.rank": 0.2, "loss.intra": 0.3, "model.auxiliary_pool": "max",
   },
 }  # fmt: skip
 METRICS = {  # name in results.json -> heading

@@ -17,6 +17,7 @@ def get_config(arg: str = ""):
   c.data.dir = "data/coco_negatives"
   c.data.max_regions = 0
   c.data.negatives = 4  # relation, attribute, object, action
+  c.data.negatives_of = "caption"  # where a record has more than the published one
   c.data.row_length = 104  # 0.8 % of COCO's negatives, 14 tokens each, do not fit
   c.data.caption = "original"
   c.data.eval_resize = "center_crop"

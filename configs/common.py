@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.max_regions = 5  # regions an image, those of highest score (R)
   c.data.negatives = 0  # false captions an image (K)
   c.data.negatives_by = "kind"  # kind: slot k holds one of kind k | drawn: any of them
+  c.data.negatives_of = "any"  # any caption of the image | caption: the one that is drawn, by words
   c.data.negatives_per_region = 0  # false descriptions a region (N), drawn
   c.data.allow_no_regions = False  # method grain also on data that has no region at all
   c.data.row_length = 128  # tokens in the packed row of an image's texts (L)

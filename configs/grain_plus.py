@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
   c.data.dir = "data/cc12m_grain_negatives"
   c.data.row_length = 320  # 26 and 50 tokens of true texts, 104 and 50 of false ones, with room
   c.data.negatives = 4  # false captions, CE-CLIP's kinds
+  c.data.negatives_of = "caption"  # LLaVA's has its own: other words are no false ones
   c.data.negatives_per_region = 1  # a false description of each region
   c.loss.rank = 0.2  # CE-CLIP's rank of a caption over its negatives
   c.loss.intra = 0.3  # CE-CLIP's contrast of captions and negatives

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -16,7 +17,7 @@ import numpy as np
 from grain_jax import config as configs
 from grain_jax import failures, schema, tokenizing
 from grain_jax.data import dataset as dataset_lib
-from grain_jax.data import decoding, mixture, records, token_ids, transforms
+from grain_jax.data import decoding, false_captions, mixture, records, token_ids, transforms
 
 _WARNINGS = 20  # bad records that are named in the log; all are counted
 _KINDS = {kind.encode(): i for i, kind in enumerate(schema.NEGATIVE_KINDS)}
@@ -74,6 +75,7 @@ class Examples:
     self.negatives = negatives
     self.region_negatives = config.data.negatives_per_region if training else 0
     self.by_kind = config.data.negatives_by == "kind"
+    self.of_caption = config.data.negatives_of == "caption"
     self.seed = config.seed
     for key in ("resize", "caption", "on_bad_record"):
       configs.check_choice(f"data.{key}", config.data[key])
@@ -268,7 +270,7 @@ class Examples:
         for slot, place in enumerate(chosen[i], start=1):
           row[slot] = record.descriptions[place]
         if slots:
-          drawn = self._negatives(record, draws[i, 7:])
+          drawn = self._negatives(self._false_captions(record, row[0]), draws[i, 7:])
           row[first : first + self.negatives] = [caption for caption, _ in drawn]
           kinds[i] = [kind for _, kind in drawn]
           row[first + self.negatives :] = self._of_regions(record, chosen[i], draws[i, 7:])
@@ -290,16 +292,27 @@ class Examples:
       found.append([None if ids is None else reader.read(ids) for ids in stored])
     return found
 
-  def _negatives(self, record: records.Parsed, draws: np.ndarray) -> list[tuple[bytes | None, int]]:
+  def _false_captions(self, record: records.Parsed, caption: bytes) -> list[tuple[bytes, bytes]]:
+    """(text, kind) of the record's false captions; with `negatives_of` those of this caption."""
+    if not self.of_caption or record.captions == [caption]:
+      return record.negatives
+    near = false_captions.nearest(
+      [text for text, _ in record.negatives], [caption, *record.captions]
+    )
+    return [pair for pair, found in zip(record.negatives, near, strict=True) if 0 in found]
+
+  def _negatives(
+    self, negatives: Sequence[tuple[bytes, bytes]], draws: np.ndarray
+  ) -> list[tuple[bytes | None, int]]:
     """(text, kind) of each slot for a false caption: one of its own kind, or any without repeat."""
     if self.by_kind:
       found: list[tuple[bytes | None, int]] = []
       for slot, draw in zip(range(self.negatives), draws, strict=False):
-        of_kind = [text for text, kind in record.negatives if _KINDS.get(kind) == slot]
+        of_kind = [text for text, kind in negatives if _KINDS.get(kind) == slot]
         found.append((of_kind[int(draw * len(of_kind))] if of_kind else None, slot))
       return found
-    picked = transforms.draw_without_repeat(len(record.negatives), draws[: self.negatives])
-    found = [(record.negatives[p][0], _KINDS.get(record.negatives[p][1], 0)) for p in picked]
+    picked = transforms.draw_without_repeat(len(negatives), draws[: self.negatives])
+    found = [(negatives[p][0], _KINDS.get(negatives[p][1], 0)) for p in picked]
     return found + [(None, 0)] * (self.negatives - len(found))
 
   def _of_regions(

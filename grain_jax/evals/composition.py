@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from grain_jax.data import false_captions
 from grain_jax.data.scenes import texts as scene_texts
 from grain_jax.evals import retrieval
 from grain_jax.evals.inputs import images as images_lib
@@ -194,7 +195,8 @@ def evaluate_built(
     encode_text: texts -> embeddings.
     batches: (batch, extras) with extras "captions" and "key", and "negatives" [(text, kind)] of
       each example where they are asked for; see `retrieval`.
-    own_negatives: the records' false captions, against the record's first caption, by their kinds.
+    own_negatives: the records' false captions, each against the caption that it was made of (the
+      nearest in words, of equally near ones the first), by their kinds.
     texts_per_call: most texts handed to `encode_text` at once.
 
   Returns:
@@ -268,10 +270,14 @@ class Pair(NamedTuple):
 
 
 def _own(captions: Sequence[str], negatives: Sequence[tuple[str, str]]) -> list[Pair]:
-  """The pairs of a record's first caption and its false ones."""
+  """The pairs of a record's false captions, each with the caption that it was made of."""
   if not captions:
     return []
-  return [Pair(kind or "negative", captions[0], false) for false, kind in negatives]
+  near = false_captions.nearest([false for false, _ in negatives], captions)
+  return [
+    Pair(kind or "negative", captions[found[0]], false)
+    for (false, kind), found in zip(negatives, near, strict=True)
+  ]
 
 
 class _Phrase(NamedTuple):

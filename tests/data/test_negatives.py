@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax import schema, tokenizer
-from grain_jax.data import build, dataset, pipeline
+from grain_jax.data import build, dataset, false_captions, pipeline
 from grain_jax.data.scenes import scenes
 from grain_jax.data.sources import scenes as scenes_source
 
@@ -72,6 +72,47 @@ def test_any_of_them_are_drawn_anew_in_each_epoch(config):
   assert again == seen
   for row, (record, *_) in enumerate(epochs(config, 1)[0]):
     assert {epoch[row] for epoch in seen} <= {text.decode() for text, _ in record.negatives}
+
+
+def plain(text):
+  return text.replace(" ", "")
+
+
+@pytest.mark.parametrize("by", ["kind", "drawn"])
+def test_false_captions_are_of_the_caption_that_is_drawn(config, by):
+  """The second caption of a scene has none; with 'any' it stands beside those of the first."""
+  opened = dataset.open_dataset(config.data.dir)
+  records = [opened.parse("train", i) for i in range(16)]
+  captions = {plain(text.decode()): (r, n) for r in records for n, text in enumerate(r.captions)}
+  config.data.update(caption="half", negatives=2, negatives_by=by)
+  for of in ("any", "caption"):
+    config.data.negatives_of = of
+    batches, seen = pipeline.train_batches(opened, config), []
+    for _ in range(4 * 16 // config.batch_size):
+      batch = next(batches)
+      for row in range(config.batch_size):
+        texts = texts_of(batch, row)
+        record, number = captions[plain(texts[0])]
+        false = {text for slot, text in texts.items() if 4 <= slot < 6}
+        assert false <= {text.decode() for text, _ in record.negatives}
+        seen.append((number, bool(false)))
+    batches.close()
+    assert set(seen) == {(0, True), (1, of == "any")}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_nearest_caption_is_the_one_that_was_changed(data):
+  captions = [[f"{'abcd'[n]}{i}" for i in range(data.draw(st.integers(4, 9)))] for n in range(3)]
+  number = data.draw(st.integers(0, 2))
+  false = data.draw(st.permutations(captions[number]))
+  if data.draw(st.booleans()):
+    false[0] = data.draw(st.sampled_from(["new", captions[number - 1][0]]))
+  texts = [" ".join(words) for words in captions]
+  assert false_captions.nearest([" ".join(false)], texts) == [[number]]
+  encoded = [f"{text}.".upper().encode() for text in texts]
+  assert false_captions.nearest([" ".join(false).encode()], encoded) == [[number]]
+  assert false_captions.nearest(["nothing of it"], [texts[0], texts[0]]) == [[0, 1]]
 
 
 def test_a_regions_false_descriptions_are_its_own_and_not_the_same_twice(config):

@@ -345,8 +345,17 @@ def test_evaluate_built_without_a_coloured_object_says_so():
   assert "composition/swap_att" not in only and "composition/average" not in only
 
 
+def test_own_negatives_are_held_against_the_caption_they_were_made_of():
+  captions = ["a red cat on a mat", "the photo shows some cat, red and asleep"]
+  false = [("the photo shows some cat, red and awake", "action"), ("a red cat on a sofa", "object")]
+  pairs = composition._own(captions, false)
+  assert [(pair.true, pair.kind) for pair in pairs] == [
+    (captions[1], "action"), (captions[0], "object"),
+  ]  # fmt: skip
+
+
 def test_own_negatives_are_judged_by_their_kinds():
-  """Against each record's first caption; what has no caption or no false one does not count."""
+  """What has no caption or no false one does not count."""
   negatives = [
     [("a blue apple above a red cat", "attribute"), ("a red cat above a blue apple", "relation")],
     [("a green cat in the middle", "object")],
