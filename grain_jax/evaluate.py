@@ -103,7 +103,8 @@ def run(
   outcome = built.run(ours, config, encoders, dataset, attempt=attempt)
   found = suite.run(suite.parse(outside), encoders, options, say=say, attempt=attempt)
   results = _rounded(outcome.results | found)
-  return dataclasses.replace(outcome, results=results, errors=attempt.errors)
+  data = dataset.whole_fingerprint() if ours and dataset is not None else ""
+  return dataclasses.replace(outcome, results=results, errors=attempt.errors, data=data)
 
 
 def _rounded(results: dict[str, float | int]) -> dict[str, float | int]:
@@ -125,17 +126,32 @@ def write(
 ) -> None:
   """results.json, figures/ and report.html into a folder, and the table on the terminal.
 
-  Results and figures that the folder has of other evaluations of the same step stay
-  (`suite.merge`).
+  Results and figures that the folder has of other evaluations of the same step and data stay
+  (`suite.merge`); results of another step or of other data are kept in results.before.json.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / "results.json"
+  path, of_data = folder / "results.json", folder / "results.data"
   older = json.loads(path.read_text()) if path.is_file() else {}
+  data = of_data.read_text() if older and of_data.is_file() else ""
   results = dict(outcome.results)
-  same = step is not None and older.get("step") == step
+  other = ""
+  if step is None or older.get("step") != step:
+    other = f"of step {older.get('step')}"
+  elif data and outcome.data and data != outcome.data:
+    other = "of other data"
+  if older and other:
+    path.replace(folder / "results.before.json")
+    print(f"the {path} that was there is {other}: kept as results.before.json", flush=True)
+  same = bool(older) and not other
   if same:
     older.pop("step")
     results = _rounded(suite.merge(older, results))
+    if facts and "command" in facts and results.keys() - outcome.results.keys():
+      facts = {"last command" if key == "command" else key: facts[key] for key in facts}
+  if data := outcome.data or (data if same else ""):
+    places.write_text(of_data, data)
+  else:
+    of_data.unlink(missing_ok=True)
   text = json.dumps({"step": step, **results}, indent=2) + "\n"
   places.write_text(path, text)
   print(report.format_table(outcome.results))

@@ -89,11 +89,16 @@ def read_config(path: str | os.PathLike, part: str) -> ml_collections.ConfigDict
 
 def _check_holds_a_model(folder: pathlib.Path) -> None:
   if name := places.hub_name(folder):
+    begin = f"{folder}: there is no such folder. "
+    if name.partition("/")[0] in ("weights", "runs", "data"):
+      raise ValueError(
+        f"{begin}A run is trained first; weights/... is what python -m grain_jax.convert writes "
+        "(--from=hf_clip --input=DIR --out=weights/NAME)."
+      )
     raise ValueError(
-      f"{folder}: there is no such folder. A run is trained first (`make quickstart` trains "
-      "runs/quickstart); a model of the Hugging Face hub is fetched and converted: hf download "
-      f"{name} --local-dir DIR, then python -m grain_jax.convert --from=hf_clip --input=DIR "
-      "--out=WEIGHTS."
+      f"{begin}A run is trained first (`make quickstart` trains runs/quickstart); a model of the "
+      f"Hugging Face hub is fetched and converted: hf download {name} --local-dir DIR, then python "
+      "-m grain_jax.convert --from=hf_clip --input=DIR --out=WEIGHTS."
     )
   if not (folder / "config.json").is_file():
     raise ValueError(

@@ -117,6 +117,11 @@ class Dataset:
     self._split(split)
     return _fingerprint(self.manifest, split)
 
+  def whole_fingerprint(self) -> str:
+    """sha256 of all splits, by their names and `fingerprint`s."""
+    parts = [[split, self.fingerprint(split)] for split in sorted(self.splits)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
   def copy_of(self, split: str) -> pathlib.Path | None:
     """Folder of a split's copy on this machine: of its content, wherever it was copied from."""
     if not self.local_copy:
@@ -334,6 +339,10 @@ def digest_of(path: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
+_BUILD = "python -m grain_jax.data.build --source="
+_OF_SCENES, _OF_FOLDER = f"{_BUILD}scenes --out=", f"{_BUILD}folder --input="
+
+
 def open_dataset(directory: str | pathlib.Path, *, local_copy: str = "") -> Dataset:
   """Opens a directory that `grain_jax.data.build` has finished.
 
@@ -346,15 +355,33 @@ def open_dataset(directory: str | pathlib.Path, *, local_copy: str = "") -> Data
       or cut short.
     failures.TransientError: the storage fails.
   """
-  how = "Build it: python -m grain_jax.data.build --source=scenes --out="
   if not str(directory):
-    raise ValueError(f"config.data.dir is empty: no data to read. {how}DIR, and set it to DIR.")
+    raise ValueError(
+      f"config.data.dir is empty: no data to read. Build it: {_OF_SCENES}DIR, and set it to DIR."
+    )
   path = named_places.open_place(directory, "data directory").expanduser()
-  return failures.retry_read(lambda: _open(path, how, local_copy), path)
+  return failures.retry_read(lambda: _open(path, local_copy), path)
 
 
-def _open(path: pathlib.Path, how: str, local_copy: str) -> Dataset:
-  file = path / MANIFEST
+def _how(path: pathlib.Path) -> str:
+  """What to do about a directory that is no built data."""
+  for name in ("annotations.jsonl", "annotations.csv"):
+    if (path / name).is_file():
+      return (
+        f"It holds {name}: build it. {_OF_FOLDER}{path} --out=OUT, and set config.data.dir=OUT."
+      )
+  if path.name.startswith("scenes"):
+    more = " --negatives=true" * ("negatives" in path.name)
+    return f"Build it: {_OF_SCENES}{path}{more}"
+  return (
+    f"Build it: {_OF_FOLDER}PICTURES --out={path} (or another --source), or name the directory "
+    "where it lies (--config.data.dir, or --data_dir of evaluate); a relative one starts from "
+    "where the command does."
+  )
+
+
+def _open(path: pathlib.Path, local_copy: str) -> Dataset:
+  file, how = path / MANIFEST, _how(path)
   if not file.is_file():
     part = path.with_name(f"{path.name}.part")  # of `grain_jax.data.build`
     if part.exists():
@@ -363,7 +390,7 @@ def _open(path: pathlib.Path, how: str, local_copy: str) -> Dataset:
       why = f"it has no {MANIFEST}, so it is half-built or something else"
     else:
       why = "there is no such directory"
-    raise ValueError(f"data directory {path} cannot be opened: {why}. {how}{path}")
+    raise ValueError(f"data directory {path} cannot be opened: {why}. {how}")
   try:
     manifest = json.loads(file.read_text())
     version = manifest["format"]
@@ -372,9 +399,9 @@ def _open(path: pathlib.Path, how: str, local_copy: str) -> Dataset:
       return Dataset(path, manifest, local_copy=local_copy, stamps=stamps)
   except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
     raise ValueError(
-      f"{file} is not a manifest of this program ({type(error).__name__}: {error}). {how}{path}"
+      f"{file} is not a manifest of this program ({type(error).__name__}: {error}). {how}"
     ) from None
-  raise ValueError(f"{file} has format {version}, this program reads {FORMAT}. {how}{path}")
+  raise ValueError(f"{file} has format {version}, this program reads {FORMAT}. {how}")
 
 
 def _check_shards(path: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, named_places.Stamp]:

@@ -40,6 +40,7 @@ class Outcome:
   segmented: Sequence[segmentation.Example] = ()
   errors: Mapping[str, Exception] = dataclasses.field(default_factory=dict)  # by evaluation
   sets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # family -> "scenes/objects"
+  data: str = ""  # fingerprint of the built data; empty: none was read
 
   def merge(self, other: Outcome) -> Outcome:
     """Both together; images of the later one where it has some."""
@@ -49,6 +50,7 @@ class Outcome:
       other.segmented or self.segmented,
       {**self.errors, **other.errors},
       {**self.sets, **other.sets},
+      other.data or self.data,
     )
 
 

@@ -21,11 +21,36 @@ from grain_jax.runtime import checkpoint, distributed
 
 _LOCK = ".lock"
 _HOLDER = ".lock.json"
+_DATA = ("annotations.jsonl", "annotations.csv", "manifest.json")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tar", ".parquet")
 # Seconds that a run waits for one that is ending: a launcher may be quicker than its predecessor.
 LOCK_SECONDS = 30.0
 # Seconds until a network file system shows what another machine has written: it may remember for a
 # while that a file was not there.
 SHARED_SECONDS = 60.0
+
+
+def make(folder: pathlib.Path) -> None:
+  """Makes the workdir, if it is not there.
+
+  Raises:
+    ValueError: it cannot be made, or pictures or data lie there and no run; one line.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = set() if (folder / "config.json").exists() else {path.name for path in folder.iterdir()}
+  except OSError as error:
+    if failures.is_transient(error):
+      raise
+    raise ValueError(
+      f"--workdir={folder} cannot be a run's folder: {error.strerror or error}. Name another."
+    ) from None
+  data = sorted(n for n in names if n in _DATA or n.lower().endswith(_PICTURES))
+  if data:
+    raise ValueError(
+      f"--workdir={folder} holds {data[0]}{' and more' * (len(data) > 1)}: a run would write its "
+      "checkpoints among your data. Name a folder of its own, such as runs/mine."
+    )
 
 
 @contextlib.contextmanager

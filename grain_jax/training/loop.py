@@ -62,7 +62,7 @@ def train(
   init, abstract, shardings, optimizer = steps.create_state(model, config, mesh, **run.length)
   learning_rate = optim.schedule(config, **run.length)
   provenance.check_workdir(folder, config, changing=continue_as)
-  folder.mkdir(parents=True, exist_ok=True)
+  workdirs.make(folder)
   with (
     workdirs.hold(folder),
     preemption.Preemption(several=distributed.process_count() > 1) as stopping,

@@ -32,6 +32,11 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
   o = config.optimizer
   warmup = o.warmup_steps or round(o.warmup_epochs * steps_per_epoch)
   steps = total_steps - o.start_step
+  if o.start_step and steps <= 0:
+    raise ValueError(
+      f"config.steps: the run is at step {o.start_step} already, and is to end at {total_steps}. "
+      "Name a later step."
+    )
   if warmup >= steps:
     after = f" after step {o.start_step}" if o.start_step else ""
     raise ValueError(

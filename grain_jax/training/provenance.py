@@ -44,6 +44,9 @@ def _check_config(
     purpose = (
       f" To change it on purpose add --continue_as={key}." if key in continuation.KEYS else ""
     )
+    for part in ("model", "image", "text"):  # shapes come with the weights (config.init.adopt)
+      if old.init[part] and not config.init[part]:
+        purpose += f" It began with --config.init.{part}={old.init[part]}: give that again."
     raise ValueError(
       f"{folder} was made by another config: config.{key} was {was!r} and is {now!r}. "
       f"Use a new workdir, or the config of the old one.{purpose}"

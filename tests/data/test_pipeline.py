@@ -254,6 +254,11 @@ def test_damaged_directories_are_one_line(tmp_path, how, message):
   "change, message",
   [
     ({"dir": ""}, "config.data.dir is empty.*data.build"),
+    ({"dir": "/nowhere/data"}, "--source=folder --input=PICTURES --out=/nowhere/data"),
+    (
+      {"dir": "/nowhere/scenes_negatives"},
+      "scenes --out=/nowhere/scenes_negatives --negatives=true",
+    ),
     ({"dir": "/nowhere/data"}, "/nowhere/data cannot be opened: there is no such directory"),
     ({"split": "test"}, "split 'test' is not in .*it holds train, val"),
     ({"resize": "stretch"}, "config.data.resize = 'stretch' is unknown.*squash, crop"),

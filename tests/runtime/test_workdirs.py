@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -103,3 +104,24 @@ def test_a_workdir_that_takes_no_checkpoint_is_said_with_the_right_code(tmp_path
 def test_the_probe_leaves_nothing(tmp_path):
   workdirs.save_probe(tmp_path, {"w": jnp.arange(4.0)})
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["annotations.csv", "manifest.json", "a.JPG", "00000.tar"])
+def test_a_folder_of_data_is_no_workdir(tmp_path, name):
+  folder = tmp_path / "pets"
+  workdirs.make(folder)
+  (folder / "log.txt").touch()
+  workdirs.make(folder)
+  (folder / name).touch()
+  with pytest.raises(ValueError, match=f"pets holds {name}: a run would write"):
+    workdirs.make(folder)
+  (folder / "config.json").touch()  # a run is there
+  workdirs.make(folder)
+
+
+def test_what_cannot_be_a_folder_is_one_line(tmp_path):
+  (tmp_path / "file").touch()
+  for place in (tmp_path / "file", tmp_path / "file" / "below", pathlib.Path("/proc/x")):
+    with pytest.raises(ValueError, match=f"^--workdir={place} cannot be a run's folder: ") as error:
+      workdirs.make(place)
+    assert "\n" not in str(error.value)

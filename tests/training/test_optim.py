@@ -104,6 +104,12 @@ def test_warmup_longer_than_the_run_is_an_error(tiny):
     optim.schedule(tiny, total_steps=10, steps_per_epoch=5)
 
 
+def test_an_end_that_is_passed_already_is_said(tiny):
+  tiny.optimizer.update(warmup_steps=1, start_step=20)
+  with pytest.raises(ValueError, match="at step 20 already, and is to end at 10. Name a later"):
+    optim.schedule(tiny, total_steps=10, steps_per_epoch=5)
+
+
 def test_clean_mask_decays_no_norm_bias_or_scale_of_the_model(tiny):
   """By name: stacked biases and norm weights are 2-D, so the number of dimensions says nothing."""
   params = model_params(tiny)

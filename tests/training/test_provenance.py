@@ -19,6 +19,15 @@ def test_local_negatives_hold_the_devices_that_share_a_batch(tiny, tmp_path, neg
     provenance.check_checkpoint(tmp_path, meta, tiny, now | {"batch_shards": 4})
 
 
+def test_shapes_that_came_with_weights_name_the_weights(tiny, tmp_path):
+  began = tiny.copy_and_resolve_references()
+  began.init.image, began.model.embed_dim = "weights/vit", 12
+  provenance.write_config(tmp_path, began)
+  words = "embed_dim was 12 .* It began with --config.init.image=weights/vit: give that again"
+  with pytest.raises(ValueError, match=words):
+    provenance.check_workdir(tmp_path, tiny)
+
+
 def test_other_data_are_named(tiny, tmp_path):
   now = {"tokenizer": "a" * 20, "data": "b" * 20, "batch_shards": 8}
   meta = {"config": tiny.to_dict(), **now, "data": "c" * 20}

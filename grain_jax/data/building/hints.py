@@ -5,6 +5,7 @@ A hint is a line that says how many of what are odd, and how they would fit.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -280,11 +281,25 @@ def _other_endings(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield path.with_suffix(spelled)
 
 
+def _in_other_case(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The path whose last two names differ in capitals alone, if there is one."""
+  folders = [path.parent]
+  with contextlib.suppress(OSError):
+    if not path.parent.is_dir():
+      name = path.parent.name.casefold()
+      folders = [p for p in path.parent.parent.iterdir() if p.name.casefold() == name]
+  for folder in folders:
+    yield folder / path.name
+    yield folder / path.name.lower()
+    for spelled in (path.suffix.lower(), path.suffix.upper()):
+      yield folder / (path.stem + spelled)
+
+
 # What a path may have been written with -> where its image is looked for.
 _ELSEWHERE: dict[str, Callable[[pathlib.Path], Iterable[pathlib.Path]]] = {
   "backslashes": lambda p: [pathlib.Path(str(p).replace("\\", "/"))],
   "another ending": _other_endings,
-  "capitals": lambda p: [p.with_name(p.name.lower())],
+  "capitals": _in_other_case,
   "a folder named twice": lambda p: [
     pathlib.Path(*p.parts[:i], *p.parts[i + 1 :])
     for i in range(1, len(p.parts) - 1)

@@ -199,10 +199,8 @@ class Build:
       self.say(line)
     if not plan.shards:
       reasons = ", ".join(f"{why} {n:,}" for why, n in summary["images"]["reasons"].items())
-      raise ValueError(
-        f"the source gave no usable record (dropped: {reasons}).{tally.perhaps(found)} Check its "
-        "paths."
-      )
+      dropped = f" (dropped: {reasons})" if reasons else ": it is empty, or its paths are wrong"
+      raise ValueError(f"the source gave no usable record{dropped}.{tally.perhaps(found)}")
     self.counts.check(found)
     return summary, found
 

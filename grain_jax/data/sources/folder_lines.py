@@ -159,11 +159,15 @@ def read(
   stop = None if block is None else block["stop"]
   if _is_csv(file):
     return _csv_lines(file, oddities, start, stop)
-  return _json_lines(file, start, stop)
+  return _json_lines(file, oddities, start, stop)
 
 
 def find(root: pathlib.Path) -> pathlib.Path:
   """The annotation file of a folder; a one-line ValueError where it has none."""
+  if root.is_file():
+    raise ValueError(
+      f"{root} is a file, not a folder: give its folder, or --annotations={root} beside it."
+    )
   for name in ("annotations.jsonl", "annotations.csv"):
     if (root / name).is_file():
       return root / name
@@ -284,14 +288,19 @@ def _is_csv(file: pathlib.Path) -> bool:
 
 
 def _json_lines(
-  file: pathlib.Path, start: textfiles.Place, stop: int | None
+  file: pathlib.Path, oddities: Oddities | None, start: textfiles.Place, stop: int | None
 ) -> Iterator[Mapping[str, Any] | records.Refused]:
   # What is no JSON or UTF-8 costs its line alone.
   for line in textfiles.iterate_lines(file, start=start, stop=stop):
+    entry, odd = None, ""
     try:
       entry = textfiles.parse_json(line.text())
-    except ValueError:
-      entry = None
+      odd = "" if isinstance(entry, dict) else "a line is no JSON object"
+    except ValueError as error:
+      encoded = str(error).startswith("not UTF-8")
+      odd = "a line is not UTF-8: save the file as UTF-8" if encoded else "a line is not JSON"
+    if odd and oddities is not None:
+      oddities.add_value(odd, f"line {line.number}")
     refused = records.Refused(f"line {line.number}", "records", "not_json")
     yield entry if isinstance(entry, dict) else refused
 

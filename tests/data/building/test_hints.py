@@ -234,6 +234,7 @@ PATHS = {
   "backslashes": lambda path: path.replace("/", "\\"),
   "another ending": lambda path: path.replace(".jpg", ".png"),
   "capitals": lambda path: "images/" + path[7:].upper().replace(".JPG", ".Jpg"),
+  "capitals ": lambda path: path.upper(),  # of the folder too
   "a folder named twice": lambda path: f"images/{path}",
   "a folder left out": lambda path: path[7:],
 }
@@ -250,7 +251,7 @@ def test_missing_images_are_looked_for_before_any_is_read(root, capsys, name, mo
   assert code == 2 and "20 of 20 images (missing_image 20) cannot be used" in line
   if name == "capitals":
     name = "another ending"  # which is tried first, and fits as well
-  assert f"Perhaps: {name}? 20 missing images are there otherwise: " in line
+  assert f"Perhaps: {name.strip()}? 20 missing images are there otherwise: " in line
   assert f"-> {root}/images/0.jpg" in line
 
 
