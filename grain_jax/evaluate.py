@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import json
 import os
 import pathlib
@@ -281,9 +282,11 @@ def _split_names(evals: Sequence[str]) -> tuple[list[str], list[str]]:
   """Names of evaluations on built data, and on outside datasets; unknown ones raise."""
   for name in evals:
     if ":" not in name and name not in EVALS:
+      near = difflib.get_close_matches(name, EVALS, n=1)
+      hint = f"Did you mean {near[0]}? " if near else ""
       raise ValueError(
-        f"config.evals: {name!r} is unknown. Choose from {', '.join(EVALS)}; or FAMILY:SET with "
-        f"FAMILY one of {', '.join(suite.FAMILIES)}."
+        f"config.evals: {name!r} is unknown. {hint}Choose from {', '.join(EVALS)}; or FAMILY:SET "
+        f"with FAMILY one of {', '.join(suite.FAMILIES)}."
       )
   return [n for n in evals if ":" not in n], [n for n in evals if ":" in n]
 

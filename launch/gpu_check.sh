@@ -8,6 +8,12 @@ cd "$(dirname "$0")/.." || exit 1
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 out=${OUT:-gpu_check}
+for module in torch pytest; do
+  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" || {
+    echo "error: launch/gpu_check.sh needs $module: $python -m pip install torch pytest" >&2
+    exit 2
+  }
+done
 mkdir -p "$out"
 
 "$python" -m bench.train_step --device=gpu --cache="$out/cache" "$@" | tee "$out/bench.jsonl"

@@ -54,7 +54,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   )
   add = parser.add_argument
   told = "\n".join(f"{name}: {what}." for name, what in stages.STAGES.items())
-  add("stage", choices=tuple(stages.STAGES), help=f"what to do; with --help, its flags. {told}")
+  others = f"{' and '.join(_OTHERS)} have flags of their own: see their --help."
+  choices = (*stages.STAGES, *_OTHERS)
+  add("stage", choices=choices, help=f"what to do; with --help, its flags. {told} {others}")
   add("--out", required=True, help="folder to write (must be given)")
   add("--source", choices=tuple(sources.KINDS), default="folder", help="of the pictures")
   add(
@@ -63,12 +65,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     help="of a Ray cluster; 'local' starts one on this machine, 'none' works in this process",
   )
   add("--max_failures", type=float, default=0.05, help="part of the pictures that may fail")
-  add("--retry_failed", action="store_true", help="do blocks again of which pictures failed")
+  add("--retry_failed", action="store_true", help="do pictures again that failed")
   if stage:
     build_flags.add_flags(parser, stages.module(stage).FLAGS)
   if known.source in sources.KINDS:
     build_flags.add_flags(parser, build_flags.of_source(known.source))
   found = parser.parse_args(arguments)
+  if found.stage in _OTHERS:
+    parser.error(f"{found.stage} is to be the first word: {_PROGRAM} {found.stage} ...")
   addresses = getattr(stages.module(stage), "ADDRESSES", ()) if stage else ()
   with build_flags.as_error_of(parser):
     paths = {name: value for name, value in vars(found).items() if name not in addresses}

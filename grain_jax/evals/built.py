@@ -184,8 +184,16 @@ def split_of(config: ml_collections.ConfigDict, section: str) -> str:
   return config[section].split
 
 
+class NotServed(ValueError):
+  """The data, or the configuration, cannot serve an evaluation: `why`, and what to do."""
+
+  def __init__(self, why: str, mend: str):
+    super().__init__(why + mend)
+    self.why = why
+
+
 def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> None:
-  """Raises a one-line ValueError where the data cannot serve the evaluation.
+  """Raises a one-line `NotServed` where the data cannot serve the evaluation.
 
   It may lack the split, prompts, descriptors, or a single record with what is needed: records are
   read up to the first that will do.
@@ -197,14 +205,15 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dat
   split = split_of(config, section)
   leave_out = f"leave {name!r} out of config.evals"
   if name == "segmentation" and not dataset.mask_names:
-    raise ValueError(f"{config.data.dir} has no masks: {leave_out}.")
+    raise NotServed(f"{config.data.dir} has no masks", f": {leave_out}.")
   if split not in dataset.splits:
-    raise ValueError(
+    raise NotServed(
       f"config.{section}.split = {split!r} is not in {config.data.dir}, which has "
-      f"{', '.join(dataset.splits)}. Set it, or {leave_out}."
+      f"{', '.join(dataset.splits)}",
+      f". Set it, or {leave_out}.",
     )
   if evaluation.serves is _described and not config.data.max_regions:
-    raise ValueError(f"{name} needs regions and config.data.max_regions = 0: {leave_out}.")
+    raise NotServed(f"{name} needs regions and config.data.max_regions = 0", f": {leave_out}.")
   if name == "zero_shot" and dataset.class_names:
     try:
       zero_shot.class_prompts(dataset.class_names, config.zero_shot.templates)
@@ -212,9 +221,10 @@ def check(name: str, config: ml_collections.ConfigDict, dataset: dataset_lib.Dat
     except ValueError as error:
       raise ValueError(f"config.zero_shot: {error}") from error
   if not any(map(evaluation.serves, _readable(dataset, split))):
-    raise ValueError(
+    raise NotServed(
       f"{name}: none of the {dataset.num_records(split)} records of split {split!r} in "
-      f"{config.data.dir} has {evaluation.needs}. Set config.{section}.split, or {leave_out}."
+      f"{config.data.dir} has {evaluation.needs}",
+      f". Set config.{section}.split, or {leave_out}.",
     )
 
 

@@ -19,8 +19,9 @@ from grain_jax.training import steps
 
 # In an environment of its own: JAX would take these for attached devices.
 _REQUIREMENTS = (
-  "python -m pip install -r requirements-plan.txt, or where there is no such file: python -m pip "
-  f"install libtpu jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+  "python -m venv .venv-plan && .venv-plan/bin/python -m pip install -r requirements-plan.txt (an "
+  "environment of its own: JAX takes them for devices), or where there is no such file: python -m "
+  f"pip install libtpu jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
 )
 _GIB = 2**30
 

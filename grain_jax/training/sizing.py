@@ -154,7 +154,7 @@ def available(
         built.check(candidate, config, dataset)
         found.append(candidate)
       except ValueError as error:
-        say(f"not evaluated: {candidate}: {error}")
+        say(f"not evaluated: {candidate}: {getattr(error, 'why', error)}")
   if config.data.negatives or config.data.negatives_per_region:
     families = {name.partition(":")[0] for name in config.evals} | set(found)
     for candidate in ("zero_shot", "composition"):
