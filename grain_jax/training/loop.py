@@ -22,7 +22,7 @@ from grain_jax.evals.inputs import attempts
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import optim, provenance, setup, steps, utilization, validation
+from grain_jax.training import notices, optim, provenance, setup, steps, utilization, validation
 from grain_jax.training.failed_evaluations import FailedEvaluations
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 # Steps whose results the host may be behind; on CPUs of several processes one (see below).
 _IN_FLIGHT = 2
-# Share of false captions and descriptions without a place in their rows, above which a run warns.
-_DROPPED = 0.01
 
 
 def train(
@@ -242,22 +240,17 @@ def _loop(
   pending: list[metrics.Pairs] = []
   # The line of a step is written when the next one is under way, so that no device waits for it.
   late: tuple[int, list[metrics.Pairs]] | None = None
-  warned = False  # of dropped negatives, once
+  notes = notices.Notices(config)
 
   def report(step: int, values: list[metrics.Pairs]) -> None:
-    nonlocal warned
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
     summary["train/learning_rate"] = float(learning_rate(step - 1))  # of the update to `step`
     opens, dropped = batches.shard_opens_per_1000(), batches.dropped_negatives()
     if dropped is not None:
       summary["train/dropped_negatives"] = dropped
-      if dropped > _DROPPED and not warned:
-        warned = True
-        _warn(
-          f"{dropped:.1%} of the false captions and descriptions do not fit rows of "
-          f"{config.data.row_length} tokens and are left out: raise config.data.row_length."
-        )
+    for line in notes.lines(summary, len(values) * config.batch_size):
+      _warn(line)
     if step > first + 1:
       summary["train/shard_opens_per_1000"] = opens
       speed = progress.speed(step)

@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_keeps_its_teacher(data, tmp_path, capsys):
   whole, again = tmp_path / "whole", tmp_path / "again"
   loop.train(c, str(whole))
   said = capsys.readouterr().out
-  assert "do not fit rows of 60 tokens" in said and said.count("do not fit") == 1
+  assert said.count("false captions and descriptions do not fit rows of 60 tokens") == 1
   assert "random weights are nothing" in said
   assert "anchor 0." in said and "auxiliary " in said
   shutil.copytree(whole, again)
