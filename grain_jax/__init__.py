@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 # TensorFlow reads data here and nothing else: keep its start-up notices off the terminal.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# transformers has tokenizers here: that it finds no PyTorch is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load(path: str | pathlib.Path, *, step: int | None = None) -> inference.Model:
