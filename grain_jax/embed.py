@@ -292,7 +292,9 @@ if __name__ == "__main__":
     None,
     "Folder of pictures, or a .txt or .csv file naming them; by default --texts is given.",
   )
-  flags.DEFINE_string("texts", None, "A file with a text a line, blank ones left out; by default --images.")
+  flags.DEFINE_string(
+    "texts", None, "A file with a text a line, blank ones left out; else --images."
+  )
   flags.DEFINE_string("out", None, "The .npz file to be written.", required=True)
   flags.DEFINE_bool("overwrite", False, "Write over a file that is there.")
   flags.DEFINE_enum(
