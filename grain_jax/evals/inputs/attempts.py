@@ -31,7 +31,7 @@ class Attempts:
     warn: Callable[[str], None],
     agree: Callable[[str, str], list[str]] = lambda name, line: [line],
   ):
-    """`warn` gets a line for each failure; `agree` gathers a text of each process."""
+    """`warn` gets a line for each failure; `agree` gathers a text of each process, '' of success."""
     self._warn, self._agree = warn, agree
     self.errors: dict[str, Exception] = {}
 
@@ -46,17 +46,16 @@ class Attempts:
       mine["line"] = f"{type(error).__name__}: {failures.one_line(error)}"
       mine["again"] = failures.restart_helps(error)
     try:
-      told = [json.loads(text) for text in self._agree(name, json.dumps(mine))]
+      told = [json.loads(t) for t in self._agree(name, json.dumps(mine) if mine else "") if t]
     except failures.TransientError:
       if error is not None:  # the others wait in a collective for this process
         raise error from None
       raise
-    failed = [one for one in told if one]
-    if not failed:
+    if not told:
       return value
-    line = failed[0]["line"]
+    line = told[0]["line"]
     if error is None or not mine["again"]:  # one code for all processes
-      again = next((one["line"] for one in failed if one["again"]), "")
+      again = next((one["line"] for one in told if one["again"]), "")
       error = failures.TransientError(again) if again else error or RuntimeError(line)
     self.errors[name] = error
     self._warn(f"evaluation {name} failed: {line}")
