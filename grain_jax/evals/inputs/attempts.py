@@ -31,7 +31,7 @@ class Attempts:
     warn: Callable[[str], None],
     agree: Callable[[str, str], list[str]] = lambda name, line: [line],
   ):
-    """`warn` gets a line for each failure; `agree` gathers a text of each process, '' of success."""
+    """`warn` gets a line of each failure; `agree` gathers a text of each process ("": success)."""
     self._warn, self._agree = warn, agree
     self.errors: dict[str, Exception] = {}
 
