@@ -61,7 +61,7 @@ def test_one_is_timed_while_the_others_stand_still(tmp_path):
   assert lines[0]["case"] == "ours-1-none-device" and lines[0]["at_seconds"] > 0
   timed = times(tmp_path, 1, "timing")
   moved = [t for t in times(tmp_path, 2, "ready") if timed[0] + 0.05 < t < timed[-1] - 0.05]
-  assert len(timed) > 20 and not moved
+  assert len(timed) > 5 and not moved
   # It could not get ready while it stood still.
   assert lines[2]["seconds_to_first_step"] < 1.0 - 0.3 and lines[0]["seconds_to_first_step"] == 1
 
