@@ -62,11 +62,18 @@ def test_from_the_scenes_captions_to_a_run_that_reads_them(folders, tmp_path, ca
   c.batch_size, c.steps, c.evals, c.eval_every = 48, 3, (), 0
   c.optimizer.warmup_steps, c.log_every, c.save_every = 1, 1, 3
   c.data.row_length = 160  # all fit
-  batches = pipeline.train_batches(opened, c)
-  mask = next(batches)["text_mask"]
-  batches.close()
-  assert mask.shape == (48, 1 + 4) and mask[:, 0].all()
-  assert mask[:, 1:].sum(0).tolist() == [has[kind] for kind in schema.NEGATIVE_KINDS]
+  filled = {}
+  for of in ("any", "caption"):
+    c.data.negatives_of = of
+    batches = pipeline.train_batches(opened, c)
+    mask = next(batches)["text_mask"]
+    batches.close()
+    assert mask.shape == (48, 1 + 4) and mask[:, 0].all()
+    filled[of] = mask[:, 1:].sum(0).tolist()
+  assert filled["any"] == [has[kind] for kind in schema.NEGATIVE_KINDS]
+  # Those of the second caption stand beside it alone.
+  assert all(a <= b for a, b in zip(filled["caption"], filled["any"], strict=True))
+  assert 30 < sum(filled["caption"]) < sum(filled["any"])
   loop.train(c, str(tmp_path / "run"))
   rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   ranks = [row[name] for row in rows for name in row if name.endswith("rank")]

@@ -1,7 +1,9 @@
 """False texts of a scene, from its structure: one thing exchanged, all else as it is.
 
 The kinds are CE-CLIP's (arXiv 2306.08832): the place (relation), the colour (attribute), the thing
-(object). Nothing happens in a scene, so there is no false action.
+(object). Nothing happens in a scene, so there is no false action. Colours and things of a caption
+are half of the time exchanged between two that it names, as NegCLIP has it: a model can tell what
+is nowhere in the image without knowing what belongs together.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def of_description(
     choose: random.
   """
   color, name = thing
-  size = next((s for s in ("small", "large") if f" {s} " in f" {description} "), "")
+  size = _size(description)
   others = [c for c in colors if c != color and (c, name) not in {*present, *barred}]
   there = {p for _, p in present}
   things = [n for n in names if n not in there and (color, n) not in barred]
@@ -65,7 +67,10 @@ def of_caption(
   names: Sequence[str],
   choose: Choose,
 ) -> list[dict[str, str]]:
-  """[{'caption', 'kind'}] of the caption that says where something is (the first of a scene)."""
+  """[{'caption', 'kind'}] of the caption that says where something is (the first of a scene).
+
+  The caption names all things, by their descriptions.
+  """
   found = []
   if (moved := _moved(caption, descriptions, boxes, choose)) is not None:
     found.append({"caption": moved, "kind": "relation"})
@@ -76,8 +81,45 @@ def of_caption(
   )  # fmt: skip
   for kind, phrase in false.items():
     text = caption.replace(descriptions[index], phrase, 1)
+    exchanged = _exchanged(kind, caption, things, descriptions, barred=barred, choose=choose)
+    if exchanged and choose(2):
+      text = exchanged
     found.append({"caption": text, "kind": kind})
   return [entry for entry in found if entry["caption"] != caption]
+
+
+def _exchanged(
+  kind: str,
+  caption: str,
+  things: Sequence[tuple[str, str]],
+  descriptions: Sequence[str],
+  *,
+  barred: Collection[tuple[str, str]],
+  choose: Choose,
+) -> str | None:
+  """The caption with the colours, or the things, of two descriptions exchanged; None: of no two."""
+  pairs = []
+  for j, (color_b, name_b) in enumerate(things):
+    for i, (color_a, name_a) in enumerate(things[:j]):
+      a, b = descriptions[i], descriptions[j]
+      differ = color_a != color_b and name_a != name_b and a not in b and b not in a
+      if differ and not {(color_a, name_b), (color_b, name_a)} & {*barred, *things}:
+        pairs.append((i, j))
+  if not pairs:
+    return None
+  i, j = pairs[choose(len(pairs))]
+  (color_a, name_a), (color_b, name_b) = things[i], things[j]
+  if kind == "attribute":
+    color_a, color_b = color_b, color_a
+  else:
+    name_a, name_b = name_b, name_a
+  text = caption.replace(descriptions[i], "\0", 1)
+  text = text.replace(descriptions[j], texts.describe(name_b, color_b, _size(descriptions[j])), 1)
+  return text.replace("\0", texts.describe(name_a, color_a, _size(descriptions[i])), 1)
+
+
+def _size(description: str) -> str:
+  return next((s for s in ("small", "large") if f" {s} " in f" {description} "), "")
 
 
 def _moved(
