@@ -293,7 +293,7 @@ if __name__ == "__main__":
     "Folder of pictures, or a .txt or .csv file naming them; by default --texts is given.",
   )
   flags.DEFINE_string(
-    "texts", None, "A file with a text a line, blank ones left out; else --images."
+    "texts", None, "A file with a text a line, without the blank ones; by default none."
   )
   flags.DEFINE_string("out", None, "The .npz file to be written.", required=True)
   flags.DEFINE_bool("overwrite", False, "Write over a file that is there.")

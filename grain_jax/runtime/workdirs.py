@@ -38,7 +38,7 @@ def make(folder: pathlib.Path) -> None:
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    names = set() if (folder / "config.json").exists() else {path.name for path in folder.iterdir()}
+    names = set() if (folder / "config.json").exists() else _names(folder)
   except OSError as error:
     if failures.is_transient(error):
       raise
@@ -51,6 +51,13 @@ def make(folder: pathlib.Path) -> None:
       f"--workdir={folder} holds {data[0]}{' and more' * (len(data) > 1)}: a run would write its "
       "checkpoints among your data. Name a folder of its own, such as runs/mine."
     )
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+  try:
+    return {path.name for path in folder.iterdir()}
+  except FileNotFoundError:  # a bucket has no empty folders
+    return set()
 
 
 @contextlib.contextmanager
