@@ -75,7 +75,8 @@ class Job:
     _write_lines(file_of(self.out, "annotations", number), lines)
     _write_lines(file_of(self.out, "raw", number), raws)
     told = {"counts": counts, "losses": losses.entries}
-    told["totals"] = before.totals + collections.Counter(self.stage.totals())
+    before.totals.update(self.stage.totals())  # `+` would leave out what is 0
+    told["totals"] = before.totals
     told["seconds"] = before.seconds + time.monotonic() - began
     told["failed"], told["kept"] = failed, kept.entries
     _write_lines(facts, [told])

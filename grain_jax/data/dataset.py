@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from grain_jax import failures
 from grain_jax import places as named_places
-from grain_jax.data import records, shards, token_ids
+from grain_jax.data import advice, records, shards, token_ids
 
 MANIFEST = "manifest.json"
 _MOST_IN_VAIN = 16  # from then on times say nothing, as on some mounts
@@ -339,10 +339,6 @@ def digest_of(path: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
-_BUILD = "python -m grain_jax.data.build --source="
-_OF_SCENES, _OF_FOLDER = f"{_BUILD}scenes --out=", f"{_BUILD}folder --input="
-
-
 def open_dataset(directory: str | pathlib.Path, *, local_copy: str = "") -> Dataset:
   """Opens a directory that `grain_jax.data.build` has finished.
 
@@ -357,31 +353,14 @@ def open_dataset(directory: str | pathlib.Path, *, local_copy: str = "") -> Data
   """
   if not str(directory):
     raise ValueError(
-      f"config.data.dir is empty: no data to read. Build it: {_OF_SCENES}DIR, and set it to DIR."
+      f"config.data.dir is empty: no data. Build it: {advice.OF_SCENES}DIR, and set it to DIR."
     )
   path = named_places.open_place(directory, "data directory").expanduser()
   return failures.retry_read(lambda: _open(path, local_copy), path)
 
 
-def _how(path: pathlib.Path) -> str:
-  """What to do about a directory that is no built data."""
-  for name in ("annotations.jsonl", "annotations.csv"):
-    if (path / name).is_file():
-      return (
-        f"It holds {name}: build it. {_OF_FOLDER}{path} --out=OUT, and set config.data.dir=OUT."
-      )
-  if path.name.startswith("scenes"):
-    more = " --negatives=true" * ("negatives" in path.name)
-    return f"Build it: {_OF_SCENES}{path}{more}"
-  return (
-    f"Build it: {_OF_FOLDER}PICTURES --out={path} (or another --source), or name the directory "
-    "where it lies (--config.data.dir, or --data_dir of evaluate); a relative one starts from "
-    "where the command does."
-  )
-
-
 def _open(path: pathlib.Path, local_copy: str) -> Dataset:
-  file, how = path / MANIFEST, _how(path)
+  file, how = path / MANIFEST, advice.how_to_build(path)
   if not file.is_file():
     part = path.with_name(f"{path.name}.part")  # of `grain_jax.data.build`
     if part.exists():

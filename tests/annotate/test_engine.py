@@ -45,7 +45,7 @@ class Lengths:
 
   def totals(self):
     asked, self.asked = self.asked, 0
-    return {"asked": asked}
+    return {"asked": asked, "never": 0}
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_every_picture_once_with_its_counts(lengths, source, tmp_path):
     "pictures/refused": {"count": 2, "first": ["7.jpg", "2000.jpg"]},
     "pictures/missing_image": {"count": 1, "first": ["1200.jpg"]},
   }
-  assert manifest["totals"] == {"asked": 2499}
+  assert manifest["totals"] == {"asked": 2499, "never": 0}
   raw = (tmp_path / "out" / "raw" / "000000.jsonl").read_text().splitlines()
   assert json.loads(raw[0]) == {"key": "0.jpg", "raw": {"said": ["1 letters"]}}
 
@@ -140,7 +140,7 @@ def test_only_what_failed_is_done_again(lengths, source, tmp_path, monkeypatch):
   assert not (out / "manifest.json").exists()  # nothing takes it for finished
   assert annotations(out) == whole
   again = run(source, out)  # goes on with those that failed, and they fail again
-  assert again["totals"] == {"asked": 2499 + 2}  # all that was spent
+  assert again["totals"] == {"asked": 2499 + 2, "never": 0}  # all that was spent
   for part in ("counts", "losses"):
     assert again[part] == first[part]
   assert annotations(out) == whole
@@ -148,7 +148,7 @@ def test_only_what_failed_is_done_again(lengths, source, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Lengths, "one", lambda stage, item: stages.Result({"descriptions": ["x"]}))
     third = run(source, out, retry_failed=True)
-  assert third["counts"]["failed"] == 0 and third["totals"] == {"asked": 2499 + 4}
+  assert third["counts"]["failed"] == 0 and third["totals"] == {"asked": 2499 + 4, "never": 0}
   assert set(third["losses"]) == {"pictures/missing_image"}
   now = {key: {"key": key, "descriptions": ["x"]} for key in ("7.jpg", "2000.jpg")}
   assert annotations(out) == whole | now and not list((out / "again").iterdir())
@@ -294,4 +294,4 @@ def test_ray_of_which_a_worker_is_killed(lengths, source, tmp_path):
     ray.shutdown()
   assert (tmp_path / "once").exists()
   assert annotations(tmp_path / "out") == annotations(tmp_path / "whole")
-  assert manifest["totals"] == {"asked": 2499} and manifest["counts"]["failed"] == 2
+  assert manifest["totals"] == {"asked": 2499, "never": 0} and manifest["counts"]["failed"] == 2

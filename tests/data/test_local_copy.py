@@ -155,7 +155,8 @@ def test_processes_of_a_machine_share_it(data, tmp_path, monkeypatch):
   assert copier(opened(data, tmp_path), tmp_path)._threads == []  # nothing is left to do
 
 
-def test_a_copy_that_is_lost_is_read_at_its_origin(data, tmp_path, caplog):
+def with_lost_copies(data, tmp_path):
+  """The dataset, whose copies were finished and are cut short now, and its records."""
   found = opened(data, tmp_path)
   copying = copier(found, tmp_path)
   copying.wait()
@@ -163,6 +164,11 @@ def test_a_copy_that_is_lost_is_read_at_its_origin(data, tmp_path, caplog):
   before = found.read("train", range(RECORDS))
   for path in finished(tmp_path):
     os.truncate(path, 100)
+  return found, before
+
+
+def test_a_copy_that_is_lost_is_read_at_its_origin(data, tmp_path, caplog):
+  found, before = with_lost_copies(data, tmp_path)
   dataset.shards.READERS.forget(found._splits["train"]._owner)
   assert found.read("train", range(RECORDS)) == before
   assert caplog.text.count("is lost:") == 3
@@ -171,13 +177,7 @@ def test_a_copy_that_is_lost_is_read_at_its_origin(data, tmp_path, caplog):
 def test_one_thread_leaves_a_lost_copy_while_another_asks_why_its_read_failed(
   data, tmp_path, monkeypatch
 ):
-  found = opened(data, tmp_path)
-  copying = copier(found, tmp_path)
-  copying.wait()
-  copying.close()
-  before = found.read("train", range(RECORDS))
-  for path in finished(tmp_path):
-    os.truncate(path, 100)
+  found, before = with_lost_copies(data, tmp_path)
   gone, split = threading.Event(), found._splits["train"]
   lost = type(split)._lost
 

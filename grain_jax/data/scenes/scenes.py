@@ -196,8 +196,8 @@ class Scenes:
     self._unseen = unseen_pairs(s)
     num_classes = len(self.concepts) * len(s.colors)
     self._seen = sorted(set(range(num_classes)) - set(self._unseen))
-    pairs = (divmod(label, len(s.colors)) for label in self._unseen)
-    self._barred = {(s.colors[color][0], self.concepts[concept].name) for concept, color in pairs}
+    self._named = [(color, c.name) for c in self.concepts for color, _ in s.colors]
+    self._barred = {self._named[label] for label in self._unseen}
     if len(self._seen) < len(s.count_chances):
       raise ValueError(
         f"settings.concepts = {len(self.concepts)}: {len(self._seen)} seen pairs are fewer than "
@@ -217,9 +217,8 @@ class Scenes:
     buffer = io.BytesIO()
     image = Image.fromarray(scene.pixels)
     image.save(buffer, "JPEG", quality=s.jpeg_quality, subsampling=0)
-    things = [divmod(label, len(s.colors)) for label in scene.classes]
     false = false_texts.of_scene(
-      [(s.colors[color][0], self.concepts[concept].name) for concept, color in things],
+      [self._named[label] for label in scene.classes],
       caption=scene.captions[0], descriptions=scene.descriptions, boxes=scene.boxes.tolist(),
       barred=self._barred, colors=[color for color, _ in s.colors],
       names=[c.name for c in self.concepts],
