@@ -105,12 +105,14 @@ class Examples:
         f"config.data.crop_min_area = {self.min_area} is not a part of the image: use (0, 1]."
       )
 
-  def chunk(self, indices: np.ndarray, epoch: int, image: np.ndarray | None = None) -> Chunk:
+  def chunk(
+    self, indices: np.ndarray, epoch: int | np.ndarray, image: np.ndarray | None = None
+  ) -> Chunk:
     """Examples of the records `indices` i64 [n] (-1: padding) in a pass over the data.
 
     Args:
       indices: of the records.
-      epoch: of the pass.
+      epoch: of the pass, one for all or i64 [n].
       image: u8 [n, size, size, 3] to write the images to; None: a fresh one.
 
     Raises:
@@ -127,7 +129,7 @@ class Examples:
         self.failure = self.failure or _without_memory(error)
         raise self.failure from None
 
-  def _chunk(self, indices: np.ndarray, epoch: int, image: np.ndarray | None) -> Chunk:
+  def _chunk(self, indices: np.ndarray, epoch: int | np.ndarray, image: np.ndarray | None) -> Chunk:
     count, size = len(indices), self.size
     parsed = self._parse(indices)
     # Draws: caption (2), crop (4), flip (1), negatives (a number each).

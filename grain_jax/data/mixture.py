@@ -1,8 +1,9 @@
 """Several built datasets as one to train on, each with its weight: `config.data.sources`.
 
-An epoch has as many images as all of them together, and of each source its weight's part. The k-th
-image that a source gives in the whole run is the k-th of its own shuffled passes, so that none is
-seen again before all others were: what a step reads is a function of seed and step alone.
+An epoch has as many images as all of them together (in whole batches), and of each source its
+weight's part, shuffled. The k-th image that a source gives in the whole run is the k-th of its own
+shuffled passes, so that none is seen again before all others were, and each pass has crops,
+captions and negatives of its own: what a step reads is a function of seed and step alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ class Part:
   weight: float
   regions: bool  # off: its regions are not looked at
   records: int
-  draws: int  # images in an epoch
-  first: int  # its first slot of an epoch
+  draws: int  # images in an epoch of as many as there are records
   offset: int  # its first record among all
 
 
@@ -88,7 +88,7 @@ def _shares(total: int, weights: Sequence[float]) -> list[int]:
 class Mixture:
   """What training reads of a dataset, of several at once.
 
-  A record's index is its place in all sources one after the other; its slot in an epoch is another
+  A record's index is its place in all sources one after the other; its place in an epoch is another
   number (`choose`). It has the methods of `dataset.Dataset` that training uses.
 
   Attributes:
@@ -127,20 +127,16 @@ class Mixture:
       part = Part(
         name=name, dataset=opened[i], split=splits[i], weight=weights[i],
         regions=bool(entry.get("regions", True)), records=counts[i], draws=draws[i],
-        first=sum(draws[:i]), offset=sum(counts[:i]),
+        offset=sum(counts[:i]),
       )  # fmt: skip
-      if not part.draws:
-        raise ValueError(
-          f"config.data.sources[{i}]: with weight {part.weight:g} an epoch of {sum(counts)} images "
-          f"has none of {entry['dir']}. Raise its weight, or leave it out."
-        )
       self.parts.append(part)
+    self._check_shares(draws)
     self.names = [part.name for part in self.parts]
     # Two of each, which is what neighbouring steps read.
     self._order = functools.lru_cache(2 * len(self.parts))(
       lambda number, turn: sampler.permutation([seed, 1 + number, turn], self.parts[number].records)
     )
-    self._firsts = np.array([part.first for part in self.parts])
+    self._epoch = functools.lru_cache(2)(self._make_epoch)
     self._offsets = np.array([part.offset for part in self.parts])
 
   def num_records(self, split: str) -> int:
@@ -162,20 +158,50 @@ class Mixture:
     told = [[p.dataset.fingerprint(p.split), p.draws, p.regions] for p in self.parts]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
-  def choose(self, slots: np.ndarray, epoch: int) -> np.ndarray:
-    """Records i64 [n] in slots [n] of an epoch; -1 stays."""
-    found = np.full(len(slots), -1, np.int64)
-    numbers = np.searchsorted(self._firsts, slots, side="right") - 1
-    for number, part in enumerate(self.parts):
-      mine = (numbers == number) & (slots >= 0)
-      draws = epoch * part.draws + slots[mine] - part.first
-      inside = np.zeros(len(draws), np.int64)
-      for turn in np.unique(draws // part.records):
-        order = self._order(number, int(turn))
-        of_turn = draws // part.records == turn
-        inside[of_turn] = order[draws[of_turn] % part.records]
-      found[mine] = part.offset + inside
-    return found
+  def choose(self, places: np.ndarray, epoch: int, *, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """What stands at places of an epoch, in the order of time.
+
+    Args:
+      places: [n], below `images`.
+      epoch: epochs completed.
+      images: of an epoch, those of its whole batches.
+
+    Returns:
+      Records i64 [n], and which pass over its source each is of, i64 [n].
+
+    Raises:
+      ValueError: an epoch has no image of a source.
+    """
+    shares, numbers, ranks = self._epoch(epoch, images)
+    numbers, draws = numbers[places], ranks[places].astype(np.int64)
+    found, passes = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+    for number in np.unique(numbers):
+      part, mine = self.parts[number], numbers == number
+      turns, inside = np.divmod(epoch * shares[number] + draws[mine], part.records)
+      for turn in np.unique(turns):
+        of_turn = turns == turn
+        inside[of_turn] = self._order(int(number), int(turn))[inside[of_turn]]
+      found[mine], passes[mine] = part.offset + inside, turns
+    return found, passes
+
+  def _make_epoch(self, epoch: int, images: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Images of each source, the source of each place, and how many of it stand before there."""
+    shares = _shares(images, [part.weight for part in self.parts])
+    self._check_shares(shares)
+    numbers = np.repeat(np.arange(len(shares), dtype=np.int16), shares)
+    numbers = numbers[sampler.permutation([self.seed, 0, epoch], images)]
+    ranks = np.empty(images, np.int32)
+    for number, share in enumerate(shares):
+      ranks[numbers == number] = np.arange(share)
+    return shares, numbers, ranks
+
+  def _check_shares(self, shares: Sequence[int]) -> None:
+    for i, (part, share) in enumerate(zip(self.parts, shares, strict=True)):
+      if not share:
+        raise ValueError(
+          f"config.data.sources[{i}]: with weight {part.weight:g} an epoch of {sum(shares)} images "
+          f"has none of {self.sources[i]['dir']}. Raise its weight, or leave it out."
+        )
 
   def sources_of(self, indices: np.ndarray) -> np.ndarray:
     """Which source each record is of, i32 [n]; 0 for padding."""

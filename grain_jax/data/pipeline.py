@@ -176,30 +176,31 @@ def train_batches(
   num_records = dataset.num_records(config.data.split)
   steps = sampler.steps_per_epoch(num_records, config.batch_size)
   hosts = (host,) if isinstance(host, int) else tuple(host)
-  host_indices = functools.partial(
-    sampler.indices,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    num_records=num_records,
-    num_hosts=num_hosts,
-  )
+  sizes_of = dict(batch_size=config.batch_size, num_records=num_records, num_hosts=num_hosts)
 
-  def choose(epoch: int, step: int) -> np.ndarray:
-    return np.concatenate([host_indices(epoch=epoch, step=step, host=h) for h in hosts])
+  def choose(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Records of a step, and the pass over its data that each is of."""
+    epoch, step = divmod(step, steps)
+    if not mixed:
+      of_hosts = [
+        sampler.indices(seed=config.seed, epoch=epoch, step=step, host=h, **sizes_of) for h in hosts
+      ]
+      records = np.concatenate(of_hosts)
+      return records, np.full(len(records), epoch, np.int64)
+    own = [sampler.places(step=step, host=h, **sizes_of) for h in hosts]
+    places = np.concatenate([np.arange(part.start, part.stop) for part in own])
+    return dataset.choose(places, epoch, images=steps * config.batch_size)
 
-  batch = len(choose(epoch=0, step=0))  # says what is wrong with hosts and sizes
+  batch = len(choose(0)[0])  # says what is wrong with hosts and sizes
   chunk = max(d for d in range(1, min(batch, _CHUNK) + 1) if batch % d == 0)
   negatives = config.data.negatives if negatives is None else negatives
   examples = examples_lib.Examples(
     dataset, config.data.split, config, training=True, negatives=negatives
   )
 
-  def indices_of(step: int) -> np.ndarray:
-    slots, epoch = choose(epoch=step // steps, step=step % steps), step // steps
-    return dataset.choose(slots, epoch) if mixed else slots
-
-  def pick(step: int) -> tuple[np.ndarray, int]:
-    return indices_of(int(step)).reshape(-1, chunk), int(step) // steps
+  def pick(step: int) -> tuple[np.ndarray, np.ndarray]:
+    records, passes = choose(int(step))
+    return records.reshape(-1, chunk), passes.reshape(-1, chunk)
 
   sizes = dict(image_size=examples.size, row_length=examples.row_length)
   sizes |= dict(regions=examples.regions, negatives=negatives)
@@ -224,7 +225,7 @@ def train_batches(
     reads=reads,
     steps_per_epoch=steps,
     step=start_step,
-    indices=indices_of,
+    indices=lambda step: choose(step)[0],
     limits=bad_records.Limits.from_config(config),
     names=list(schema.batch_shapes(batch=chunk, **sizes)),
   )
@@ -238,35 +239,32 @@ def _threaded(
   batch: int,
   chunk: int,
   start_step: int,
-  pick: Callable[[int], tuple[np.ndarray, int]],
+  pick: Callable[[int], tuple[np.ndarray, np.ndarray]],
 ) -> _ThreadBatches:
   """Arrays of batches without end, made by threads of tf.data; `pick` as for `WorkerBatches`."""
   from grain_jax.data.host_tensorflow import tf
 
-  def pick_step(step):
-    indices, epoch = pick(step)
-    return indices, np.int64(epoch)
-
-  def load(indices, epoch):
+  def load(indices, epochs):
     """Arrays of a chunk, and whether it was made: tf.data would log an error at length."""
     try:
-      return *examples.chunk(indices, int(epoch)).arrays, np.ones(chunk, bool)
+      return *examples.chunk(indices, epochs).arrays, np.ones(chunk, bool)
     except _FAILURES:  # kept as `examples.failure`
       return *(np.zeros(shape, dtype) for shape, dtype in shapes), np.zeros(chunk, bool)
 
   shapes = list(schema.batch_shapes(batch=chunk, **sizes).values())
   types = [*(tf.as_dtype(dtype) for _, dtype in shapes), tf.bool]
 
-  def load_chunk(indices, epoch):
-    arrays = tf.numpy_function(load, [indices, epoch], types, stateful=False)
+  def load_chunk(indices, epochs):
+    arrays = tf.numpy_function(load, [indices, epochs], types, stateful=False)
     for array, shape in zip(arrays, [*(shape for shape, _ in shapes), (chunk,)], strict=True):
       array.set_shape(shape)
     return tuple(arrays)
 
   def pick_chunks(step):
-    indices, epoch = tf.numpy_function(pick_step, [step], [tf.int64, tf.int64], stateful=False)
-    indices.set_shape((batch // chunk, chunk))
-    return tf.data.Dataset.from_tensor_slices((indices, tf.repeat(epoch, batch // chunk)))
+    picked = tf.numpy_function(pick, [step], [tf.int64, tf.int64], stateful=False)
+    for array in picked:
+      array.set_shape((batch // chunk, chunk))
+    return tf.data.Dataset.from_tensor_slices(tuple(picked))
 
   threads = config.data.threads
   parallel = threads if threads > 0 else tf.data.AUTOTUNE

@@ -48,12 +48,21 @@ def indices(
   Returns:
     i64 [B / num_hosts].
   """
+  own = places(
+    step=step, batch_size=batch_size, num_records=num_records, host=host, num_hosts=num_hosts
+  )
+  return _permutation(seed, epoch, num_records)[own]
+
+
+def places(
+  *, step: int, batch_size: int, num_records: int, host: int = 0, num_hosts: int = 1
+) -> slice:
+  """Where in an epoch's order a host reads at a step; see `indices`."""
   steps = steps_per_epoch(num_records, batch_size)
   if not 0 <= step < steps:
     raise ValueError(f"step = {step} is not within the {steps} steps of an epoch.")
   start, stop = _host_range(batch_size, host, num_hosts)
-  order = _permutation(seed, epoch, num_records)
-  return order[step * batch_size + start : step * batch_size + stop]
+  return slice(step * batch_size + start, step * batch_size + stop)
 
 
 def eval_indices(

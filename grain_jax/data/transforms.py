@@ -26,15 +26,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-def uniforms(*, seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-  """Random numbers in [0, 1) of each record: f64 [records, count].
+def uniforms(*, seed: int, epoch: int | np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+  """Random numbers in [0, 1) of each record and pass, `epoch` (or [records]): f64 [records, count].
 
   A counter-based generator, because building a NumPy generator for each record takes longer than
   all else that is done to a small image.
   """
   state = np.asarray(indices).astype(np.uint64)
   for word in (epoch, seed):
-    state = _mix(state + _GOLDEN) ^ _mix(np.array([word % (1 << 64)], np.uint64) + _GOLDEN)
+    words = word if isinstance(word, np.ndarray) else np.array([word % (1 << 64)], np.uint64)
+    words = words.astype(np.uint64)
+    state = _mix(state + _GOLDEN) ^ _mix(words + _GOLDEN)
   draws = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
   bits = _mix(_mix(state)[:, None] + draws)
   return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

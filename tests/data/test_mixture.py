@@ -57,28 +57,44 @@ class Fake(mixture.Mixture):
 @given(
   parts=st.lists(st.tuples(st.integers(1, 30), st.floats(0.2, 5)), min_size=1, max_size=4),
   seed=st.integers(0, 5),
+  batch=st.integers(1, 8),
 )
-def test_of_each_source_none_is_seen_again_before_all_others_were(parts, seed):
-  """And an epoch has of each its weight's part, to one image."""
+def test_of_each_source_none_is_seen_again_before_all_others_were(parts, seed, batch):
+  """Step by step; an epoch has of each its weight's part, and a pass is told from the next."""
   counts, weights = zip(*parts, strict=True)
-  total = sum(counts)
+  steps = sum(counts) // min(batch, sum(counts))
+  total = steps * min(batch, sum(counts))
   with pytest.MonkeyPatch.context() as patch:
     try:
       mixed = Fake(counts, weights, seed, patch)
+      mixed.choose(np.arange(1), 0, images=total)
     except ValueError as error:
       assert "Raise its weight" in str(error)
       return
   seen = [[] for _ in counts]
   for epoch in range(4):
-    ids = mixed.choose(np.arange(total), epoch)
+    read = [mixed.choose(at, epoch, images=total) for at in np.split(np.arange(total), steps)]
+    ids, passes = (np.concatenate(part) for part in zip(*read, strict=True))
     numbers = mixed.sources_of(ids)
     for number, weight in enumerate(weights):
-      assert abs((numbers == number).sum() - total * weight / sum(weights)) < 1
-      seen[number] += (ids[numbers == number] - mixed.parts[number].offset).tolist()
-  for count, ids in zip(counts, seen, strict=True):
-    for start in range(0, len(ids), count):
-      turn = ids[start : start + count]
-      assert len(set(turn)) == len(turn) and set(turn) <= set(range(count))
+      mine = numbers == number
+      assert abs(mine.sum() - total * weight / sum(weights)) < 1
+      inside = ids[mine] - mixed.parts[number].offset
+      seen[number] += zip(inside.tolist(), passes[mine].tolist(), strict=True)
+  for count, told in zip(counts, seen, strict=True):
+    for number, start in enumerate(range(0, len(told), count)):
+      ids, passes = zip(*told[start : start + count], strict=True)
+      assert len(set(ids)) == len(ids) and set(ids) <= set(range(count))
+      assert set(passes) == {number}
+
+
+def test_an_image_that_comes_twice_in_an_epoch_comes_with_other_draws(folders, config):
+  config.data.sources = sources_of(folders, few=6.0, some=1.0)
+  config.data.resize, config.batch_size = "crop", 14  # an epoch
+  (whole,) = batches(config, steps=1)
+  few = whole["image"][whole["source"] == 0]
+  assert len(few) > 2 * SIZES["few"]
+  assert len(np.unique(few.reshape(len(few), -1), axis=0)) == len(few)
 
 
 def batches(config, *, steps, start=0, host=0, num_hosts=1):

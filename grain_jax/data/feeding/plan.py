@@ -13,7 +13,7 @@ from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import examples as examples_lib
 from grain_jax.data import mixture, token_ids
 
-_HEAD = 4  # numbers of a task before its records
+_HEAD = 3  # numbers of a task before its records
 
 
 def describe(examples: examples_lib.Examples, config: Any, *, workers: int, **more: Any) -> str:
@@ -71,19 +71,25 @@ def restore(told: dict[str, Any]) -> examples_lib.Examples:
 
 def task_size(chunk: int) -> int:
   """Bytes of a task of so many records."""
-  return 8 * (_HEAD + chunk)
+  return 8 * (_HEAD + 2 * chunk)
 
 
-def write_task(*, step: int, slot: int, place: int, epoch: int, indices: np.ndarray) -> bytes:
-  """A task: records i64 [chunk] for the place-th chunk of a batch that is made in a slot."""
-  return np.array([step, slot, place, epoch, *indices], np.int64).tobytes()
+def write_task(
+  *, step: int, slot: int, place: int, indices: np.ndarray, epochs: np.ndarray
+) -> bytes:
+  """A task: records i64 [chunk], and the pass over its data that each is of, i64 [chunk].
+
+  They are for the place-th chunk of a batch that is made in a slot.
+  """
+  return np.array([step, slot, place, *indices, *epochs], np.int64).tobytes()
 
 
-def read_task(data: bytes) -> tuple[int, int, int, int, np.ndarray]:
-  """(step, slot, place, epoch, indices) of `write_task`."""
+def read_task(data: bytes) -> tuple[int, int, int, np.ndarray, np.ndarray]:
+  """(step, slot, place, indices, epochs) of `write_task`."""
   values = np.frombuffer(data, np.int64)
-  step, slot, place, epoch = values[:_HEAD].tolist()
-  return step, slot, place, epoch, values[_HEAD:]
+  step, slot, place = values[:_HEAD].tolist()
+  indices, epochs = values[_HEAD:].reshape(2, -1)
+  return step, slot, place, indices, epochs
 
 
 def describe_error(error: BaseException) -> dict[str, str] | None:

@@ -60,7 +60,7 @@ class WorkerBatches:
     shapes: memory.Shapes,
     chunk: int,
     start_step: int,
-    pick: Callable[[int], tuple[np.ndarray, int]],
+    pick: Callable[[int], tuple[np.ndarray, np.ndarray]],
   ):
     """Starts `config.data.workers` processes.
 
@@ -70,7 +70,8 @@ class WorkerBatches:
       shapes: of the arrays of a batch and their dtypes.
       chunk: records a task; divides the batch.
       start_step: of the first batch.
-      pick: step -> (records of its batch i64 [b / chunk, chunk], epoch).
+      pick: step -> records of its batch i64 [b / chunk, chunk], and the pass over its data that
+        each is of, i64 [b / chunk, chunk].
     """
     if os.name != "posix":
       raise ValueError(
@@ -153,11 +154,11 @@ class WorkerBatches:
     """Hands out tasks for as many batches as may be under way."""
     while len(self._making) < self._window and self._free:
       slot, step = self._free.popleft(), self._next_step
-      chunks, epoch = self._pick(step)
+      chunks = list(zip(*self._pick(step), strict=True))
       self._making[step] = _Batch(slot, len(chunks))
       self._unsent.extend(
-        plan.write_task(step=step, slot=slot, place=place, epoch=epoch, indices=indices)
-        for place, indices in enumerate(chunks)
+        plan.write_task(step=step, slot=slot, place=place, indices=indices, epochs=epochs)
+        for place, (indices, epochs) in enumerate(chunks)
       )
       self._next_step += 1
     try:

@@ -68,20 +68,23 @@ def _serve(told: dict[str, Any], mapped: int, tasks: int, answers: int) -> None:
   examples = plan.restore(told)
   examples.logs = False  # the run does
   while len(task := os.read(tasks, size)) == size:
-    step, slot, place, epoch, indices = plan.read_task(task)
+    step, slot, place, indices, epochs = plan.read_task(task)
     arrays = [a[place * chunk : (place + 1) * chunk] for a in slots.arrays(slot)]
-    _tell(answers, {"step": step, **_make(examples, indices, epoch, arrays)})
+    _tell(answers, {"step": step, **_make(examples, indices, epochs, arrays)})
 
 
 def _make(
-  examples: examples_lib.Examples, indices: np.ndarray, epoch: int, arrays: list[np.ndarray]
+  examples: examples_lib.Examples,
+  indices: np.ndarray,
+  epochs: np.ndarray,
+  arrays: list[np.ndarray],
 ) -> dict[str, Any]:
   """Makes a chunk in `arrays`; what there is to say of it."""
   known, false = len(examples.bad), examples.false_texts.copy()
   reads = examples.dataset.reads(examples.split)
   error = None
   try:
-    image, *others = examples.chunk(indices, epoch, image=arrays[0]).arrays
+    image, *others = examples.chunk(indices, epochs, image=arrays[0]).arrays
     assert image is arrays[0]
     for target, values in zip(arrays[1:], others, strict=True):
       target[:] = values
