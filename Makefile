@@ -17,6 +17,7 @@ help:
 	@echo "make test        the tests, in about a quarter of an hour on 2 CPU cores"
 	@echo "make test-all    the long ones too"
 	@echo "make lint        ruff"
+	@echo "make clean       takes away the environment and the caches; data and runs stay"
 	@echo "make scenes      the embedded data alone, into data/scenes"
 
 .venv/installed: requirements.txt
@@ -51,4 +52,4 @@ test-all: .venv/installed-tests lint
 	GRAIN_JAX_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
-	rm -rf .venv .cache runs data
+	rm -rf .venv .cache .pytest_cache .ruff_cache

@@ -20,9 +20,9 @@ from grain_jax.training import loop
 workdirs.SHARED_SECONDS, train = 5.0, loop.train
 
 
-def elsewhere(config, workdir):
+def elsewhere(config, workdir, **options):
   os.chdir({folder!r})
-  return train(config, workdir)
+  return train(config, workdir, **options)
 
 
 loop.train = elsewhere

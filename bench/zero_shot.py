@@ -38,7 +38,7 @@ from grain_jax.evals import zero_shot
 from grain_jax.models import initial
 
 ROOT = pathlib.Path(__file__).parent.parent
-VOCABULARY = ROOT / "grain_jax" / "evals" / "vocabularies" / "imagenet.json"
+VOCABULARY = ROOT / "grain_jax" / "evals" / "sets" / "vocabularies" / "imagenet.json"
 SIDES = ("ours", "padded", "trimmed")
 _RATIOS = {"ratio": "padded", "ratio_trimmed": "trimmed"}
 _BUSY = 0.5  # load a core from which the timing is not to be trusted

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,11 @@ _IN_BUCKETS = (
 
 # What a user's input can cause; anything else is a defect and shows its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def wants_traceback() -> bool:
+  """Whether the command was given --traceback; not in a process that has parsed no flags."""
+  return flags.FLAGS.is_parsed() and _TRACEBACK.value
 
 
 def fail(error: BaseException | str, code: int = 1) -> None:
@@ -200,8 +206,10 @@ def run(main: Callable[[], None], about: Callable[..., str] | None = None) -> No
       sys.exit(failures.EXIT_INTERRUPTED)
     except Exception as error:
       transient = failures.restart_helps(error)
-      if _TRACEBACK.value or not (transient or isinstance(error, USER_ERRORS)):
+      if not (transient or isinstance(error, USER_ERRORS)):
         raise
+      if wants_traceback():
+        traceback.print_exc()
       fail(error, failures.EXIT_RESTART if transient else 1)
 
   app.run(guarded, flags_parser=functools.partial(_parse, about=about))

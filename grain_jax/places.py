@@ -16,6 +16,7 @@ import io
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
 import unicodedata
@@ -102,7 +103,7 @@ def open_place(path: str | os.PathLike, name: str) -> pathlib.Path:
   """
   check(path, name, bucket=True)
   if not is_bucket(path):
-    return pathlib.Path(path)
+    return at(path)
   from grain_jax import buckets
 
   bucket = _BUCKET.match(os.fspath(path)).group(1)
@@ -123,9 +124,13 @@ def open_place(path: str | os.PathLike, name: str) -> pathlib.Path:
 
 
 def at(path: str | os.PathLike) -> pathlib.Path:
-  """`open_place` of one that was checked: no request is made."""
+  """`open_place` of one that was checked: no request is made.
+
+  '~/' is the user's folder, which shells leave as it is behind '--flag='.
+  """
   if not is_bucket(path):
-    return pathlib.Path(path)
+    local = pathlib.Path(path)
+    return local.expanduser() if local.parts[:1] == ("~",) else local
   from grain_jax import buckets
 
   text = os.fspath(path)
@@ -137,7 +142,8 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
   if is_bucket(path):  # an object does so by itself
     path.write_bytes(data)
     return
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # In containers every program is process 1.
+  temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
   try:
     temporary.write_bytes(data)
     temporary.replace(path)

@@ -15,6 +15,7 @@ watch_workdir() {
     esac
     shift
   done
+  restart_workdir=${restart_workdir/#\~\//$HOME/}
   restart_steps=$(list_checkpoints)
 }
 
@@ -28,7 +29,7 @@ list_checkpoints() {
         grep -E '^([1-9][0-9]*|[?])$' || true
       ;;
     *)
-      find "$restart_workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' \
+      find -H "$restart_workdir/checkpoints" -mindepth 1 -maxdepth 1 -name '[1-9]*' \
         ! -name '*[!0-9]*' 2>/dev/null || true
       ;;
   esac | LC_ALL=C sort
@@ -69,10 +70,10 @@ write_note() {
     *://*) printf %s "$2" | in_bucket write "$1" || true ;;
     *)
       if [ -n "$2" ]; then
-        mkdir -p "$(dirname "$1")"
-        printf '%s\n' "$2" >"$1" || true # the disk may be what failed
+        # The disk may be what failed.
+        { mkdir -p "$(dirname "$1")" && printf '%s\n' "$2" >"$1"; } || true
       else
-        rm -f "$1"
+        rm -f "$1" || true
       fi
       ;;
   esac
@@ -84,11 +85,16 @@ can_restart() {
 }
 
 # made_progress RESTARTS: to be asked when a run has ended, after so many restarts. It fails, and
-# says why, when three in a row made no new checkpoint. One of which that is not known counts as none.
+# says why, when three in a row made no new checkpoint. One of which that is not known leaves the
+# count as it is.
 made_progress() {
   local steps
   steps=$(list_checkpoints)
   [ "$steps" != "?" ] || return 0
+  if [ "$restart_steps" = "?" ]; then
+    restart_steps=$steps
+    return 0
+  fi
   if [ -n "$(LC_ALL=C comm -13 <(echo "$restart_steps") <(echo "$steps"))" ]; then
     restart_vain=0
   elif (($1 > 0)); then

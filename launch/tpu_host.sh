@@ -49,8 +49,9 @@ start() {
   fi
   mkdir -p logs
   echo "$(date -u +%FT%TZ) launch/tpu_host.sh start $*" >>"$log"
-  # No terminal, no hang-up signal, no standard stream of the connection.
-  RESTARTS=${RESTARTS:-20} setsid nohup bash launch/local.sh "$@" </dev/null >>"$log" 2>&1 &
+  # No terminal, no hang-up signal, no standard stream of the connection. A host that comes back
+  # before the others have missed it (30 s) would be taken for a stranger.
+  RESTARTS=${RESTARTS:-20} RESTART_SECONDS=${RESTART_SECONDS:-40} setsid nohup bash launch/local.sh "$@" </dev/null >>"$log" 2>&1 &
   echo $! >"$pid_file"
   sleep "${WATCH_SECONDS:-5}" # long enough for a wrong flag
   if ! running >/dev/null; then

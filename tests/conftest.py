@@ -24,7 +24,6 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
-import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -32,8 +31,11 @@ import pytest  # noqa: E402
 from grain_jax import cli  # noqa: E402
 
 cli.prepare()  # no Keras, rare garbage: a test process is like a command's
-hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
-hypothesis.settings.load_profile("tests")
+if not _GPU:  # a machine with a GPU has pytest alone
+  import hypothesis
+
+  hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
+  hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):

@@ -14,6 +14,21 @@ from grain_jax import cli
 from grain_jax import config as configs
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(("kind", "code"), [("ValueError", 1), ("failures.TransientError", 75)])
+def test_an_error_has_its_code_with_and_without_its_traceback(kind, code, asked):
+  program = f"""
+from grain_jax import cli, failures
+def main():
+  raise {kind}("gone")
+cli.run(main)
+"""
+  flag = ["--traceback"] * asked
+  done = subprocess.run([sys.executable, "-c", program, *flag], capture_output=True, text=True)
+  assert done.returncode == code and done.stderr.splitlines()[-1].endswith("Error: gone")
+  assert ("Traceback" in done.stderr) == asked
+
+
 @pytest.fixture
 def parse(monkeypatch):
   """The parser of a program with --config and --workdir, and of nothing else in this process."""

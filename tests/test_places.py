@@ -36,6 +36,12 @@ def test_an_address_is_refused(path):
   assert "\n" not in str(caught.value)
 
 
+def test_the_user_s_folder_is_meant_by_a_tilde(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  named = places.open_place("~/runs/x", "--workdir"), places.at("~"), places.at("a/~/b")
+  assert [*map(str, named)] == ["/home/me/runs/x", "/home/me", "a/~/b"]
+
+
 def test_a_file_url_names_its_path():
   with pytest.raises(ValueError, match=r"^config\.x = file:///a/b is .*the path alone: /a/b\.$"):
     places.check("file:///a/b", "config.x")

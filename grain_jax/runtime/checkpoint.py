@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
 from grain_jax import failures, places, trees
-from grain_jax.runtime import distributed, orbax_noise, replicas
+from grain_jax.runtime import best_results, distributed, orbax_noise, replicas
 
 # Seconds to wait before a checkpoint that could not be read, or not be written at the end of a run,
 # is tried again: what a network file system needs to get over a stale handle.
@@ -67,8 +66,8 @@ class Checkpoints:
     if not read_only:
       self._directory.mkdir(parents=True, exist_ok=True)
       orbax_noise.silence()
-    self._keep, self._best_metric, self._keep_best = keep, best_metric, keep_best
-    self._results = self._read_results()
+    self._keep, self._keep_best = keep, keep_best
+    self._results = best_results.BestResults(self._directory / "best.json", best_metric)
     processes = set(range(distributed.process_count())) if distributed.process_count() > 1 else None
     multiprocessing = ocp.options.MultiprocessingOptions(active_processes=processes)
     self._manager = _Manager(
@@ -200,10 +199,38 @@ class Checkpoints:
     """
     return json.loads(distributed.broadcast("newest", json.dumps(self.latest())))
 
-  def read_meta(self, step: int) -> dict[str, Any]:
-    """The JSON description of checkpoint `step`; all must call it."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["meta"]
+  def read_newest_meta(self) -> dict[str, Any] | None:
+    """The JSON description of the newest checkpoint that has one; all must call it.
+
+    Those without are damaged, which a warning says, and `restore` passes over them too.
+
+    Raises:
+      TransientError: storage failed.
+    """
+    found: Any = None
+    if distributed.process_index() == 0:
+      try:
+        found = self._newest_meta()
+      except Exception as error:
+        found = {"failed": failures.one_line(error)}
+    found = json.loads(distributed.broadcast("newest description", json.dumps(found)))
+    if found and "failed" in found:
+      raise failures.TransientError(f"{self._directory} cannot be read: {found['failed']}")
+    return found
+
+  def _newest_meta(self) -> dict[str, Any] | None:
+    here = distributed.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    for step in reversed(self._steps()):
+      try:
+        return handler.restore(epath.Path(self._directory) / str(step) / "meta")
+      except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+        if failures.is_transient(error):
+          raise
+        why = failures.one_line(error, limit=200)
+        logging.warning("checkpoint %d in %s is passed over: %s", step, self._directory, why)
+    return None
 
   def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """(state, meta) of checkpoint `step`, or of the newest one that all processes can read.
@@ -230,7 +257,7 @@ class Checkpoints:
       restored, reason = self._read_again(candidate, abstract)
       if not reason:
         self._damaged = damaged
-        self._results = {s: v for s, v in self._results.items() if s <= candidate}
+        self._results.forget_after(candidate)
         return restored
       if reason.startswith(_OTHER_MODEL):
         raise ValueError(f"{self._directory}: checkpoint {candidate} is {reason}")
@@ -318,46 +345,12 @@ class Checkpoints:
     return (state, meta), "", False
 
   def record(self, step: int, results: dict[str, float]) -> None:
-    """Notes the evaluation of checkpoint `step`, by which the best are kept.
-
-    Raises:
-      ValueError: `best_metric` is not among the results.
-    """
-    if not self._best_metric:
-      return
-    if self._best_metric not in results:
-      near = ", ".join(sorted(results))
-      raise ValueError(
-        f"config.checkpoint.best_metric = {self._best_metric!r} is not a result of config.evals. "
-        f"Choose one of {near}."
-      )
-    # Of process 0, so that all keep the same.
-    value = distributed.broadcast("best", repr(float(results[self._best_metric])))
-    self._results[step] = float(value)
-    if distributed.process_index() == 0:
-      content = {"metric": self._best_metric, "best": self.best(), "results": self._results}
-      places.write_text(self._directory / "best.json", json.dumps(content, indent=2) + "\n")
-
-  def _read_results(self) -> dict[int, float]:
-    """{step: result} as `record` left it for the same metric."""
-    path = self._directory / "best.json"
-    if not self._best_metric or not path.is_file():
-      return {}
-    try:
-      content = json.loads(path.read_text())
-      same = content["metric"] == self._best_metric
-      return {int(step): float(value) for step, value in content["results"].items() if same}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-      logging.warning("%s is damaged and is begun anew: %s", path, error)
-      return {}
+    """Notes the evaluation of checkpoint `step`, by which the best are kept; see `BestResults`."""
+    self._results.record(step, results)
 
   def best(self) -> int | None:
     """Step of the best result on record, the earliest of equal ones; None without any."""
-    return min(self._ranked(), default=(0.0, None))[1]
-
-  def _ranked(self) -> list[tuple[float, int]]:
-    """(minus the result, step): best first when sorted; a result that is no number is none."""
-    return sorted((-v, s) for s, v in self._results.items() if np.isfinite(v))
+    return self._results.best()
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """Orbax asks which of `checkpoints` (ascending) stay: the newest and the best."""
@@ -365,7 +358,7 @@ class Checkpoints:
     steps = [info.step for info in checkpoints]
     later = [step for step in steps if step] or steps  # the fresh state goes with the first one
     newest = later if self._keep is None else later[-self._keep :]
-    best = [step for _, step in self._ranked() if step in later][: self._keep_best]
+    best = [step for step in self._results.ranked() if step in later][: self._keep_best]
     return [step in newest or step in best for step in steps]
 
   def wait(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 _BFLOAT16 = 8.0  # compute capability from which NVIDIA's GPUs have it (Ampere)
-_NODE = pathlib.Path("/dev/nvidia0")
+_DEV = pathlib.Path("/dev")  # nvidia0, nvidia1, ...: a container may have been given any of them
 _SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
 
 # What makes a program smaller.
@@ -31,11 +31,12 @@ def check_found() -> None:
   Raises:
     ValueError: one line with the reason that JAX had.
   """
-  if "cpu" in _asked().split(",") or not _NODE.exists() or jax.default_backend() != "cpu":
+  nodes = sorted(_DEV.glob("nvidia[0-9]*"))
+  if "cpu" in _asked().split(",") or not nodes or jax.default_backend() != "cpu":
     return
   why = " ".join(_backend_error().split()) or "its wheels have no CUDA"
   raise ValueError(
-    f"this machine has an NVIDIA GPU ({_NODE}), but JAX uses the CPU: {why[:300].rstrip('.')}. "
+    f"this machine has an NVIDIA GPU ({nodes[0]}), but JAX uses the CPU: {why[:300].rstrip('.')}. "
     "Install requirements-gpu.txt with the CUDA that the driver has (nvidia-smi says which), or "
     "set JAX_PLATFORMS=cpu to use the CPU."
   )

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import jax
 import ml_collections
-from absl import flags
 from jax.experimental import multihost_utils
 
 from grain_jax import cli, failures, places
@@ -119,7 +118,7 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
     if not is_runtime_failure(error) and not failures.restart_helps(error):
       _watchdog.stop()
       raise
-    if is_runtime_failure(error):
+    if is_runtime_failure(error) or cli.wants_traceback():
       traceback.print_exc()
     print(_line(error), file=sys.stderr, flush=True)
     code = RESTART
@@ -211,7 +210,7 @@ def _fail(error: BaseException, watchdog: Watchdog) -> NoReturn:
   if _LOST.search(text.lower()) and not transient:
     watchdog.shorten_timeout()
     time.sleep(watchdog.heartbeat_timeout + 5)
-  if not (transient or isinstance(error, cli.USER_ERRORS)) or flags.FLAGS.traceback:
+  if not (transient or isinstance(error, cli.USER_ERRORS)) or cli.wants_traceback():
     traceback.print_exc()
   code = 130 if isinstance(error, KeyboardInterrupt) else 1  # 130: the shell's code of Ctrl-C
   again = transient or is_runtime_failure(error)

@@ -21,6 +21,7 @@ from grain_jax.runtime import checkpoint, distributed
 
 _LOCK = ".lock"
 _HOLDER = ".lock.json"
+_PROBE = ".probe"  # how folders of `save_probe` begin
 _DATA = ("annotations.jsonl", "annotations.csv", "manifest.json")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tar", ".parquet")
 # Seconds that a run waits for one that is ending: a launcher may be quicker than its predecessor.
@@ -64,8 +65,9 @@ def _names(folder: pathlib.Path) -> set[str]:
 def hold(folder: pathlib.Path) -> Iterator[None]:
   """Holds the workdir for this run, which process 0 does for all.
 
-  The lock is the operating system's (or a file, where there is none), so a dead process holds
-  nothing. A bucket has no locks: there a line says so, and who has written last.
+  The lock is the operating system's, so a dead process holds nothing. Where the file system has
+  none it is a file, which a dead process may leave: the error then says which to remove. A bucket
+  has no locks: there a line says so, and who has written last.
 
   Raises:
     ValueError: another run holds it; one line that names it.
@@ -88,14 +90,27 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     try:
       lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout:
+      stays = (
+        f" If it is gone, remove {folder / _LOCK}: this file system has no locks, and that file "
+        "stands for one."
+      )
       raise ValueError(
         f"{folder} is held by {_holder(folder)}. Wait for its end, or use another --workdir."
+        + (stays if _is_marker(folder / _LOCK) else "")
       ) from None
   try:
     with _note(folder):
       yield
   finally:
     lock.release()
+
+
+def _is_marker(path: pathlib.Path) -> bool:
+  """Whether the file itself is the lock: it then says who holds it."""
+  try:
+    return path.stat().st_size > 0
+  except OSError:
+    return False
 
 
 @contextlib.contextmanager
@@ -171,13 +186,17 @@ def prove_saving(folder: pathlib.Path, save: Callable[[], None]) -> None:
 
 
 def save_probe(folder: pathlib.Path, state: Any) -> None:
-  """Writes `state` as a checkpoint beside the run's own, and removes it; all must call it."""
-  place = folder / ".probe"
-  probe = checkpoint.Checkpoints(place)
+  """Writes `state` as a checkpoint beside the run's own, and removes it; all must call it.
+
+  Each start has a name of its own: one that was killed may have left what it wrote, which goes too.
+  """
+  name = distributed.broadcast("probe", f"{_PROBE}{secrets.token_hex(8)}")
+  probe = checkpoint.Checkpoints(folder / name)
   probe.save(0, state, {"step": 0})
   probe.close()
   distributed.broadcast("probe written", "")
   if distributed.process_index() == 0:
-    places.remove_tree(place)
-    if place.exists():
-      logging.warning("%s could not be removed; it is no part of the run", place)
+    for place in [path for path in folder.iterdir() if path.name.startswith(_PROBE)]:
+      places.remove_tree(place)
+      if place.exists():
+        logging.warning("%s could not be removed; it is no part of the run", place)

@@ -107,21 +107,23 @@ def continue_as(
     configs.set_key(config, key, _value(old, key))
   changes = {key: (_value(old, key), _value(config, key)) for key in keys}
   changes = {key: values for key, values in changes.items() if values[0] != values[1]}
-  if not changes and "data.dir" not in keys:
+  begun = config.optimizer.start_step
+  if not changes and "data.dir" not in keys and not (keys and begun):
     return config
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
-  step = checkpoints.agree_on_latest()
-  if step is None:  # it has not begun: nothing is to be continued
+  meta = checkpoints.read_newest_meta()
+  checkpoints.close()
+  if meta is None:  # it has not begun: nothing is to be continued
     raise ValueError(
       f"--continue_as={','.join(keys)}: {folder} holds no checkpoint. Use a new workdir."
     )
-  meta = checkpoints.read_meta(step)
-  rate = meta.get("learning_rate", old.optimizer.lr_end)
-  checkpoints.close()
+  step, rate = meta["step"], meta.get("learning_rate", old.optimizer.lr_end)
   if "data.dir" in keys and "data.dir" not in changes:  # other data may lie where the old lay
     now = mixture.open_training(config).fingerprint(config.data.split)
     if meta.get("data", now) != now:
       changes["data.dir"] = (f"{old.data.dir} ({meta['data'][:12]})", f"the same ({now[:12]})")
+  if not changes and step < begun:  # `check_step` asked for it
+    changes["optimizer.start_step"] = (begun, step)
   if not changes:
     return config
   config.optimizer.update(start_step=step, start_lr=float(rate))
@@ -131,6 +133,21 @@ def continue_as(
     f"from {rate:.3g}"
   )
   return config
+
+
+def check_step(config: ml_collections.ConfigDict, step: int, folder: pathlib.Path) -> None:
+  """That a run that was just continued otherwise goes on where its new schedule starts.
+
+  Raises:
+    ValueError: the newest checkpoint could not be read, and an older one was taken; one line.
+  """
+  start = config.optimizer.start_step
+  if step < start:
+    raise ValueError(
+      f"{folder}: the learning rate's schedule starts at step {start}, but the newest checkpoint "
+      f"that can be read is of step {step}. Restore checkpoint {start}; or, to go on from {step}, "
+      f"move {folder / 'checkpoints' / str(start)} elsewhere and give --continue_as again."
+    )
 
 
 def _value(config: ml_collections.ConfigDict, key: str) -> Any:

@@ -22,7 +22,16 @@ from grain_jax.evals.inputs import attempts
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import notices, optim, provenance, setup, steps, utilization, validation
+from grain_jax.training import (
+  continuation,
+  notices,
+  optim,
+  provenance,
+  setup,
+  steps,
+  utilization,
+  validation,
+)
 from grain_jax.training.failed_evaluations import FailedEvaluations
 
 if TYPE_CHECKING:
@@ -160,6 +169,7 @@ def _start(
     state, found = checkpoints.restore(abstract)
     others = {name: value for name, value in meta.items() if name != "config"}
     provenance.check_checkpoint(folder, found, config, others, changing=changing)
+    continuation.check_step(config, int(state.step), folder)
     workdirs.prove_saving(folder, lambda: workdirs.save_probe(folder, state))
     return state
   state = init()

@@ -28,6 +28,10 @@ def vocabulary(tmp_path):
   return path
 
 
+def test_the_vocabulary_that_it_takes_by_itself_is_there():
+  assert bench.VOCABULARY.is_file()
+
+
 def test_prompts_are_every_name_in_every_template_and_none_comes_twice(vocabulary):
   prompts = bench.all_prompts(vocabulary)
   assert len(prompts) == 16 and prompts[0] == "a photo of a tench."

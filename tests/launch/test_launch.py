@@ -89,6 +89,20 @@ def test_a_new_checkpoint_makes_the_count_begin_anew(house, tmp_path):
   assert (code, len(calls), house.waits) == (RESTART, 8, [10, 60, 10, 60, 300, 10, 60])
 
 
+def test_checkpoints_behind_a_link_are_progress_too(house, tmp_path):
+  (tmp_path / "large").mkdir()
+  (tmp_path / "w").mkdir()
+  (tmp_path / "w" / "checkpoints").symlink_to(tmp_path / "large")
+  code, calls, _ = house(f"{NUMBER} {SAVE}${{n}}0; exit {RESTART}", "--workdir=w", RESTARTS="5")
+  assert (code, len(calls)) == (RESTART, 6)
+
+
+def test_a_workdir_in_the_user_s_folder(house, tmp_path):
+  save = f'{NUMBER} mkdir -p "$HOME/w/checkpoints/$n"; exit {RESTART}'
+  code, calls, _ = house(save, "--workdir=~/w", RESTARTS="5", HOME=str(tmp_path))
+  assert (code, len(calls)) == (RESTART, 6)
+
+
 @pytest.mark.parametrize("left", ["0", "12.orbax-checkpoint-tmp", "damaged-7", "-p w/8"])
 def test_what_is_no_checkpoint_is_no_progress(house, left):
   script = f"{NUMBER} mkdir -p w/checkpoints/n$n; {SAVE}{left}; exit {RESTART}"
@@ -159,7 +173,7 @@ def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(house, tmp_path):
     f'echo "$*" >> {tmp_path}/calls\n. {tmp_path}/script\n'
   )
   code, calls, _ = house(f"exit {RESTART}", "--workdir=gs://b/x", RESTARTS="20")
-  assert (code, len(calls), house.waits) == (1, 8, [10, 10, 10, 10, 10, 60, 300])
+  assert (code, len(calls), house.waits) == (1, 9, [10] * 6 + [60, 300])
   assert sum("cannot be reached" in line for line in house.said) == 6
 
 

@@ -164,6 +164,24 @@ def test_slurm_job_goes_back_into_the_queue_while_there_is_progress(house, tmp_p
   assert not list((tmp_path / "w").glob("restarts*"))
 
 
+def test_storage_that_fails_under_the_note_does_not_end_the_job(house, tmp_path):
+  job = slurm(house, tmp_path)
+  (tmp_path / "w").touch()  # takes no file
+  code, _, _ = house(f"exit {RESTART}", "--workdir=w", **job)
+  assert code == 0 and (tmp_path / "scontrol.txt").read_text() == "requeue\n7\n--\n"
+
+
+def test_a_listing_that_fails_at_the_start_leaves_the_count(house, tmp_path):
+  job = slurm(house, tmp_path)
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.write_text(
+    f"#!/usr/bin/env bash\ncase $3 in read) echo 2 ;; write) cat > {tmp_path}/note ;;\n"
+    f"list) [ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; exit 1; }}; echo 100 ;; esac\n"
+  )
+  code, _, _ = house(f"exit {RESTART}", "--workdir=gs://b/x", SLURM_RESTART_COUNT="3", **job)
+  assert (code, (tmp_path / "note").read_text().strip()) == (0, "2")
+
+
 def test_a_job_with_its_workdir_in_a_bucket_leaves_its_count_there(house, tmp_path):
   job = slurm(house, tmp_path)
   python = tmp_path / ".venv" / "bin" / "python"

@@ -129,6 +129,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, sta
   restored, meta = checkpoints.restore(abstract(state, mesh_of(1)))
   assert int(restored["step"]) == meta["step"] == 1
   assert "checkpoint 2" in caplog.text and "passed over" in caplog.text
+  assert checkpoints.read_newest_meta()["step"] == (1 if how == "no meta" else 2)
   # Training comes to step 2 again, and saves it again.
   checkpoints.save(2, {**state, "step": jnp.int32(2)}, {"step": 2})
   checkpoints.wait()
@@ -198,7 +199,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, state):
   assert steps(saved=[1, 2, 3]) == [2, 3]
   assert steps(saved=[4, 5, 6]) == [2, 5, 6]  # the record outlives the process
   note = json.loads((tmp_path / "best.json").read_text())
-  assert (note["metric"], note["best"]) == ("val/r1", 2)
+  assert (note["metric"], note["best"], note["results"]["4"]) == ("val/r1", 2, None)
   other = checkpoint.Checkpoints(tmp_path, keep=2, best_metric="other", keep_best=1)
   assert other.best() is None  # of another metric nothing is on record
   with pytest.raises(ValueError, match="best_metric = 'other' is not a result.*val/r1"):

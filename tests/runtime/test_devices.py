@@ -20,8 +20,9 @@ def gpu(capability="8.0", limit=int(80e9)):
 
 
 def test_a_gpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch):
-  node = tmp_path / "nvidia0"
-  monkeypatch.setattr(devices, "_NODE", node)
+  node = tmp_path / "nvidia3"  # a container that was given one of four
+  (tmp_path / "nvidiactl").touch()
+  monkeypatch.setattr(devices, "_DEV", tmp_path)
   monkeypatch.setattr(devices, "_asked", lambda: "")
   monkeypatch.setattr(devices, "_backend_error", lambda: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH.\nx")
   devices.check_found()  # there is none
@@ -34,7 +35,7 @@ def test_a_gpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(devices, "_asked", lambda: "cuda,cpu")
   devices.check_found()  # asked for
   monkeypatch.undo()
-  monkeypatch.setattr(devices, "_NODE", node)
+  monkeypatch.setattr(devices, "_DEV", tmp_path)
   devices.check_found()  # these tests have JAX_PLATFORMS=cpu
 
 

@@ -101,9 +101,26 @@ def test_a_workdir_that_takes_no_checkpoint_is_said_with_the_right_code(tmp_path
   assert failures.restart_helps(error.value) == (kind is failures.TransientError)
 
 
-def test_the_probe_leaves_nothing(tmp_path):
+def test_the_probe_leaves_nothing_nor_minds_what_a_killed_start_left(tmp_path):
+  killed = checkpoint.Checkpoints(tmp_path / ".probe")
+  killed.save(0, {"w": jnp.arange(4.0)}, {"step": 0})
+  killed.close()
   workdirs.save_probe(tmp_path, {"w": jnp.arange(4.0)})
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_a_lock_s_stead_is_named_and_not_waited_for_in_vain(tmp_path, monkeypatch):
+  """Without flock, as of Lustre mounted without it, the file of a dead process stays."""
+
+  def timed_out(*_, **__):
+    raise workdirs.filelock.Timeout("x")
+
+  monkeypatch.setattr(workdirs.filelock.FileLock, "acquire", timed_out)
+  for content, named in (("", False), ("1\nvm\n", True)):
+    (tmp_path / ".lock").write_text(content)
+    with pytest.raises(ValueError, match="is held by") as error, workdirs.hold(tmp_path):
+      pass
+    assert (f"If it is gone, remove {tmp_path / '.lock'}" in str(error.value)) == named
 
 
 @pytest.mark.parametrize("name", ["annotations.csv", "manifest.json", "a.JPG", "00000.tar"])

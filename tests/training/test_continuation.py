@@ -61,8 +61,8 @@ def test_other_data_at_the_old_place_is_a_change_too(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(
       continuation.checkpoint, "Checkpoints",
       lambda *_, **__: SimpleNamespace(
-        agree_on_latest=lambda: 7, close=lambda: None,
-        read_meta=lambda step: {"data": data, "learning_rate": 0.25},
+        close=lambda: None,
+        read_newest_meta=lambda: {"step": 7, "data": data, "learning_rate": 0.25},
       ),
     )  # fmt: skip
 
@@ -76,6 +76,27 @@ def test_other_data_at_the_old_place_is_a_change_too(tiny, tmp_path, monkeypatch
   assert "(aaaaaaaaaaaa)" in said[0] and "the same (bbbbbbbbbbbb)" in said[0]
   asked_nothing = continuation.continue_as(tiny, tmp_path, [], say=said.append)
   assert asked_nothing.optimizer.start_step == 0 and len(said) == 1
+
+
+def test_where_the_newest_checkpoint_is_lost_its_schedule_does_not_go_on(
+  tiny, tmp_path, monkeypatch
+):
+  tiny.optimizer.update(start_step=8, start_lr=0.5)
+  (tmp_path / "config.json").write_text(configs.to_json(tiny))
+  continuation.check_step(tiny, 8, tmp_path)
+  with pytest.raises(ValueError, match="starts at step 8.* is of step 4.*--continue_as again"):
+    continuation.check_step(tiny, 4, tmp_path)
+  monkeypatch.setattr(
+    continuation.checkpoint, "Checkpoints",
+    lambda *_, **__: SimpleNamespace(
+      close=lambda: None, read_newest_meta=lambda: {"step": 4, "learning_rate": 0.25}
+    ),
+  )  # fmt: skip
+  said = []
+  got = continuation.continue_as(tiny, tmp_path, ["steps"], say=said.append)
+  assert (got.optimizer.start_step, got.optimizer.start_lr) == (4, 0.25)
+  assert "optimizer.start_step 8 -> 4" in said[0]
+  continuation.check_step(got, 4, tmp_path)
 
 
 def read(folder):
