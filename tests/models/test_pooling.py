@@ -52,6 +52,21 @@ def test_without_a_projection_patches_are_in_the_space_of_the_pooled_token(tiny_
   assert_allclose(got, torch.nn.functional.normalize(best, dim=-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("pool", ["query", "class"])
+def test_patches_are_read_by_region_queries_or_else_by_the_auxiliary_embedding(tiny, images, pool):
+  tiny.model.update(pool=pool, auxiliary_pool="max")
+  got, params = apply(tiny, "encode_patches", images)
+  if pool == "query":
+    alone = {k: v for k, v in params.items() if k != "auxiliary_projection"}
+    tiny.model.auxiliary_pool = "none"
+    want = grain.build(tiny).apply({"params": alone}, images, method="encode_patches")
+  else:
+    tokens, _ = apply(tiny, "encode_tokens", images)
+    want = tokens[:, 1:] @ params["auxiliary_projection"]["kernel"]
+    want = (want / jnp.linalg.norm(want, axis=-1, keepdims=True)).reshape(got.shape)
+  assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.99])
 def test_training_sees_some_patches_and_evaluation_all(tiny_clip, images, rate):
   """With one block that does nothing, tokens say which patches they are."""
