@@ -255,11 +255,40 @@ def user_cache() -> pathlib.Path:
   return home / "grain_jax"
 
 
+# A name that no folder of a user has: what dead processes left is removed by it.
+_SCRATCH = ".grain_jax-process-"
+
+
 @functools.cache
 def _scratch() -> pathlib.Path:
-  folder = tempfile.mkdtemp(prefix="grain_jax-")
+  """This process's folder for copies; what killed ones have left goes first."""
+  for left in pathlib.Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+    if (descriptor := _lock(left)) is not None:
+      shutil.rmtree(left, ignore_errors=True)
+      os.close(descriptor)
+  while True:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    _lock(folder)
+    if folder.is_dir():  # else another process has just taken it for one that was left
+      break
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  return pathlib.Path(folder)
+  return folder
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+  """A lock on a folder until this process ends; None: another has it, or there are no locks."""
+  try:
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+  except (ImportError, OSError):
+    return None
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    os.close(descriptor)
+    return None
+  return descriptor
 
 
 def remove_temporary() -> None:

@@ -1,5 +1,6 @@
 """Addresses on the net: gs:// where a bucket serves; all else is refused at once, in one line."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -34,6 +35,32 @@ def test_an_address_is_refused(path):
   with pytest.raises(ValueError, match=r"^--out=\S+ is an address \(\w+://\).* mount it") as caught:
     places.check(path, "--out")
   assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_a_live_one_s_stays(tmp_path):
+  """Copies of weights, which would fill the disk start by start."""
+  (tmp_path / "grain_jax-data").mkdir()  # a user's
+  program = (
+    "import os, sys; from grain_jax import places; print(places.temporary_folder(), flush=True)\n"
+    "sys.stdin.read() if sys.argv[1] == 'live' else os._exit(9)"
+  )
+
+  def start(how):
+    process = subprocess.Popen(
+      [sys.executable, "-c", program, how], env={**os.environ, "TMPDIR": str(tmp_path)},
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return process, pathlib.Path(process.stdout.readline().strip())
+
+  live, living = start("live")
+  killed, left = start("killed")
+  assert killed.wait() == 9 and left.is_dir()
+  killed, again = start("killed")
+  killed.wait()
+  assert living.is_dir() and not left.parent.exists() and again.is_dir()
+  live.communicate()
+  assert live.returncode == 0 and not living.parent.exists()
+  assert (tmp_path / "grain_jax-data").is_dir()
 
 
 def test_the_user_s_folder_is_meant_by_a_tilde(monkeypatch):

@@ -177,7 +177,9 @@ def _join(address: addresses.Address) -> None:
     )
   except RuntimeError as error:  # the port is taken, for example
     text = " ".join(str(error).split())
-    raise ValueError(f"processes ({address.source}) cannot meet at {where}: {text}") from error
+    again = re.match(r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED", text)
+    kind = failures.TransientError if again else ValueError
+    raise kind(f"processes ({address.source}) cannot meet at {where}: {text}") from error
   finally:
     timer.cancel()
   gather("start", "", seconds=address.start_seconds)

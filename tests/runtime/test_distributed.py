@@ -11,6 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from bench import kills
+from grain_jax import failures
 from grain_jax.runtime import addresses, distributed, metrics, watchdog
 
 SRUN = {
@@ -176,6 +177,23 @@ def test_a_new_start_may_help_where_the_machine_failed(error, again, monkeypatch
 
 
 @pytest.mark.parametrize(
+  ("why", "kind"),
+  [
+    ("UNAVAILABLE: connection to the coordinator was lost", failures.TransientError),
+    ("UNKNOWN: Failed to start RPC server: the port is taken", ValueError),
+  ],
+)
+def test_processes_that_cannot_meet_for_a_while_are_started_again(monkeypatch, why, kind):
+  def initialize(**_):
+    raise RuntimeError(why)
+
+  monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+  address = addresses.Address("flags", coordinator="a:1", num_processes=2, process_id=0)
+  with pytest.raises(kind, match="cannot meet at a:1: U"):
+    distributed._join(address)
+
+
+@pytest.mark.parametrize(
   ("end", "code"),
   [("raise preemption.Preempted(3)", 75), ("distributed._watchdog.end(130, 'interrupted')", 130)],
 )
@@ -190,7 +208,7 @@ def test_copies_from_buckets_go_with_a_process_that_ends_at_once(tmp_path, end, 
   assert (
     subprocess.run([sys.executable, "-c", program], env=environ, timeout=100).returncode == code
   )
-  assert list(tmp_path.glob("grain_jax-*")) == []
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_what_jax_reads_first_is_set_before_processes_join(tmp_path, monkeypatch):
