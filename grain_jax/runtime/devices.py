@@ -1,4 +1,4 @@
-"""What a machine's devices cannot do, said in one line: a GPU that JAX does not see, its memory."""
+"""What a machine's devices cannot do, in one line: a GPU or TPU that JAX does not see, memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Iterator
 
 import jax
+
+from grain_jax import failures
 
 _BFLOAT16 = 8.0  # compute capability from which NVIDIA's GPUs have it (Ampere)
 _DEV = pathlib.Path("/dev")  # nvidia0, nvidia1, ...: a container may have been given any of them
@@ -24,22 +26,41 @@ ENCODING = "Set a smaller --batch_size (config.eval_batch_size in a run's own ev
 
 
 def check_found() -> None:
-  """That a machine with an NVIDIA GPU does not work on its CPU unasked.
+  """That a machine with an NVIDIA GPU or a TPU does not work on its CPU unasked.
 
-  JAX goes on with the CPU where its wheels do not fit the driver, or lack CUDA.
+  JAX goes on with the CPU where its wheels do not fit the driver, lack CUDA or libtpu, or where
+  another process has the TPU.
 
   Raises:
     ValueError: one line with the reason that JAX had.
+    TransientError: another process has the TPU; one line.
   """
-  nodes = sorted(_DEV.glob("nvidia[0-9]*"))
-  if "cpu" in _asked().split(",") or not nodes or jax.default_backend() != "cpu":
+  if "cpu" in _asked().split(",") or jax.default_backend() != "cpu":
     return
-  why = " ".join(_backend_error().split()) or "its wheels have no CUDA"
-  raise ValueError(
-    f"this machine has an NVIDIA GPU ({nodes[0]}), but JAX uses the CPU: {why[:300].rstrip('.')}. "
-    "Install requirements-gpu.txt with the CUDA that the driver has (nvidia-smi says which), or "
-    "set JAX_PLATFORMS=cpu to use the CPU."
+  nodes, chips = sorted(_DEV.glob("nvidia[0-9]*")), _tpu_chips()
+  if nodes:
+    has, names, lacks = f"an NVIDIA GPU ({nodes[0]})", ("cuda", "gpu"), "its wheels have no CUDA"
+    advice = (
+      "Install requirements-gpu.txt with the CUDA that the driver has (nvidia-smi says which)"
+    )
+  elif chips:
+    has, names, lacks = f"a TPU ({chips} chips)", ("tpu",), "libtpu is not installed"
+    advice = "Install requirements-tpu.txt, end what else uses the TPU"
+  else:
+    return
+  why = " ".join(_backend_error(*names).split())[:300].rstrip(".") or lacks
+  kind = failures.TransientError if "already in use" in why else ValueError
+  raise kind(
+    f"this machine has {has}, but JAX uses the CPU: {why}. {advice}, or set JAX_PLATFORMS=cpu to "
+    "use the CPU."
   )
+
+
+def _tpu_chips() -> int:
+  """TPU chips on this machine's bus, whether JAX can use them or not."""
+  from jax._src import hardware_utils
+
+  return hardware_utils.num_available_tpu_chips_and_device_id()[0]
 
 
 def _asked() -> str:
@@ -47,12 +68,12 @@ def _asked() -> str:
   return jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
 
 
-def _backend_error() -> str:
-  """Why JAX has no GPU; '' where it does not say."""
+def _backend_error(*names: str) -> str:
+  """Why JAX has none of these backends; '' where it does not say."""
   from jax._src import xla_bridge
 
   errors = getattr(xla_bridge, "_backend_errors", {})
-  return next((str(errors[name]) for name in ("cuda", "gpu") if name in errors), "")
+  return next((str(errors[name]) for name in names if name in errors), "")
 
 
 def has_bfloat16(device: jax.Device) -> bool:

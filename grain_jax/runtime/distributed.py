@@ -98,7 +98,14 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
   """
   global _watchdog
   if address is not None:
-    _join(address)
+    try:
+      _join(address)
+    except Exception as error:
+      if not is_runtime_failure(error):
+        raise
+      traceback.print_exc()
+      print(_line(error), file=sys.stderr, flush=True)
+      _leave(RESTART)
   store = _state().client if process_count() > 1 else None
   _watchdog = Watchdog(
     store, index=process_index(), count=process_count(), limit=limit, leave=_leave

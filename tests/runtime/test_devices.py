@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from grain_jax import embed, evaluate
+from grain_jax import embed, evaluate, failures
 from grain_jax.evals.inputs import attempts
 from grain_jax.runtime import devices
 from grain_jax.training import sizing
@@ -24,7 +24,7 @@ def test_a_gpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch):
   (tmp_path / "nvidiactl").touch()
   monkeypatch.setattr(devices, "_DEV", tmp_path)
   monkeypatch.setattr(devices, "_asked", lambda: "")
-  monkeypatch.setattr(devices, "_backend_error", lambda: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH.\nx")
+  monkeypatch.setattr(devices, "_backend_error", lambda *_: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH.\nx")
   devices.check_found()  # there is none
   node.touch()
   with pytest.raises(ValueError) as found:
@@ -37,6 +37,24 @@ def test_a_gpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch):
   monkeypatch.undo()
   monkeypatch.setattr(devices, "_DEV", tmp_path)
   devices.check_found()  # these tests have JAX_PLATFORMS=cpu
+
+
+@pytest.mark.parametrize(
+  ("why", "kind", "said"),
+  [
+    ("", ValueError, "libtpu is not installed"),
+    ("ABORTED: The TPU is already in use by process with pid 7.", failures.TransientError, "pid 7"),
+  ],
+)
+def test_a_tpu_that_jax_does_not_see_ends_the_run(tmp_path, monkeypatch, why, kind, said):
+  """JAX goes on with the CPU, and a pod's hosts would each train alone."""
+  monkeypatch.setattr(devices, "_DEV", tmp_path)
+  monkeypatch.setattr(devices, "_asked", lambda: "")
+  monkeypatch.setattr(devices, "_backend_error", lambda *_: why)
+  devices.check_found()  # there is none
+  monkeypatch.setattr(devices, "_tpu_chips", lambda: 4)
+  with pytest.raises(kind, match=rf"has a TPU \(4 chips\), but JAX uses the CPU: .*{said}"):
+    devices.check_found()
 
 
 def test_bfloat16_on_an_older_gpu(monkeypatch):

@@ -193,6 +193,23 @@ def test_processes_that_cannot_meet_for_a_while_are_started_again(monkeypatch, w
     distributed._join(address)
 
 
+def test_a_link_that_fails_while_processes_join_may_hold_the_next_time(monkeypatch, capsys):
+  class Left(BaseException):
+    pass
+
+  def leave(code):
+    raise Left(code)
+
+  def join(_):
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo connectFullMesh failed")
+
+  monkeypatch.setattr(distributed, "_join", join)
+  monkeypatch.setattr(distributed, "_leave", leave)
+  with pytest.raises(Left, match="75"), distributed.session(addresses.Address("flags")):
+    pass
+  assert capsys.readouterr().err.splitlines()[-1].endswith("Gloo connectFullMesh failed")
+
+
 @pytest.mark.parametrize(
   ("end", "code"),
   [("raise preemption.Preempted(3)", 75), ("distributed._watchdog.end(130, 'interrupted')", 130)],
