@@ -123,8 +123,9 @@ def hard_negative_loss(
   if imc == "image_text_positive":
     intra = contrastive.cross_entropy(texts, wrong, target=right, **options).loss
   elif imc == "text_only":
-    each = contrastive.log_sum_exp(texts, wrong, **options)
-    intra = jnp.sum(jnp.where(mask & (each > contrastive.MASKED_LOGIT / 2), each, 0.0))
+    log_sums = contrastive.log_sum_exp(texts, wrong, **options)
+    counts = mask & (log_sums > contrastive.MASKED_LOGIT / 2)
+    intra = jnp.sum(jnp.where(counts, log_sums, 0.0))
   else:
     raise ValueError(f"imc = {imc!r} is unknown. Choose one of {', '.join(IMC)}.")
   return HardNegativeLoss(
