@@ -113,7 +113,7 @@ def train(
           config, model, state.eval_params, dataset,
           mesh=mesh, tokenizer=run.tokenizer, on_batch=on_batch, options=run.options,
         )  # fmt: skip
-        outcome.results.update(validation.attempt(validate, state.eval_params, on_batch))
+        outcome.results.update(validation.attempt(validate, state, on_batch))
         failed.note(at, outcome.errors)
         best = config.checkpoint.best_metric
         if best in outcome.results or not outcome.errors:
