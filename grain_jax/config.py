@@ -158,8 +158,28 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises a one-line ValueError for the first thing that cannot work in a resolved config."""
+def _check_best_metric(config: ml_collections.ConfigDict, *, settled: bool) -> None:
+  """Raises a one-line ValueError where no evaluation can give `checkpoint.best_metric`."""
+  best = config.checkpoint.best_metric
+  family = best.partition("/")[0]
+  families = {name.partition(":")[0] for name in config.evals}
+  if "segmentation" in families:
+    families.add("grouping")
+  negatives = config.data.negatives or config.data.negatives_per_region
+  if not settled and ("available" in families or negatives):  # by what the data can serve
+    families.add(family)
+  if best and (family not in families or not config.eval_every):
+    raise ValueError(
+      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
+      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
+    )
+
+
+def check(config: ml_collections.ConfigDict, *, settled: bool = False) -> None:
+  """Raises a one-line ValueError for the first thing that cannot work in a resolved config.
+
+  `settled`: the evaluations stand as they will be run, with none left to `sizing.available`.
+  """
   check_places(config)
   flat = dict(flatten(config))
   for key in CHOICES:
@@ -229,12 +249,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.model.{name}.width = {tower.width} does not divide by its heads = {tower.heads}."
       )
-  best = config.checkpoint.best_metric
-  if best and (best.split("/")[0] not in config.evals or not config.eval_every):
-    raise ValueError(
-      f"config.checkpoint.best_metric = {best!r} needs config.eval_every > 0 (it is "
-      f"{config.eval_every}) and begins with the name of one of config.evals, {config.evals}."
-    )
+  _check_best_metric(config, settled=settled)
   if config.data.row_length < m.text.context:
     raise ValueError(
       f"config.data.row_length = {config.data.row_length} is shorter than "

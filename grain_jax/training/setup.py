@@ -95,7 +95,7 @@ def settle(
   devices.check_dtype(config.model.dtype)
   if line := sizing.describe(asked, config, records=records, platform=jax.default_backend()):
     say(line)
-  configs.check(config)
+  configs.check(config, settled=True)
   steps_per_epoch = sampler.steps_per_epoch(records, config.batch_size)
   options = Options(
     root=pathlib.Path(config.datasets) if config.datasets else None,

@@ -122,6 +122,28 @@ def test_a_run_with_negatives_evaluates_what_they_may_cost(scenes_dir, capsys):
   assert sizing.available(config, data, say=said.append).evals == ("retrieval",)
 
 
+@pytest.mark.parametrize(
+  ("best", "changes"),
+  [
+    ("retrieval/text_to_image/r1", {}),
+    ("composition/accuracy", {"evals": ("retrieval",), "data__negatives": 4}),
+    ("zero_shot/imagenet/top1", {"evals": ("zero_shot:imagenet",)}),
+    ("grouping/jaccard", {"evals": ("segmentation",)}),
+  ],
+)
+def test_the_best_metric_may_be_of_any_evaluation_that_the_run_will_have(scenes_dir, best, changes):
+  """Evaluations that the data choose count: before that none is refused, after it all others."""
+  from grain_jax.data import dataset
+
+  config = mine(data__dir=str(scenes_dir), checkpoint__best_metric=best, **changes)
+  configs.check(config)
+  config.evals = sizing.available(config, dataset.open_dataset(scenes_dir), say=print).evals
+  configs.check(config, settled=True)
+  config.evals = ("grounding",)
+  with pytest.raises(ValueError, match=f"best_metric = '{best}' needs config.eval_every > 0"):
+    configs.check(config, settled=True)
+
+
 @pytest.mark.slow
 def test_validation_is_the_loss_of_the_model_without_dropout(scenes_dir, tmp_path):
   """Worked out once more by hand: the same batches, through the model and the objective."""
