@@ -165,8 +165,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.lr = 1e-3  # peak of the learning rate
   c.optimizer.lr_init = 1e-6  # learning rate at the first step of the warm-up
   c.optimizer.lr_end = 1e-5  # learning rate at the end of the cosine
-  c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up
-  c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
+  c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up; 0 here and below: none
+  c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs; -1: a tenth of the run
   c.optimizer.start_step = 0  # of the schedule; set by --continue_as
   c.optimizer.start_lr = 0.0  # the rate at start_step; set by --continue_as
   c.optimizer.b1 = 0.9  # decay of AdamW's first moment

@@ -108,8 +108,8 @@ FREE_KEYS = frozenset(
     "watchdog_seconds",
   }
 )
-# Limits of numbers: each numeric key but data.max_pixels (`schema`) and those of mesh (with the
-# devices) stands in one of these tables. None may be infinite or NaN.
+# Limits of numbers: each numeric key but data.max_pixels (`schema`) stands in one of these tables.
+# None may be infinite or NaN.
 POSITIVE = (
   "accumulate",
   "data.crop_min_area",
@@ -173,6 +173,9 @@ LEAST = {
   "loss.rank_upper_bound": 0,
   "loss.region": 0,
   "loss.text_grounded": 0,
+  "mesh.data": -1,
+  "mesh.fsdp": -1,
+  "mesh.tensor": -1,
   "model.image.init_std": 0,
   "model.image.mean": 0,
   "model.logit_scale_max": 0,
@@ -184,7 +187,7 @@ LEAST = {
   "optimizer.start_lr": 0,
   "optimizer.start_step": 0,
   "optimizer.warmup_epochs": 0,
-  "optimizer.warmup_steps": 0,
+  "optimizer.warmup_steps": -1,
   "optimizer.weight_decay": 0,
   "peak_flops": 0,
   "profile.num_steps": 1,

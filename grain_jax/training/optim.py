@@ -30,6 +30,10 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
   `start_step` on, from the rate `start_lr` that it had there.
   """
   o = config.optimizer
+  if o.warmup_steps < 0:
+    raise ValueError(
+      f"config.optimizer.warmup_steps = {o.warmup_steps} is left open: give a number of steps."
+    )
   warmup = o.warmup_steps or round(o.warmup_epochs * steps_per_epoch)
   steps = total_steps - o.start_step
   if o.start_step and steps <= 0:

@@ -98,6 +98,12 @@ def test_no_warmup_starts_at_the_peak(tiny):
   assert_allclose([rate(0), rate(5), rate(10)], [1.0, 0.5, 0.0], atol=1e-6)
 
 
+def test_a_warmup_that_is_left_open_is_an_error(tiny):
+  tiny.optimizer.warmup_steps = -1
+  with pytest.raises(ValueError, match="warmup_steps = -1 is left open: give a number"):
+    optim.schedule(tiny, total_steps=10, steps_per_epoch=5)
+
+
 def test_warmup_longer_than_the_run_is_an_error(tiny):
   tiny.optimizer.warmup_steps = 10
   with pytest.raises(ValueError, match="warm-up takes 10 steps of a run of 10"):
