@@ -232,6 +232,7 @@ def _loop(
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
+  skipped = first - optim.updates_done(state.opt_state)  # steps that the schedule did not count
   progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
   used = utilization.Utilization(config, mesh.size)
   # Several CPU processes that run ahead of each other hang in the collectives.
@@ -243,9 +244,12 @@ def _loop(
   notes = notices.Notices(config)
 
   def report(step: int, values: list[metrics.Pairs]) -> None:
+    nonlocal skipped
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
-    summary["train/learning_rate"] = float(learning_rate(step - 1))  # of the update to `step`
+    skipped += round(summary["train/skipped_updates"])
+    # Of the last update up to `step`.
+    summary["train/learning_rate"] = float(learning_rate(max(step - 1 - skipped, 0)))
     opens, dropped = batches.shard_opens_per_1000(), batches.dropped_negatives()
     if dropped is not None:
       summary["train/dropped_negatives"] = dropped
@@ -268,7 +272,7 @@ def _loop(
     progress.pause(time.monotonic() - began)
 
   def describe(step: int) -> dict[str, Any]:
-    return {**meta, "step": step, "learning_rate": float(learning_rate(step))}
+    return {**meta, "step": step, "learning_rate": float(learning_rate(step - skipped))}
 
   def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
     distributed.report_progress("saving", step)

@@ -57,6 +57,16 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
   return (lambda step: rate(jnp.maximum(step - o.start_step, 0))) if o.start_step else rate
 
 
+def updates_done(opt_state: Any) -> int:
+  """Updates that the schedule has counted in the state of `create`'s optimiser: no skipped step."""
+
+  def counts(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
+
+  (found,) = filter(counts, jax.tree.leaves(opt_state, is_leaf=counts))
+  return int(found.count)
+
+
 def decay_mask(params: Any, kind: str) -> Any:
   """Which leaves weight decay touches, by name: bool tree.
 

@@ -274,7 +274,8 @@ def make_train_step(
     if guarded:
       # Without an example there is no gradient, but decay, moments and the schedule would move on.
       any_example = jnp.any(batch["example_mask"])
-      metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
+      updated = any_example.astype(jnp.float32)
+      metrics |= {"skipped_updates": (1.0 - updated, one), "gradient_norm": (norm, updated)}
       params, opt_state, ema, terms, teacher = jax.tree.map(
         lambda new, old: jnp.where(any_example, new, old),
         (params, opt_state, ema, terms, teacher),

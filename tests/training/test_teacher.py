@@ -151,6 +151,7 @@ def test_bad_records_of_a_validation_are_counted_and_end_nothing(
   state = steps.TrainState(0, drawn.params(config), None, teacher=drawn.params(config, seed=2))
   got = validated(state)
   assert (got["validation/bad_examples"], got["validation/examples"]) == (2, 0)
+  assert "validation/loss" not in got
   assert "2 records of split 'val' are bad" in caplog.text
 
 
