@@ -299,6 +299,9 @@ def _loop(
     batch = meshes.to_global(host_batch, mesh)
     progress.waited(time.monotonic() - began)
     distributed.report_progress("step" if step > first + 1 else "compiling", step)
+    if jax.process_count() > 1 and step == first + 1:
+      train_step.trace(state, batch)  # which tries kernels, and is not done again by the step
+      setup.check_same_program()
     if lockstep and step == first + 1:
       # Gloo gives up on a process that still compiles: first all compile, then all begin.
       train_step = train_step.lower(state, batch).compile()

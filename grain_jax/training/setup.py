@@ -18,6 +18,7 @@ from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import local_copy, mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
+from grain_jax.models import attention, norm_kernels
 from grain_jax.runtime import compile_cache, devices, distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
 
@@ -131,6 +132,23 @@ def settle(
     steps_per_epoch=steps_per_epoch,
     fingerprints=fingerprints,
   )
+
+
+def check_same_program() -> None:
+  """Ends a run whose processes chose different kernels while they traced a program; all call it.
+
+  Each tries cuDNN and the kernels of LayerNorm on its own device (`models.fused_attention`), and
+  different programs hang in their collectives, or exchange what does not belong together.
+  """
+  chosen = {
+    f"attention of the {part}": what.partition(" (")[0]  # without the reason
+    for part, what in sorted(attention.implementations().items())
+  }
+  hint = (
+    "Their devices or drivers differ; their logs say why. Set config.model.attention=xla and "
+    "config.model.norm=xla, or run on equal machines."
+  )
+  distributed.check_equal("program", chosen | norm_kernels.implementations(), hint=hint)
 
 
 def _device_memory() -> int | None:
