@@ -117,6 +117,33 @@ def test_text_without_padding_by_hand(tiny):
   assert_allclose(plan_useful.text_tower_flops(tiny, caption=10, description=6), expected)
 
 
+def test_false_texts_are_as_long_as_the_true_ones(tiny):
+  """2 regions, K = 3 and N = 2: four captions, six descriptions."""
+  lengths = {"caption": 10.0, "description": 6.0}
+
+  def flops_of(regions, negatives, each):
+    tiny.data.update(max_regions=regions, negatives=negatives, negatives_per_region=each)
+    return plan_useful.text_tower_flops(tiny, **lengths)
+
+  caption = flops_of(0, 0, 0)
+  description = flops_of(1, 0, 0) - caption
+  assert_allclose(flops_of(2, 3, 2), 4 * caption + 6 * description)
+  tiny.method = "clip"
+  assert_allclose(flops_of(2, 3, 0), 4 * caption)
+
+
+def test_a_teachers_texts_take_a_third_of_the_models(tiny):
+  """Its forward pass beside forward and the gradient's two."""
+  counts, lengths = (
+    {"jvp(Grain)/text_tower/fc1": 10**15, "loss": 7},
+    {"caption": 9, "description": 4},
+  )
+  text = 8 * plan_useful.text_tower_flops(tiny, **lengths)
+  assert plan_useful.useful_flops(counts, tiny, batch=8, **lengths) == 7 + text
+  tiny.loss.anchor = 1.0
+  assert_allclose(plan_useful.useful_flops(counts, tiny, batch=8, **lengths), 7 + text * 4 / 3)
+
+
 @pytest.mark.parametrize("start", [8, 64, 5000])
 @pytest.mark.parametrize(("fixed", "each"), [(2e9, 1e7), (0, 3.3e6), (15e9, 9e6), (1e9, 5e8)])
 def test_search_finds_the_largest_in_few_probes(fixed, each, start):
