@@ -16,7 +16,7 @@ from optax import contrib
 from grain_jax import config as configs
 from grain_jax import trees
 
-_NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias|relative_bias)$")
 # The published code decays these of the decoder nevertheless.
 _PUBLISHED_DECAY = re.compile(
   r"^query_decoder/(.*norm\d?/scale|.*attention/(query|key|value)/bias)$"

@@ -127,6 +127,14 @@ def test_clean_mask_decays_no_norm_bias_or_scale_of_the_model(tiny):
     assert decays == plain, name
 
 
+def test_relative_positions_of_a_t5_are_a_bias(tiny):
+  """OpenCLIP's rule, of CLIPpy: no decay where a name has 'bias' in it."""
+  tiny.model.text.kind = "t5"
+  for kind in ("clean", "published"):
+    mask = dict(trees.named_leaves(optim.decay_mask(model_params(tiny), kind)))
+    assert mask["text_tower/relative_bias"] is False and mask["text_tower/token_embedding"]
+
+
 def test_published_mask_adds_the_decoders_norms_and_attention_input_biases(tiny):
   """torch names: norm{1,2,3}.weight, norm.weight, pre_norm.weight, in_proj_bias are decayed."""
   params = model_params(tiny)
