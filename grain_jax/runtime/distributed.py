@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from grain_jax import cli, failures, places
 from grain_jax.failures import EXIT_RESTART as RESTART
-from grain_jax.runtime import addresses, preemption
+from grain_jax.runtime import addresses, memory, preemption
 from grain_jax.runtime.watchdog import Watchdog
 
 # Seconds after which JAX itself gives up on a process; `watchdog` is quicker and says more.
@@ -78,8 +78,7 @@ def keep_cpu_backend() -> None:
 def prepare(config: ml_collections.ConfigDict) -> None:
   """Settings that JAX reads with its first program: to be called before processes join."""
   keep_cpu_backend()
-  # A GPU is a run's own: JAX's default of three quarters leaves the rest unused.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory.GPU_FRACTION))
   flags_of_xla = os.environ.get("XLA_FLAGS", "")
   if config.deterministic and _DETERMINISTIC not in flags_of_xla:
     os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_DETERMINISTIC}".strip()
