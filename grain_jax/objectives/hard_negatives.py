@@ -76,7 +76,8 @@ def hard_negative_loss(
     threshold: one of THRESHOLDS.
     upper_bound: of the thresholds.
     mask_invalid: negatives that are not valid are no negatives of contrast and intra either; the
-      published code lets them count there.
+      published code lets them count there, with the texts that they have in its data. A slot
+      without a text counts then by whatever stands in `negatives`.
     mask: bool [B]; examples that do not count, nor as negatives. None: all count.
     text_hashes: u32 [B, 2] of the captions (`duplicates.hash_texts`), or None: where given, equal
       texts are no negatives of each other.

@@ -110,6 +110,7 @@ def settle(
   preconditions.check_regions(config, training)
   preconditions.check_negatives(config, training)
   preconditions.check_teacher(config, warn)
+  preconditions.check_empty_slots(config, warn)
   tokenizer = tokenizing.make(config)
   parts = [part.dataset for part in getattr(training, "parts", ())] or [dataset]
   for line in token_ids.describe({str(p.directory): p.tokens for p in parts}, tokenizer):
