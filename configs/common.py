@@ -145,7 +145,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.loss.rank_threshold_start = 0.0  # in units of logits; fixed: throughout
   c.loss.rank_upper_bound = 10.0  # of the thresholds
   c.loss.rank_reset = True  # thresholds begin anew in each epoch
-  c.loss.mask_invalid = True  # invalid negatives are none; off as published: they count in contrast
+  c.loss.mask_invalid = True  # slots without a negative are none; off: each counts in contrast and
+  # intra as a text (not as published, where invalid texts count: data.build leaves these out)
   c.loss.auxiliary = 1.0  # weight of captions against images' auxiliary embeddings, where there are
   c.loss.anchor = 0.0  # weight of the squared distance to a frozen copy's embeddings (DeGLA: 1.28)
   c.loss.anchor_teacher = "initial"  # that copy: initial (weights at the start) | ema (their mean)
@@ -165,8 +166,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.lr = 1e-3  # peak of the learning rate
   c.optimizer.lr_init = 1e-6  # learning rate at the first step of the warm-up
   c.optimizer.lr_end = 1e-5  # learning rate at the end of the cosine
-  c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up
-  c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs
+  c.optimizer.warmup_epochs = 1.0  # length of the linear warm-up; 0 here and below: none
+  c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs; -1: a tenth of the run
   c.optimizer.start_step = 0  # of the schedule; set by --continue_as
   c.optimizer.start_lr = 0.0  # the rate at start_step; set by --continue_as
   c.optimizer.b1 = 0.9  # decay of AdamW's first moment
@@ -242,7 +243,7 @@ def parse(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigD
 
 
 def small(c: ml_collections.ConfigDict) -> None:
-  """A model of 8 M parameters, most of them token embeddings, for 96-pixel images.
+  """A model of 6.5 M parameters, most of them token embeddings, for 96-pixel images.
 
   Sine-cosine positions, wider initial weights and the stem are there to learn boxes and shapes in
   minutes.

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
   c.model.image.update(variant="S/16", size=0)
   c.model.text.update(width=384, heads=6)
   c.model.dtype = "auto"
-  c.optimizer.update(lr=5e-4, lr_end=5e-6, warmup_epochs=0.0)
+  c.optimizer.update(lr=5e-4, lr_end=5e-6, warmup_epochs=0.0, warmup_steps=-1)
   c.evals = ("available",)
   c.validation.batches = 8
   c.eval_batch_size = 64

@@ -9,6 +9,7 @@ import pytest
 
 from configs import common
 from grain_jax import config as configs
+from grain_jax import keys
 from grain_jax.models import layers
 from grain_jax.objectives import matching
 from grain_jax.training import optim
@@ -110,7 +111,11 @@ def test_an_old_config_json_reads_as_complete(tmp_path):
     ("model.text.heads", 0, ["config.model.text.heads = 0", "positive"]),
     ("model.decoder.heads", 0, ["config.model.decoder.heads = 0", "positive"]),
     ("model.image.depth", -2, ["config.model.image.depth = -2", "positive"]),
-    ("model.decoder.dropout", 1.0, ["config.model.decoder.dropout = 1.0", "< 1"]),
+    ("model.decoder.dropout", 1.0, ["config.model.decoder.dropout = 1.0", "[0, 1)"]),
+    ("optimizer.clip_norm", -1.0, ["config.optimizer.clip_norm = -1.0", "at least 0. 0 turns it"]),
+    ("optimizer.b1", 1.0, ["config.optimizer.b1 = 1.0", "[0, 1)"]),
+    ("optimizer.lr_scale", (("^text", -0.1),), ["factor of '^text' is -0.1", "at least 0"]),
+    ("model.image.std", (0.2, 0.0, 0.2), ["config.model.image.std = (0.2, 0.0, 0.2)", "positive"]),
     ("seed", -1, ["config.seed = -1", "at least 0"]),
     ("eval_every", -2, ["config.eval_every = -2", "at least -1"]),
   ],
@@ -124,6 +129,28 @@ def test_what_cannot_work_is_one_line_with_key_and_value(key, value, words):
   assert "\n" not in line
   for word in words:
     assert word in line
+
+
+NUMBERS = {
+  key: value
+  for key, value in configs.flatten(common.get_config())
+  if isinstance(value if not isinstance(value, tuple) else (value or ("",))[0], (int, float))
+  and not isinstance(value, bool)
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_limits_and_none_may_be_nan(key):
+  """A gradient's sign, a decay, a weight: what is negative or NaN trains without a word."""
+  many = isinstance(NUMBERS[key], tuple)
+  wrong = [] if key in keys.FREE_NUMBERS else [-7]
+  if many or isinstance(NUMBERS[key], float):
+    wrong = [float(number) for number in wrong] + [float("nan"), float("inf")]
+  for number in wrong:
+    c = common.get_config()
+    configs.set_key(c, key, (number,) * 3 if many else number)
+    with pytest.raises(ValueError, match=re.escape(f"config.{key} = ")):
+      configs.check(configs.resolve(c))
 
 
 def test_hierarchical_stem_needs_patches_that_it_can_build():

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import layout
 from jax.sharding import PartitionSpec
 
+from grain_jax import failures
+
 Array = jax.Array
 
 # Lengths are padded to a multiple of the first of these with which the problem is taken.
@@ -259,14 +261,32 @@ def _refusal(problem: Problem, multiple: int) -> str:
   return refusal_of(lambda: jax.jit(gradients).trace(*inputs))
 
 
+def _is_passing(error: Exception) -> bool:
+  """Whether an error is of this moment (memory, storage, a time-out) and no answer to a probe.
+
+  XLA calls a kernel's lack of shared memory exhausted too, which is an answer.
+  """
+  text = str(error)
+  memory = "RESOURCE_EXHAUSTED" in text and "shared memory" not in text.lower()
+  return memory or isinstance(error, MemoryError) or failures.is_transient(error)
+
+
 def refusal_of(trace: Callable[[], Any]) -> str:
-  """What is said of a program when it is traced and compiled here, in one line; '': nothing."""
+  """What is said of a program when it is traced and compiled here, in one line; '': nothing.
+
+  Raises:
+    Exception: what failed for the moment; no answer, which another process may not get.
+  """
   refusals: list[str] = []
+  passing: list[Exception] = []
 
   def attempt() -> None:
     try:
       compile_probe(trace())
     except Exception as error:  # whatever it is, it would end the run: it becomes the reason
+      if _is_passing(error):
+        passing.append(error)
+        return
       lines = str(error).strip().splitlines() or [type(error).__name__]
       refusals.append(lines[0][:200].rstrip("."))
 
@@ -274,6 +294,8 @@ def refusal_of(trace: Callable[[], Any]) -> str:
   thread = threading.Thread(target=attempt, name="attention probe")
   thread.start()
   thread.join()
+  if passing:
+    raise passing[0]
   return refusals[0] if refusals else ""
 
 

@@ -266,6 +266,14 @@ def usable(x: Array, dtype: Any) -> bool:
   return norm == "pallas" or not _refusal(x.shape[-1], jnp.dtype(dtype).name)
 
 
+def implementations() -> dict[str, str]:
+  """{'LayerNorm of 768 bfloat16': 'Pallas' or 'XLA'} of what was tried here so far."""
+  return {
+    f"LayerNorm of {width} {dtype}": "XLA" if refusal else "Pallas"
+    for (width, dtype), refusal in sorted(_refusals.items())
+  }
+
+
 def _refusal(width: int, dtype: str) -> str:
   """What this machine's compiler says of kernels for this width, once a process; '': nothing."""
   if (width, dtype) not in _refusals:

@@ -66,6 +66,11 @@ class HierarchicalStem(nn.Module):
     return x.reshape(image.shape[0], -1, self.width)
 
 
+def kept_patches(patches: int, dropout: float) -> int:
+  """How many of an image's patches training sees."""
+  return max(1, round(patches * (1 - dropout)))
+
+
 class VisionTransformer(nn.Module):
   """Class token and patch tokens after the final LayerNorm.
 
@@ -174,7 +179,7 @@ class VisionTransformer(nn.Module):
     """
     first = int(self.class_token)
     batch, patches = x.shape[0], x.shape[1] - first
-    kept = max(1, round(patches * (1 - self.patch_dropout)))
+    kept = kept_patches(patches, self.patch_dropout)
     draw = jax.random.uniform(self.make_rng("dropout"), (batch, patches))
     chosen = jnp.sort(jnp.argsort(draw, axis=1)[:, :kept], axis=1)
     return jnp.concatenate(

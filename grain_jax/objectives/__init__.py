@@ -108,7 +108,7 @@ def _counts(shared: Shared, total: Array) -> dict[str, Pair]:
     bad = (1 - usable) @ shared.groups, jnp.ones(shared.groups.shape[1])
     of_sources = shared.of_sources("share", share) | shared.of_sources("bad_examples", bad)
   return of_sources | {
-    "loss": (total, one),
+    "loss": (total, jnp.any(batch["example_mask"]).astype(jnp.float32)),
     "dropped_texts": (jnp.sum(missing, dtype=jnp.float32), one),
     "truncated_texts": (jnp.sum(full, dtype=jnp.float32), one),
     "bad_examples": (jnp.sum(~batch["example_mask"], dtype=jnp.float32), one),

@@ -76,7 +76,8 @@ def hard_negative_loss(
     threshold: one of THRESHOLDS.
     upper_bound: of the thresholds.
     mask_invalid: negatives that are not valid are no negatives of contrast and intra either; the
-      published code lets them count there.
+      published code lets them count there, with the texts that they have in its data. A slot
+      without a text counts then by whatever stands in `negatives`.
     mask: bool [B]; examples that do not count, nor as negatives. None: all count.
     text_hashes: u32 [B, 2] of the captions (`duplicates.hash_texts`), or None: where given, equal
       texts are no negatives of each other.
@@ -123,8 +124,9 @@ def hard_negative_loss(
   if imc == "image_text_positive":
     intra = contrastive.cross_entropy(texts, wrong, target=right, **options).loss
   elif imc == "text_only":
-    each = contrastive.log_sum_exp(texts, wrong, **options)
-    intra = jnp.sum(jnp.where(mask & (each > contrastive.MASKED_LOGIT / 2), each, 0.0))
+    log_sums = contrastive.log_sum_exp(texts, wrong, **options)
+    counts = mask & (log_sums > contrastive.MASKED_LOGIT / 2)
+    intra = jnp.sum(jnp.where(counts, log_sums, 0.0))
   else:
     raise ValueError(f"imc = {imc!r} is unknown. Choose one of {', '.join(IMC)}.")
   return HardNegativeLoss(

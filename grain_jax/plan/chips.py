@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
+from grain_jax.runtime import memory
+
 GB, GIB = 10**9, 2**30
 
 
@@ -18,7 +20,7 @@ class Chip:
   name: str  # as JAX's users call it
   platform: str  # tpu | gpu | cpu
   peak_flops: float  # bfloat16, dense, FLOP/s
-  memory_bytes: int  # of HBM; on TPUs what libtpu 0.0.42 leaves a program of it
+  memory_bytes: int  # of HBM, what is left to a program: by libtpu 0.0.42, by a run's GPU_FRACTION
   memory_bandwidth: float  # of HBM, bytes/s
   link_bandwidth: float  # out of the chip to its neighbours, all links, one direction, bytes/s
   node_size: int  # chips joined by these links; 0: all of them
@@ -44,6 +46,8 @@ _FLOAT32_PASSES = {
   "cpu": {"DEFAULT": 1.0, "HIGH": 1.0, "HIGHEST": 1.0},
 }
 
+_H100_BYTES = int(memory.GPU_FRACTION * 84_942_979_072)  # of what its driver tells of 80 GB
+
 # The makers give the interconnect of a TPU in Gbit/s out of a chip, NVLink in both directions.
 CHIPS: Mapping[str, Chip] = {
   chip.name: chip
@@ -61,7 +65,7 @@ CHIPS: Mapping[str, Chip] = {
       "cloud.google.com/tpu/docs/v6e (918 TFLOP/s, 32 GB, 1,638 GB/s, 800 GB/s both ways)",
     ),
     Chip(
-      "h100", "gpu", 989e12, 80 * GB, 3350e9, 900e9 / 2, 8, 400e9 / 8,
+      "h100", "gpu", 989e12, _H100_BYTES, 3350e9, 900e9 / 2, 8, 400e9 / 8,
       "nvidia.com/en-us/data-center/h100 (SXM: 989 TFLOP/s dense, 80 GB, 3.35 TB/s, NVLink "
       "900 GB/s both ways); one 400 Gbit/s adapter a GPU between nodes, as in a DGX H100",
     ),

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 import ml_collections
 import numpy as np
 
+from grain_jax import objectives
+from grain_jax.models import vit
 from grain_jax.models.attention import SCOPE
 from grain_jax.plan import hlo as plan_hlo
 from grain_jax.plan.chips import Collective
@@ -262,8 +264,9 @@ def attention_bytes(config: ml_collections.ConfigDict, *, images: float, align: 
   """Bytes of operands and results of the towers' attention, forward and backward, for `images`.
 
   Forward it reads queries, keys and values and writes a result; backward it reads these and the
-  result's gradient and writes three gradients. With `remat=block` forward comes twice. The last
-  layer of a text tower, whose few queries need no keys, is counted as compiled.
+  result's gradient and writes three gradients. With `remat=block` forward comes once more, with
+  microbatches too, and a teacher has one of its own. The last layer of a text tower, whose few
+  queries need no keys, is counted as compiled; a T5's last layer is like the others.
 
   Args:
     config: a resolved configuration.
@@ -272,12 +275,19 @@ def attention_bytes(config: ml_collections.ConfigDict, *, images: float, align: 
   """
   m = config.model
   size = 4 if m.dtype == "float32" else 2
-  tokens = (m.image.size // m.image.patch) ** 2 + int(m.image.class_token)
-  tokens = -(-tokens // align) * align
-  units = 8 + 4 * (2 if m.remat == "block" else 1)
-  arrays = m.image.depth * tokens * m.image.width
-  arrays += (m.text.depth - 1) * config.data.row_length * m.text.width
-  return float(images * units * size * arrays)
+  patches = (m.image.size // m.image.patch) ** 2
+  text_layers = m.text.depth - (m.text.kind != "t5")
+  texts = text_layers * config.data.row_length * m.text.width
+
+  def arrays(patches: int) -> int:
+    tokens = -(-(patches + int(m.image.class_token)) // align) * align
+    return m.image.depth * tokens * m.image.width + texts
+
+  units = 8 + 4 * (1 + (m.remat == "block") + (config.accumulate > 1))
+  total = units * arrays(vit.kept_patches(patches, m.image.patch_dropout))
+  if objectives.needs_teacher(config):  # which sees all patches
+    total += 4 * arrays(patches)
+  return float(images * size * total)
 
 
 def module_and_op(path: str) -> str:

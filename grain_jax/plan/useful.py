@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from grain_jax import objectives
 from grain_jax.models import attention
 
 _TEXT = ("text_tower", "text_projection")  # modules that see tokens
@@ -24,12 +25,14 @@ def text_tower_flops(
 
   Args:
     config: a resolved configuration.
-    caption: mean tokens of a caption.
-    description: mean tokens of a description.
+    caption: mean tokens of a caption, false ones too.
+    description: mean tokens of a description, false ones too.
   """
-  t, regions = config.model.text, config.data.max_regions
+  t, d = config.model.text, config.data
   hidden = round(t.width * t.mlp_ratio)
-  lengths = [caption] + [description] * (regions if config.method == "grain" else 0)
+  regions = d.max_regions if config.method == "grain" else 0
+  lengths = [caption] * (1 + d.negatives)
+  lengths += [description] * (regions * (1 + d.negatives_per_region))
   if t.kind == "siglip":
     lengths = [t.context] * len(lengths)
   per_token = 8 * t.width**2 + 4 * t.width * hidden
@@ -66,4 +69,6 @@ def useful_flops(
   rest = sum(n for path, n in once.items() if not any(m in path.split("/") for m in _TEXT))
   padded = sum(once.values()) - rest
   text = batch * text_tower_flops(config, caption=caption, description=description)
+  if objectives.needs_teacher(config):  # a forward pass beside the model's three
+    text *= 4 / 3
   return rest + min(text, padded)

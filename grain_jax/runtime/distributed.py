@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from grain_jax import cli, failures, places
 from grain_jax.failures import EXIT_RESTART as RESTART
-from grain_jax.runtime import addresses, preemption
+from grain_jax.runtime import addresses, memory, preemption
 from grain_jax.runtime.watchdog import Watchdog
 
 # Seconds after which JAX itself gives up on a process; `watchdog` is quicker and says more.
@@ -77,8 +77,7 @@ def keep_cpu_backend() -> None:
 def prepare(config: ml_collections.ConfigDict) -> None:
   """Settings that JAX reads with its first program: to be called before processes join."""
   keep_cpu_backend()
-  # A GPU is a run's own: JAX's default of three quarters leaves the rest unused.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory.GPU_FRACTION))
   flags_of_xla = os.environ.get("XLA_FLAGS", "")
   if config.deterministic and _DETERMINISTIC not in flags_of_xla:
     os.environ["XLA_FLAGS"] = f"{flags_of_xla} {_DETERMINISTIC}".strip()
@@ -278,7 +277,9 @@ def broadcast(name: str, value: str) -> str:
   return gather(name, value if process_index() == 0 else "")[0]
 
 
-def check_equal(name: str, values: Mapping[str, Any]) -> None:
+def check_equal(
+  name: str, values: Mapping[str, Any], *, hint: str = "Start all with the same command."
+) -> None:
   """Checks that all processes have the same `values`, by their hash; all must call it.
 
   Raises:
@@ -294,5 +295,5 @@ def check_equal(name: str, values: Mapping[str, Any]) -> None:
   key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
   raise ValueError(
     f"the processes have different {name}s: {key} is {ours.get(key)!r} on process 0 and "
-    f"{theirs.get(key)!r} on process {odd}. Start all with the same command."
+    f"{theirs.get(key)!r} on process {odd}. {hint}"
   )

@@ -123,8 +123,9 @@ class Progress:
     parts = [f"{name} {values['train/loss_' + name]:.3f}" for name in losses]
     bad = round(values.get("train/bad_examples", 0))
     skipped = f"  {bad:,} bad record{'s' * (bad > 1)}" if bad else ""
+    loss = "no loss" if "train/loss" not in values else f"loss {values['train/loss']:.3f}"
     return (
-      f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['train/loss']:.3f} "
+      f"step {step:>{len(str(self._total))}}/{self._total}  {loss} "
       f"({', '.join(parts)})  {values['train/samples_per_second']:.0f} samples/s  "
       f"{format_duration(left)} left{skipped}"
     )

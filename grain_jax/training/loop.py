@@ -122,7 +122,7 @@ def train(
           config, model, state.eval_params, dataset,
           mesh=mesh, tokenizer=run.tokenizer, on_batch=on_batch, options=run.options,
         )  # fmt: skip
-        outcome.results.update(validation.attempt(validate, state.eval_params, on_batch))
+        outcome.results.update(validation.attempt(validate, state, on_batch))
         failed.note(at, outcome.errors)
         best = config.checkpoint.best_metric
         if best in outcome.results or not outcome.errors:
@@ -242,6 +242,7 @@ def _loop(
 ) -> steps.TrainState:
   """Steps from `state.step` to `total_steps`, with metrics, checkpoints and evaluations between."""
   first = int(state.step)
+  skipped = first - optim.updates_done(state.opt_state)  # steps that the schedule did not count
   progress = metrics.Progress(total_steps=total_steps, batch_size=config.batch_size)
   used = utilization.Utilization(config, mesh.size)
   # Several CPU processes that run ahead of each other hang in the collectives.
@@ -253,9 +254,12 @@ def _loop(
   notes = notices.Notices(config)
 
   def report(step: int, values: list[metrics.Pairs]) -> None:
+    nonlocal skipped
     summary = metrics.summarize(values)  # waits for the step
     _check_finite(summary, step, checkpoints)
-    summary["train/learning_rate"] = float(learning_rate(step - 1))  # of the update to `step`
+    skipped += round(summary["train/skipped_updates"])
+    # Of the last update up to `step`.
+    summary["train/learning_rate"] = float(learning_rate(max(step - 1 - skipped, 0)))
     opens, dropped = batches.shard_opens_per_1000(), batches.dropped_negatives()
     if dropped is not None:
       summary["train/dropped_negatives"] = dropped
@@ -278,7 +282,7 @@ def _loop(
     progress.pause(time.monotonic() - began)
 
   def describe(step: int) -> dict[str, Any]:
-    return {**meta, "step": step, "learning_rate": float(learning_rate(step))}
+    return {**meta, "step": step, "learning_rate": float(learning_rate(step - skipped))}
 
   def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
     distributed.report_progress("saving", step)
@@ -305,6 +309,9 @@ def _loop(
     batch = meshes.to_global(host_batch, mesh)
     progress.waited(time.monotonic() - began)
     distributed.report_progress("step" if step > first + 1 else "compiling", step)
+    if jax.process_count() > 1 and step == first + 1:
+      train_step.trace(state, batch)  # which tries kernels, and is not done again by the step
+      setup.check_same_program()
     if lockstep and step == first + 1:
       # Gloo gives up on a process that still compiles: first all compile, then all begin.
       train_step = train_step.lower(state, batch).compile()

@@ -16,7 +16,7 @@ from optax import contrib
 from grain_jax import config as configs
 from grain_jax import trees
 
-_NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias|relative_bias)$")
 # The published code decays these of the decoder nevertheless.
 _PUBLISHED_DECAY = re.compile(
   r"^query_decoder/(.*norm\d?/scale|.*attention/(query|key|value)/bias)$"
@@ -30,6 +30,10 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
   `start_step` on, from the rate `start_lr` that it had there.
   """
   o = config.optimizer
+  if o.warmup_steps < 0:
+    raise ValueError(
+      f"config.optimizer.warmup_steps = {o.warmup_steps} is left open: give a number of steps."
+    )
   warmup = o.warmup_steps or round(o.warmup_epochs * steps_per_epoch)
   steps = total_steps - o.start_step
   if o.start_step and steps <= 0:
@@ -51,6 +55,16 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
     end_value=o.lr_end,
   )
   return (lambda step: rate(jnp.maximum(step - o.start_step, 0))) if o.start_step else rate
+
+
+def updates_done(opt_state: Any) -> int:
+  """Updates that the schedule has counted in the state of `create`'s optimiser: no skipped step."""
+
+  def counts(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
+
+  (found,) = filter(counts, jax.tree.leaves(opt_state, is_leaf=counts))
+  return int(found.count)
 
 
 def decay_mask(params: Any, kind: str) -> Any:

@@ -48,6 +48,16 @@ def check_teacher(config: ml_collections.ConfigDict, warn: Callable[[str], None]
     )
 
 
+def check_empty_slots(config: ml_collections.ConfigDict, warn: Callable[[str], None]) -> None:
+  """Warns where slots without a false caption count as negatives."""
+  if config.data.negatives and not config.loss.mask_invalid:
+    warn(
+      "config.loss.mask_invalid = False: each slot without a false caption counts as a text in "
+      "contrast and intra, all of them the same. The published code counts invalid texts there, "
+      "which data.build leaves out."
+    )
+
+
 def check_negatives(config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> None:
   """That data for losses of hard negatives has some, by its manifest's counts.
 

@@ -95,5 +95,7 @@ def check_checkpoint(
 def has_evaluation(folder: pathlib.Path, step: int) -> bool:
   """Whether the metrics hold an evaluation of `step`: a run may end between save and evaluation."""
   lines = metrics.read_jsonl(folder / "metrics.jsonl") if distributed.process_index() == 0 else []
-  found = any(line["step"] == step and "train/loss" not in line for line in lines)
+  found = any(
+    line["step"] == step and not any(name.startswith("train/") for name in line) for line in lines
+  )
   return distributed.broadcast("evaluated", str(found)) == "True"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ml_collections
 
+from grain_jax.models import vit
+
 # Arrays of a token's width that a block keeps. In words: its input; queries, keys and values, twice
 # with QK-norm; attention's result and what is added of it; the hidden layer before and after the
 # activation; both normalised inputs.
@@ -37,7 +39,8 @@ def kept_bytes(config: ml_collections.ConfigDict, remat: str) -> float:
   """
   m = config.model
   size = 4 if m.dtype == "float32" else 2
-  patches = (m.image.size // m.image.patch) ** 2 + 1
+  patches = (m.image.size // m.image.patch) ** 2
+  patches = vit.kept_patches(patches, m.image.patch_dropout) + 1
   towers = ((m.image, patches, m.image.qk_norm), (m.text, config.data.row_length, False))
   total = 0.0
   for tower, tokens, qk in towers:

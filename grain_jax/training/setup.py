@@ -18,6 +18,7 @@ from grain_jax.convert import start
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import local_copy, mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
+from grain_jax.models import attention, norm_kernels
 from grain_jax.runtime import compile_cache, devices, distributed
 from grain_jax.training import continuation, preconditions, sizing, validation
 
@@ -95,7 +96,7 @@ def settle(
   devices.check_dtype(config.model.dtype)
   if line := sizing.describe(asked, config, records=records, platform=jax.default_backend()):
     say(line)
-  configs.check(config)
+  configs.check(config, settled=True)
   steps_per_epoch = sampler.steps_per_epoch(records, config.batch_size)
   options = Options(
     root=pathlib.Path(config.datasets) if config.datasets else None,
@@ -109,6 +110,7 @@ def settle(
   preconditions.check_regions(config, training)
   preconditions.check_negatives(config, training)
   preconditions.check_teacher(config, warn)
+  preconditions.check_empty_slots(config, warn)
   tokenizer = tokenizing.make(config)
   parts = [part.dataset for part in getattr(training, "parts", ())] or [dataset]
   for line in token_ids.describe({str(p.directory): p.tokens for p in parts}, tokenizer):
@@ -131,6 +133,23 @@ def settle(
     steps_per_epoch=steps_per_epoch,
     fingerprints=fingerprints,
   )
+
+
+def check_same_program() -> None:
+  """Ends a run whose processes chose different kernels while they traced a program; all call it.
+
+  Each tries cuDNN and the kernels of LayerNorm on its own device (`models.fused_attention`), and
+  different programs hang in their collectives, or exchange what does not belong together.
+  """
+  chosen = {
+    f"attention of the {part}": what.partition(" (")[0]  # without the reason
+    for part, what in sorted(attention.implementations().items())
+  }
+  hint = (
+    "Their devices or drivers differ; their logs say why. Set config.model.attention=xla and "
+    "config.model.norm=xla, or run on equal machines."
+  )
+  distributed.check_equal("program", chosen | norm_kernels.implementations(), hint=hint)
 
 
 def _device_memory() -> int | None:

@@ -32,6 +32,7 @@ _OPEN = {
   "model.dtype": "auto",
   "model.remat": "auto",
   "model.unroll": 0,
+  "optimizer.warmup_steps": -1,
   "save_every": -1,
 }
 
@@ -55,8 +56,6 @@ def keep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collecti
       configs.set_key(config, key, old[key])
   if not config.steps and not config.epochs:
     config.update(steps=begun.steps, epochs=begun.epochs)
-  if not config.optimizer.warmup_steps and not config.optimizer.warmup_epochs:
-    config.optimizer.warmup_steps = begun.optimizer.warmup_steps
   return config
 
 
@@ -108,7 +107,7 @@ def choose(
   if not config.steps and not config.epochs:
     config.steps = max(_PASSES * per_epoch, _FEWEST_STEPS)
   steps = config.steps or round(config.epochs * per_epoch)
-  if not config.optimizer.warmup_steps and not config.optimizer.warmup_epochs:
+  if config.optimizer.warmup_steps == -1:
     config.optimizer.warmup_steps = min(max((steps - config.optimizer.start_step) // 10, 1), 2000)
   for key in ("eval_every", "save_every"):
     if config[key] == -1:

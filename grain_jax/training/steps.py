@@ -90,10 +90,29 @@ def encode(params: Any, batch: Batch, dropout_key: Array, *, model: grain.Grain)
   )
 
 
-def encode_frozen(params: Any, batch: Batch, key: Array, *, model: grain.Grain) -> grain.Output:
-  """The output of a teacher: no dropout, all patches, and no gradient into it."""
-  del key
-  output = model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
+def encode_frozen(
+  params: Any,
+  batch: Batch,
+  *,
+  model: grain.Grain,
+  mesh: Mesh | None = None,
+  num_microbatches: int = 1,
+) -> grain.Output:
+  """The output of a teacher or of a validation: no dropout, all patches, no gradient into it.
+
+  With microbatches `mesh` is the one over which the batch is sharded.
+  """
+
+  def encode(batch: Batch, key: Array | None = None) -> grain.Output:
+    del key
+    return model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
+
+  if num_microbatches == 1:
+    output = encode(batch)
+  else:
+    output = accumulation.encode_all(
+      encode, batch, jax.random.key(0), num_microbatches=num_microbatches, mesh=mesh
+    )
   return jax.lax.stop_gradient(output)
 
 
@@ -186,17 +205,6 @@ def make_train_step(
   options = {"config": config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
   frozen = jax.tree.leaves(optim.frozen_mask(config, shardings.params))
 
-  def teach(params: Any, batch: Batch, key: Array) -> grain.Output | None:
-    """The teacher's output for the batch, by microbatches where the model's is."""
-    if params is None:
-      return None
-    of_params = functools.partial(encode_frozen, params, model=model)
-    if config.accumulate == 1:
-      return of_params(batch, key)
-    return accumulation.encode_all(
-      of_params, batch, key, num_microbatches=config.accumulate, mesh=mesh
-    )
-
   def gradients_of(params: Any, batch: Batch, dropout_key: Array, terms: Any, taught: Any) -> Any:
     """((loss, (metrics, terms)), gradients of the parameters not frozen, as a list)."""
     leaves, structure = jax.tree.flatten(params)
@@ -241,7 +249,11 @@ def make_train_step(
       begins = state.step % steps_per_epoch == 0
       start = objectives.initial_state(config)
       terms = jax.tree.map(lambda first, now: jnp.where(begins, first, now), start, terms)
-    taught = teach(state.teacher, batch, dropout_key)
+    taught = None
+    if state.teacher is not None:
+      taught = encode_frozen(
+        state.teacher, batch, model=model, mesh=mesh, num_microbatches=config.accumulate
+      )
     (value, (metrics, terms)), trained = gradients_of(
       state.params, batch, dropout_key, terms, taught
     )
@@ -262,7 +274,8 @@ def make_train_step(
     if guarded:
       # Without an example there is no gradient, but decay, moments and the schedule would move on.
       any_example = jnp.any(batch["example_mask"])
-      metrics["skipped_updates"] = (1.0 - any_example.astype(jnp.float32), one)
+      updated = any_example.astype(jnp.float32)
+      metrics |= {"skipped_updates": (1.0 - updated, one), "gradient_norm": (norm, updated)}
       params, opt_state, ema, terms, teacher = jax.tree.map(
         lambda new, old: jnp.where(any_example, new, old),
         (params, opt_state, ema, terms, teacher),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 
 from grain_jax.data import dataset as dataset_lib
 from grain_jax.data import pipeline
@@ -45,11 +47,19 @@ def check(config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset) -> No
     )
 
 
+def num_microbatches(config: ml_collections.ConfigDict, size: int, shards: int) -> int:
+  """In how many microbatches `size` images are encoded: none larger than those of training."""
+  largest = config.batch_size // shards // config.accumulate
+  each = size // shards
+  return next(n for n in range(-(-each // largest), each + 1) if each % n == 0)
+
+
 class Validation:
   """Means of the training losses over the first batches of a split, without dropout.
 
-  The same images and captions each time. A contrastive loss depends on how many it contrasts:
-  'validation/batch_size' says it.
+  The same images and captions each time, all patches, and the teacher and the thresholds that the
+  next step will have. A contrastive loss depends on how many it contrasts: 'validation/batch_size'
+  says it. Bad records are left out and counted; however many, they do not end a run.
   """
 
   def __init__(
@@ -65,39 +75,48 @@ class Validation:
     self._config = ml_collections.ConfigDict(config.to_dict())
     self._config.batch_size = batch_size(config, records, meshes.num_shards(mesh))
     self._config.data.update(split=v.split, flip=False, resize="squash", workers=0)
+    self._config.data.update(max_bad_in_a_row=0, max_bad_fraction=1.0)
     self._number = min(v.batches, records // self._config.batch_size)
     self._dataset, self._mesh = dataset, mesh
     platform = mesh.devices.flat[0].platform
     options = {"config": self._config, "batch_axes": meshes.BATCH_AXES, "platform": platform}
+    number = num_microbatches(config, self._config.batch_size, meshes.num_shards(mesh))
+    encode = functools.partial(steps.encode_frozen, model=model, mesh=mesh, num_microbatches=number)
 
-    def losses(params: Any, batch: steps.Batch) -> steps.Metrics:
-      output = model.apply({"params": params}, batch, num_regions=batch["boxes"].shape[1])
-      return steps.objective(output, batch, **options)[1][0]
+    def losses(params: Any, teacher: Any, terms: Any, batch: steps.Batch) -> steps.Metrics:
+      taught = None if teacher is None else encode(teacher, batch)
+      output = encode(params, batch)
+      return steps.objective(output, batch, teacher=taught, terms=terms, **options)[1][0]
 
     self._losses = jax.jit(losses, out_shardings=meshes.replicated(mesh))
 
-  def __call__(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
-    """{'validation/loss': ...}, also of the parts that the objective has."""
+  def __call__(self, state: steps.TrainState, on_batch: Callable[[], None]) -> dict[str, float]:
+    """{'validation/loss': ...} of `state.eval_params`, also of the parts that the objective has."""
     shards, num_shards = meshes.process_batch_shards(self._mesh.devices, jax.process_index())
     values = []
     with contextlib.closing(
       pipeline.train_batches(self._dataset, self._config, host=shards, num_hosts=num_shards)
     ) as batches:
       for _ in range(self._number):
-        values.append(self._losses(params, meshes.to_global(next(batches), self._mesh)))
+        batch = meshes.to_global(next(batches), self._mesh)
+        values.append(self._losses(state.eval_params, state.teacher, state.terms, batch))
         on_batch()
     summary = metrics.summarize(values)
     same = [k for k in summary if k.startswith("train/loss") or k.removeprefix("train/") in _SAME]
     found = {k.replace("train/", "validation/", 1): summary[k] for k in same}
-    size = self._config.batch_size
+    size, bad = self._config.batch_size, round(summary["train/bad_examples"])
+    if bad:
+      split = self._config.validation.split
+      found["validation/bad_examples"] = bad
+      logging.warning("validation: %d records of split %r are bad and left out.", bad, split)
     return found | {
       "validation/batch_size": size,
-      "validation/examples": self._number * size,
+      "validation/examples": self._number * size - bad,
     }
 
 
 def attempt(
-  validation: Validation | None, params: Any, on_batch: Callable[[], None]
+  validation: Validation | None, state: steps.TrainState, on_batch: Callable[[], None]
 ) -> dict[str, float]:
   """Results of a validation, none where there is none."""
-  return validation(params, on_batch) if validation else {}
+  return validation(state, on_batch) if validation else {}

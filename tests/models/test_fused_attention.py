@@ -1,5 +1,9 @@
 """cuDNN's attention without a GPU: refusals are injected, its mathematics is XLA's."""
 
+import errno
+import re
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +133,31 @@ def test_what_is_refused_at_compiling_is_padded_or_goes_to_xla(rng, cudnn, monke
   with pytest.raises(ValueError, match="impossible for the test .* no plan") as error:
     both(arrays, weight, fused="cudnn")
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+    OSError(errno.EIO, "Input/output error"),
+  ],
+)
+def test_what_fails_for_the_moment_is_no_refusal(rng, cudnn, monkeypatch, error):
+  """Else one process of many would go by XLA for good."""
+  arrays, weight = inputs(rng)
+  with monkeypatch.context() as patched:
+    patched.setattr(fused_attention, "compile_probe", mock.Mock(side_effect=error))
+    with pytest.raises(type(error), match=re.escape(str(error))):
+      both(arrays, weight, fused="auto")
+  both(arrays, weight, fused="auto")
+  assert attention.implementations()["test"] == "cuDNN, 9 tokens"
+
+
+def test_a_kernel_without_room_in_shared_memory_is_refused(monkeypatch):
+  said = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 9, available: 8"
+  refuse = mock.Mock(side_effect=jax.errors.JaxRuntimeError(said))
+  monkeypatch.setattr(fused_attention, "compile_probe", refuse)
+  assert fused_attention.refusal_of(lambda: None) == said
 
 
 def test_a_problem_is_tried_once(rng, cudnn):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from grain_jax.objectives import hard_negatives
 
@@ -157,6 +157,16 @@ def test_examples_that_do_not_count_are_as_if_they_were_not_there(rng):
   got = losses_of(image, captions, negatives, valid, mask=jnp.asarray(mask), threshold="max")
   want = losses_of(image[:5], captions[:5], negatives[:5], valid[:5], threshold="max")
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("imc", hard_negatives.IMC)
+def test_the_sources_contrasts_add_up_to_that_of_all(rng, imc):
+  groups = jnp.asarray(np.eye(2, dtype=np.float32)[[0, 1] * (B // 2)])
+  mask = jnp.asarray(np.arange(B) > 0)
+  losses = losses_of(*make(rng), imc=imc, mask=mask, groups=groups)
+  sums, weights = losses.by_group
+  assert_allclose(jnp.sum(sums), losses.contrast[0], rtol=1e-5)
+  assert_array_equal(weights, [B // 2 - 1, B // 2])
 
 
 def test_a_negative_that_is_another_images_caption_is_none_of_that_image(rng):

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
+from grain_jax import config as configs
 from grain_jax.plan import chips as plan_chips
 from grain_jax.plan import hlo as plan_hlo
 from grain_jax.plan import traffic as plan_traffic
@@ -197,6 +198,25 @@ def test_parts_of_one_exchange_count_once_and_a_fused_scatter_is_one():
   assert (found["all-gather"].payload, found["all-gather"].times) == (64, 1)
   assert found["all-gather"].sent == 48
   assert found["reduce-scatter"].sent == 0.75 * 256
+
+
+def test_attentions_operands_by_hand(tiny):
+  """Float32, width 32, 16 patches and a class token, rows of 64: 4 arrays forward, 8 backward."""
+  tiny.model.image.patch = 8
+  layer = {"image": 17 * 32 * 4, "text": 64 * 32 * 4}
+
+  def total(**changes):
+    for key, value in changes.items():
+      configs.set_key(tiny, key.replace("__", "."), value)
+    return plan_traffic.attention_bytes(tiny, images=3, align=1) / 3
+
+  assert total() == 12 * (2 * layer["image"] + layer["text"])  # the last text layer has no keys
+  assert total(model__text__kind="t5") == 12 * 2 * (layer["image"] + layer["text"])
+  dropped = 5 * 32 * 4  # a quarter of 16 patches, and the class token
+  assert total(model__image__patch_dropout=0.75) == 12 * 2 * (dropped + layer["text"])
+  again = total(accumulate=2, model__remat="block")
+  assert again == 20 * 2 * (dropped + layer["text"])
+  assert total(loss__anchor=1.0) == again + 4 * 2 * (layer["image"] + layer["text"])
 
 
 def test_arrays_in_on_chip_memory_are_no_traffic():

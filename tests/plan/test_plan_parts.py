@@ -1,5 +1,7 @@
 """What a plan is made of: chips and machines, the roofline, FLOPs, the search for a batch."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from grain_jax import flops as counter
 from grain_jax.plan import chips as plan_chips
 from grain_jax.plan import estimate as plan_estimate
 from grain_jax.plan import useful as plan_useful
+from grain_jax.runtime import distributed
 
 
 @pytest.mark.parametrize(
@@ -31,8 +34,17 @@ def test_published_figures_of_the_chips():
   v5e, h100 = plan_chips.CHIPS["v5e"], plan_chips.CHIPS["h100"]
   assert (v5e.peak_flops, v5e.memory_bandwidth, v5e.memory_bytes) == (197e12, 819e9, 15.75 * 2**30)
   assert v5e.link_bandwidth == 1600e9 / 8
-  assert (h100.peak_flops, h100.memory_bandwidth, h100.memory_bytes) == (989e12, 3.35e12, 80e9)
+  assert (h100.peak_flops, h100.memory_bandwidth) == (989e12, 3.35e12)
   assert (h100.link_bandwidth, h100.node_bandwidth) == (450e9, 50e9)
+
+
+def test_a_plan_for_gpus_has_the_memory_that_a_run_takes(tiny, monkeypatch):
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  distributed.prepare(tiny)
+  fraction = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+  h100 = plan_chips.CHIPS["h100"].memory_bytes
+  assert abs(h100 - fraction * 79.11 * 2**30) < 1e7 and 78.1e9 < h100 < 78.2e9
 
 
 @pytest.mark.parametrize(
@@ -115,6 +127,33 @@ def test_text_without_padding_by_hand(tiny):
   last = 2 * dense + 4 * 16 * 2 * 32  # both heads read all 16 tokens as they are
   expected = 3 * (whole + last + 2 * 2 * 32 * 16)
   assert_allclose(plan_useful.text_tower_flops(tiny, caption=10, description=6), expected)
+
+
+def test_false_texts_are_as_long_as_the_true_ones(tiny):
+  """2 regions, K = 3 and N = 2: four captions, six descriptions."""
+  lengths = {"caption": 10.0, "description": 6.0}
+
+  def flops_of(regions, negatives, each):
+    tiny.data.update(max_regions=regions, negatives=negatives, negatives_per_region=each)
+    return plan_useful.text_tower_flops(tiny, **lengths)
+
+  caption = flops_of(0, 0, 0)
+  description = flops_of(1, 0, 0) - caption
+  assert_allclose(flops_of(2, 3, 2), 4 * caption + 6 * description)
+  tiny.method = "clip"
+  assert_allclose(flops_of(2, 3, 0), 4 * caption)
+
+
+def test_a_teachers_texts_take_a_third_of_the_models(tiny):
+  """Its forward pass beside forward and the gradient's two."""
+  counts, lengths = (
+    {"jvp(Grain)/text_tower/fc1": 10**15, "loss": 7},
+    {"caption": 9, "description": 4},
+  )
+  text = 8 * plan_useful.text_tower_flops(tiny, **lengths)
+  assert plan_useful.useful_flops(counts, tiny, batch=8, **lengths) == 7 + text
+  tiny.loss.anchor = 1.0
+  assert_allclose(plan_useful.useful_flops(counts, tiny, batch=8, **lengths), 7 + text * 4 / 3)
 
 
 @pytest.mark.parametrize("start", [8, 64, 5000])

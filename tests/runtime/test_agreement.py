@@ -13,7 +13,9 @@ import pytest
 
 from bench import kills
 from grain_jax import failures
+from grain_jax.models import attention, norm_kernels
 from grain_jax.runtime import distributed
+from grain_jax.training import setup
 
 
 class Store:
@@ -105,6 +107,23 @@ def test_agreement_names_the_first_difference(processes):
   assert both({"a": 1, "b": (1, 2)}, {"a": 1, "b": (1, 2)}) == [None, None]
   one, two = map(str, both({"a": 1, "lr": 0.1}, {"a": 1, "lr": 0.2}))
   assert one == two and "lr is 0.1 on process 0 and 0.2 on process 1" in one
+
+
+def test_processes_that_chose_other_kernels_end_in_a_line(processes, monkeypatch):
+  """The reasons of a refusal, which may name an address, are no difference."""
+  index = lambda: distributed.process_index()  # noqa: E731
+  towers = {0: "cuDNN, 197 padded to 200 tokens", 1: "XLA (cuDNN refuses: no plan at 0x1)"}
+  monkeypatch.setattr(attention, "implementations", lambda: {"image tower": towers[index()]})
+  check = lambda _: setup.check_same_program()  # noqa: E731
+  one, two = map(str, processes(check, 2)[0])
+  assert one == two and "\n" not in one
+  assert "attention of the image tower is 'cuDNN, 197 padded to 200 tokens' on process 0" in one
+  assert "'XLA' on process 1" in one and "config.model.attention=xla" in one
+  towers[0] = "XLA (cuDNN refuses: no plan at 0x2)"
+  assert processes(check, 2)[0] == [None, None]
+  norms = {0: "Pallas", 1: "XLA"}
+  monkeypatch.setattr(norm_kernels, "implementations", lambda: {"LayerNorm": norms[index()]})
+  assert "LayerNorm is 'Pallas' on process 0" in str(processes(check, 2)[0][0])
 
 
 def test_1024_processes_agree_with_three_requests_each(processes):

@@ -113,6 +113,8 @@ def test_speed_leaves_pauses_out(monkeypatch):
   assert progress.speed(12).waited == 0
   line = progress.line(11, {"train/loss": 2.0, "train/samples_per_second": 8.0}, 29.0)
   assert line.startswith("step 11/40  loss 2.000") and line.endswith("8 samples/s  0:29 left")
+  skipped = progress.line(11, {"train/samples_per_second": 8.0}, 29.0)  # no image was usable
+  assert skipped.startswith("step 11/40  no loss ()")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_any_two_choices_go_together(tiny, values):
 
   def gradients(params, batch):
     key = jax.random.key(0)
-    teacher = steps.encode_frozen(params, batch, key, model=model) if values["anchor"] else None
+    teacher = steps.encode_frozen(params, batch, model=model) if values["anchor"] else None
     loss = lambda p: steps.loss_function(  # noqa: E731
       p, batch, key, model=model, config=config, teacher=teacher
     )

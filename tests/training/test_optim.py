@@ -98,6 +98,12 @@ def test_no_warmup_starts_at_the_peak(tiny):
   assert_allclose([rate(0), rate(5), rate(10)], [1.0, 0.5, 0.0], atol=1e-6)
 
 
+def test_a_warmup_that_is_left_open_is_an_error(tiny):
+  tiny.optimizer.warmup_steps = -1
+  with pytest.raises(ValueError, match="warmup_steps = -1 is left open: give a number"):
+    optim.schedule(tiny, total_steps=10, steps_per_epoch=5)
+
+
 def test_warmup_longer_than_the_run_is_an_error(tiny):
   tiny.optimizer.warmup_steps = 10
   with pytest.raises(ValueError, match="warm-up takes 10 steps of a run of 10"):
@@ -119,6 +125,14 @@ def test_clean_mask_decays_no_norm_bias_or_scale_of_the_model(tiny):
   for name, decays in mask.items():
     plain = name.endswith(("kernel", "embedding", "positions", "class_token"))
     assert decays == plain, name
+
+
+def test_relative_positions_of_a_t5_are_a_bias(tiny):
+  """OpenCLIP's rule, of CLIPpy: no decay where a name has 'bias' in it."""
+  tiny.model.text.kind = "t5"
+  for kind in ("clean", "published"):
+    mask = dict(trees.named_leaves(optim.decay_mask(model_params(tiny), kind)))
+    assert mask["text_tower/relative_bias"] is False and mask["text_tower/token_embedding"]
 
 
 def test_published_mask_adds_the_decoders_norms_and_attention_input_biases(tiny):

@@ -117,3 +117,13 @@ def test_data_that_does_not_count_its_negatives_is_believed(tiny):
 
   tiny.data.update(negatives=4, negatives_per_region=2)
   preconditions.check_negatives(tiny, Data())
+
+
+def test_slots_without_a_false_caption_that_count_are_said(tiny):
+  said = []
+  for negatives, masked in ((0, False), (4, True), (4, False)):
+    tiny.data.negatives, tiny.loss.mask_invalid = negatives, masked
+    preconditions.check_empty_slots(tiny, said.append)
+  assert len(said) == 1 and said[0].startswith(
+    "config.loss.mask_invalid = False: each slot without"
+  )

@@ -42,6 +42,9 @@ def test_what_is_given_stays():
   got = sizing.choose(config, records=500, devices=1, platform="cpu")
   assert (got.batch_size, got.steps, got.optimizer.warmup_steps) == (40, 77, 5)
   assert (got.save_every, got.eval_every) == (3, 0)
+  none = mine(optimizer__warmup_steps=0)  # and warmup_epochs is 0: no warm-up
+  chosen = sizing.choose(none, records=500, devices=1, platform="cpu")
+  assert chosen.optimizer.warmup_steps == chosen.optimizer.warmup_epochs == 0
   published = configs.resolve(configs.load("configs/cc12m.py"))
   published.model.update(remat="block", unroll=1)
   same = sizing.choose(published, records=10_000_000, devices=16, platform="gpu")
@@ -67,6 +70,8 @@ def test_a_run_that_has_begun_keeps_its_sizes(tmp_path):
   assert configs.first_difference(begun, again) is None
   longer = sizing.keep(mine(steps=1500), tmp_path)
   assert (longer.steps, longer.optimizer.warmup_steps, longer.batch_size) == (1500, 75, 8)
+  without = sizing.keep(mine(optimizer__warmup_steps=0), tmp_path)
+  assert configs.first_difference(begun, without) == ("optimizer.warmup_steps", 75, 0)
 
 
 class Data:
@@ -120,6 +125,28 @@ def test_a_run_with_negatives_evaluates_what_they_may_cost(scenes_dir, capsys):
   assert len(said) == 2 and all(line.startswith("warning: a run with negatives") for line in said)
   config.data.negatives = 0
   assert sizing.available(config, data, say=said.append).evals == ("retrieval",)
+
+
+@pytest.mark.parametrize(
+  ("best", "changes"),
+  [
+    ("retrieval/text_to_image/r1", {}),
+    ("composition/accuracy", {"evals": ("retrieval",), "data__negatives": 4}),
+    ("zero_shot/imagenet/top1", {"evals": ("zero_shot:imagenet",)}),
+    ("grouping/jaccard", {"evals": ("segmentation",)}),
+  ],
+)
+def test_the_best_metric_may_be_of_any_evaluation_that_the_run_will_have(scenes_dir, best, changes):
+  """Evaluations that the data choose count: before that none is refused, after it all others."""
+  from grain_jax.data import dataset
+
+  config = mine(data__dir=str(scenes_dir), checkpoint__best_metric=best, **changes)
+  configs.check(config)
+  config.evals = sizing.available(config, dataset.open_dataset(scenes_dir), say=print).evals
+  configs.check(config, settled=True)
+  config.evals = ("grounding",)
+  with pytest.raises(ValueError, match=f"best_metric = '{best}' needs config.eval_every > 0"):
+    configs.check(config, settled=True)
 
 
 @pytest.mark.slow

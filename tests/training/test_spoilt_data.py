@@ -76,3 +76,36 @@ def test_a_shard_full_of_damage_ends_the_run_as_bad_records(run, capsys):
   lines = assert_last_good_checkpoint_stays(run.workdir)
   said = capsys.readouterr().out
   assert any(f"{line['train/bad_examples']:.0f} bad record" in said for line in lines[-3:])
+
+
+def test_what_is_told_of_skipped_steps_is_what_was_done(tiny, scenes_dir, tmp_path, monkeypatch):
+  """Rates by hand: a warm-up of 4 updates from 0 to 1; steps 2, 3 and 5 have no usable image."""
+  tiny.update(method="clip", evals=(), steps=6, save_every=5, log_every=1)
+  tiny.optimizer.update(lr=1.0, lr_init=0.0, warmup_steps=4)
+  tiny.data.update(dir=str(scenes_dir), threads=1)
+  tiny.model.text.depth = tiny.model.image.depth = 1
+  make = train.pipeline.train_batches
+
+  class Batches:
+    def __init__(self, *arguments, start_step=0, **options):
+      self._batches, self._step = make(*arguments, start_step=start_step, **options), start_step
+
+    def __next__(self):
+      self._step += 1
+      batch = next(self._batches)
+      return batch | {"example_mask": batch["example_mask"] & (self._step not in (2, 3, 5))}
+
+    def __getattr__(self, name):
+      return getattr(self._batches, name)
+
+  monkeypatch.setattr(train.pipeline, "train_batches", Batches)
+  train.train(tiny, str(tmp_path / "run"))
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+  train.train(tiny, str(tmp_path / "run"))  # goes on from step 5
+  lines = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+  rates = {line["step"]: line["train/learning_rate"] for line in lines}
+  assert rates == {1: 0, 2: 0, 3: 0, 4: 0.25, 5: 0.25, 6: 0.5}
+  told = [line["step"] for line in lines if "train/loss" in line and "train/gradient_norm" in line]
+  assert told == [1, 4, 6]
+  kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+  assert kept.read_meta(5)["learning_rate"] == 0.5

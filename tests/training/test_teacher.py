@@ -1,7 +1,9 @@
 """The frozen copy of a run: what it gives the step, on any devices, and how it goes on."""
 
 import shutil
+from unittest import mock
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,12 @@ from numpy.testing import assert_allclose
 from bench import kills
 from grain_jax import config as configs
 from grain_jax import trees
-from grain_jax.data import build
+from grain_jax.data import build, dataset, decoding, pipeline
 from grain_jax.data.scenes import scenes
 from grain_jax.data.sources import scenes as scenes_source
 from grain_jax.models import grain
 from grain_jax.runtime import mesh as meshes
-from grain_jax.training import loop, steps
+from grain_jax.training import loop, steps, validation
 
 
 @pytest.fixture
@@ -97,6 +99,60 @@ def data(tmp_path_factory):
   )
   build.build(scenes_source.source(some), out, workers=1)
   return str(out)
+
+
+@pytest.fixture
+def validated(config, data):
+  """`validated(state)` of DeGLA with CE-CLIP's rank, on the two validation scenes of `data`."""
+  config.model.text.vocab_size = 49408
+  config.update(method="clip", batch_size=2)
+  config.data.update(dir=data, max_regions=0, negatives_per_region=0, threads=1)
+  config.loss.update(anchor_teacher="initial", rank=0.2)
+  config.validation.batches = 1
+  mesh = meshes.create(config, jax.devices()[:1], batches=("batch_size",))
+
+  def validate(state):
+    model, opened = grain.build(config), dataset.open_dataset(data)
+    with jax.set_mesh(mesh):
+      return validation.Validation(config, model, mesh, opened)(state, lambda: None)
+
+  return validate
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_validation_has_the_losses_of_the_step_with_its_teacher_and_thresholds(
+  config, data, validated, accumulate
+):
+  """The objective of the same two scenes by hand, the teacher other weights, thresholds at 6."""
+  config.accumulate = accumulate
+  state = steps.TrainState(
+    0, drawn.params(config), None, terms={"hard_negatives": {"thresholds": np.full(4, 6.0, "f4")}}
+  ).replace(teacher=drawn.params(config, seed=2))
+  got = validated(state)
+  config.data.split = "val"
+  batches = pipeline.train_batches(data, config)
+  batch = jax.tree.map(jnp.asarray, next(batches))
+  batches.close()
+  encode = jax.jit(lambda params: steps.encode_frozen(params, batch, model=grain.build(config)))
+  _, (want, _) = steps.objective(
+    encode(state.params), batch, config=config, terms=state.terms, teacher=encode(state.teacher)
+  )
+  for name in ("loss", "loss_caption", "loss_rank", "loss_anchor", "loss_text_grounded"):
+    mean = want[name][0] / want[name][1]
+    assert_allclose(got[f"validation/{name}"], mean, rtol=1e-5, err_msg=name)
+  assert got["validation/loss_anchor"] > 0.01 and got["validation/loss_rank"] > 3
+
+
+def test_bad_records_of_a_validation_are_counted_and_end_nothing(
+  config, validated, monkeypatch, caplog
+):
+  monkeypatch.setattr(decoding, "decode", mock.Mock(side_effect=ValueError("corrupt image")))
+  config.data.update(max_bad_in_a_row=1, max_bad_fraction=0.0, min_bad=1)
+  state = steps.TrainState(0, drawn.params(config), None, teacher=drawn.params(config, seed=2))
+  got = validated(state)
+  assert (got["validation/bad_examples"], got["validation/examples"]) == (2, 0)
+  assert "validation/loss" not in got
+  assert "2 records of split 'val' are bad" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from grain_jax import config as configs
 from grain_jax import flops as counter
+from grain_jax.models import attention, grain, initial
 from grain_jax.plan import chips
+from grain_jax.runtime import mesh as meshes
 from grain_jax.runtime import metrics
-from grain_jax.training import utilization
+from grain_jax.training import steps, utilization
 
 
 def test_products_of_a_program():
@@ -36,6 +39,36 @@ def test_model_flops_of_a_clip(tiny, unroll):
   assert counted / 3 < image + text + 2 * width * 16 * 4
   # The last text block computes the last tokens alone: at least one whole block is there.
   assert counted / 3 > image + per_layer
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.image.patch_dropout": 0.5},
+    {"optimizer.freeze": ("^image_tower/",), "model.remat": "block", "accumulate": 2},
+    {"loss.anchor": 1.0, "loss.chunk": 4},
+  ],
+)
+def test_model_flops_are_those_of_the_products_of_the_real_step(tiny, changes):
+  """Of its own trace, where nothing is rematerialised but attention's weights."""
+  tiny.update(method="clip")
+  tiny.model.image.patch = 8
+  for key, value in changes.items():
+    configs.set_key(tiny, key, value)
+  counted = utilization.model_flops(tiny)
+  tiny.update(accumulate=1)
+  tiny.model.remat, tiny.loss.chunk = "none", 0
+  mesh = meshes.create(tiny, jax.devices()[:1])
+  model = grain.build(tiny)
+  _, state, shardings, optimizer = steps.create_state(
+    model, tiny, mesh, total_steps=10, steps_per_epoch=5
+  )
+  with jax.set_mesh(mesh):
+    step = steps.make_train_step(model, tiny, mesh, optimizer, shardings)
+    traced = step.trace(state, initial.dummy_batch(tiny, tiny.batch_size))
+  products = counter.count(traced.jaxpr.jaxpr)
+  once = sum(n for path, n in products.items() if attention.RECOMPUTED_SCOPE not in path)
+  assert counted == once / tiny.batch_size
 
 
 def test_mfu(tiny):
