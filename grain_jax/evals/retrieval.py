@@ -252,10 +252,11 @@ def check_length(values: np.ndarray, rows: int, *, name: str) -> None:
     )
 
 
-def check_embeddings(values: np.ndarray, *, name: str) -> np.ndarray:
+def check_embeddings(values: np.ndarray, *, name: str, unit: bool = True) -> np.ndarray:
   """`values` as f32 [..., E]; raises a one-line ValueError unless all rows are finite unit rows.
 
-  A NaN compares false with everything, so it would count as the best of all ranks.
+  A NaN compares false with everything, so it would count as the best of all ranks. Without `unit`
+  rows may be shorter, as means of unit rows are.
   """
   values = np.asarray(values, np.float32)
   lengths = np.linalg.norm(values, axis=-1)
@@ -265,8 +266,9 @@ def check_embeddings(values: np.ndarray, *, name: str) -> np.ndarray:
       f"{name}: {broken} of {lengths.size} embeddings are not finite: the parameters have diverged "
       "or the encoder divides by zero. Evaluate an earlier checkpoint."
     )
-  if lengths.size and np.max(np.abs(lengths - 1)) > _UNIT_TOLERANCE:
-    worst = lengths.flat[np.argmax(np.abs(lengths - 1))]
+  off = np.abs(lengths - 1) if unit else lengths - 1
+  if lengths.size and np.max(off) > _UNIT_TOLERANCE:
+    worst = lengths.flat[np.argmax(off)]
     raise ValueError(
       f"{name} returned an embedding of length {worst:.3g}. L2-normalise its output."
     )

@@ -7,7 +7,9 @@ the region queries see of the raw descriptors is mixed in (GRAIN, arXiv 2412.044
   score = alpha * image . class + (1 - alpha) * mean over queries of max over its descriptors of
   region . descriptor
 
-with the class embedding of `descriptors`. Every image is encoded once, for all protocols.
+with the class embedding of `descriptors`, which is the plain mean of its prompts' embeddings, as
+published; those of `name` and `templates` are normalised again, as CLIP's are. Every image is
+encoded once, for all protocols.
 """
 
 from __future__ import annotations
@@ -226,17 +228,21 @@ class _Scorer:
     """Encodes all texts."""
     fingerprint = "" if options.cache is None else encoders.fingerprint()
 
-    def embed(texts: list[list[str]]) -> np.ndarray:
+    def embed(texts: list[list[str]], *, renormalize: bool = True) -> np.ndarray:
       return zero_shot.cached_class_embeddings(
-        encoders.text, texts, fingerprint=fingerprint, folder=options.cache, warn=options.warn
-      )
+        encoders.text, texts, fingerprint=fingerprint, folder=options.cache,
+        renormalize=renormalize, warn=options.warn,
+      )  # fmt: skip
 
     each = [[phrase] for own in prompts.phrases for phrase in own]
     return cls(
       encoders=encoders,
       protocols=tuple(dict.fromkeys(options.protocols)),
       alphas=options.alphas,
-      heads={head: embed(texts) for head, texts in prompts.heads.items()},
+      heads={
+        head: embed(texts, renormalize=head != "descriptors")
+        for head, texts in prompts.heads.items()
+      },
       twins={head: _twins(texts) for head, texts in prompts.heads.items()},
       phrases=embed(each) if each else None,
       counts=[len(own) for own in prompts.phrases],
