@@ -132,8 +132,19 @@ def classify(regions: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.n
     regions: [b, Q, E], L2-normalised.
     classes: [C, E], L2-normalised; equal similarities give the class of lower index.
   """
-  similarity = regions @ classes.T
-  return similarity.argmax(axis=-1), similarity.max(axis=-1)
+  first, _ = retrieval.distinct_rows(classes)
+  return _classify(regions, classes[first], first)
+
+
+def _classify(
+  regions: np.ndarray, rows: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """`classify` among distinct rows, of which each is that of the class `first`.
+
+  A matrix product rounds equal columns by where they stand, so that they would not tie.
+  """
+  similarity = regions @ rows.T
+  return first[similarity.argmax(axis=-1)], similarity.max(axis=-1)
 
 
 def to_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -202,7 +213,11 @@ def evaluate_built(
       f"{unknown[0]!r} among them. Give the classes of this split."
     )
   heads = retrieval.encode_texts(encode_text, names, texts_per_call=texts_per_call)
-  labels, scores = zip(*(classify(regions, heads) for regions, _, _ in seen), strict=True)
+  first, _ = retrieval.distinct_rows(heads)
+  distinct = heads[first]
+  labels, scores = zip(
+    *(_classify(regions, distinct, first) for regions, _, _ in seen), strict=True
+  )
   box = np.stack(boxes)
   objects = Objects(
     np.asarray(image),

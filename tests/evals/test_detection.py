@@ -207,6 +207,14 @@ def test_the_most_similar_class_wins_and_ties_go_to_the_first():
   assert labels.tolist() == [[1, 0]] and scores[0] == pytest.approx([0.8, 1])
 
 
+def test_equal_classes_tie_though_their_products_round_otherwise(rng):
+  classes = rng.normal(size=(41, 128)).astype(np.float32)
+  classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+  classes[40] = classes[17] = classes[3]
+  near = classes[3] + 0.02 * rng.normal(size=(20, 5, 128)).astype(np.float32)
+  assert set(detection.classify(near, classes)[0].flat) == {3}
+
+
 # Two queries: the first on the left half, the second on the right.
 HALVES = np.array([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]], np.float32)
 TEXTS = {"a cat": [1, 0, 0], "a dog": [0, 1, 0], "a hen": [0, 0, 1]}
