@@ -79,6 +79,29 @@ def check(
   suite.check(suite.parse(outside), options, has_regions=config.method != "clip")
 
 
+def check_alike(
+  config: ml_collections.ConfigDict,
+  dataset: dataset_lib.Dataset | None,
+  options: Options = DEFAULTS,
+) -> None:
+  """Raises the same one-line ValueError on all processes where they would not read the same.
+
+  Each process finds files, and which sets are at hand, on its own disk; all must call it.
+  """
+  if distributed.process_count() == 1:
+    return
+  ours, outside = _split_names(config.evals)
+  settings = {"batch_size": config.eval_batch_size, "limit": options.limit}
+  settings |= {"protocols": options.protocols, "alphas": options.alphas}
+  found = built.describe_contents(ours, config, dataset) if ours and dataset is not None else {}
+  found |= suite.describe_contents(suite.parse(outside), options)
+  distributed.check_equal(
+    "evaluation",
+    {**settings, **found},
+    mend="Start all with the same command, and give all the same files.",
+  )
+
+
 def run(
   config: ml_collections.ConfigDict,
   model: grain.Grain,
@@ -93,9 +116,11 @@ def run(
 ) -> Outcome:
   """All of `config.evals`; a model without region queries is not asked to ground.
 
+  All processes must call it, with the same files (`check_alike`).
   `on_batch` is called after each encoded batch. Results have `DIGITS` digits after the point: what
   follows depends on the number of devices, whose batches sum in another order.
   """
+  check_alike(config, dataset, options)
   encoders = encoders_lib.make(
     config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
   )

@@ -119,6 +119,33 @@ def test_one_device_eight_and_two_processes_count_every_example_once(
 
 
 @pytest.mark.slow
+def test_two_processes_whose_files_differ_end_before_anything_is_encoded(
+  clip_run, pictures, tmp_path
+):
+  """Of a folder that lacks a picture every later one would be taken for the one before it."""
+  other = shutil.copytree(pictures, tmp_path / "other")
+  next(iter(sorted(other.glob("mine/*/*.jpg")))).unlink()
+  address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": kills.XLA_FLAGS}
+  started = [
+    subprocess.Popen(
+      [
+        sys.executable, "-m", "grain_jax.evaluate", f"--checkpoint={clip_run}",
+        f"--out={tmp_path / 'out'}", "--evals=zero_shot:mine", f"--datasets={root}",
+        "--batch_size=8", *address, f"--process_id={i}",
+      ],
+      cwd=kills.ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+    )
+    for i, root in enumerate((pictures, other))
+  ]  # fmt: skip
+  said = [process.communicate(timeout=300)[1] for process in started]
+  assert [process.returncode for process in started] == [1, 1], said
+  for text in said:
+    assert re.search("different evaluations: zero_shot:mine is '64 items, .* '63 items, ", text)
+  assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
 def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_path):
   workdir = shutil.copytree(finished_run, tmp_path / "run")
   before = json.loads((workdir / "results.json").read_text())

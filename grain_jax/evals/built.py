@@ -25,7 +25,7 @@ from grain_jax.evals import (
   segmentation,
   zero_shot,
 )
-from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs import attempts, contents
 from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import ProcessShard
@@ -266,6 +266,17 @@ def run(
       found = attempt(name, functools.partial(evaluation.run, config, encoders, dataset))
       outcome = outcome if found is None else outcome.merge(found)
   return outcome
+
+
+def describe_contents(
+  names: Sequence[str], config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset
+) -> dict[str, str]:
+  """What evaluations read, in words to compare: {"the built data": ..., "zero_shot": ...}."""
+  found = {"the built data": f"of fingerprint {dataset.whole_fingerprint()[:16]}"}
+  if "zero_shot" in names:
+    texts = (dataset.class_names, config.zero_shot.templates, _descriptors(config, dataset))
+    found["zero_shot"] = contents.describe(texts)
+  return found
 
 
 def set_names(config: ml_collections.ConfigDict) -> dict[str, str]:

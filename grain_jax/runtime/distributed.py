@@ -270,8 +270,15 @@ def broadcast(name: str, value: str) -> str:
   return gather(name, value if process_index() == 0 else "")[0]
 
 
-def check_equal(name: str, values: Mapping[str, Any]) -> None:
+def check_equal(
+  name: str, values: Mapping[str, Any], *, mend: str = "Start all with the same command."
+) -> None:
   """Checks that all processes have the same `values`, by their hash; all must call it.
+
+  Args:
+    name: what they are of, for the message: "configuration".
+    values: by name.
+    mend: what to do where they differ.
 
   Raises:
     ValueError: they have not; the same line on every process, with the first key that differs.
@@ -286,5 +293,5 @@ def check_equal(name: str, values: Mapping[str, Any]) -> None:
   key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
   raise ValueError(
     f"the processes have different {name}s: {key} is {ours.get(key)!r} on process 0 and "
-    f"{theirs.get(key)!r} on process {odd}. Start all with the same command."
+    f"{theirs.get(key)!r} on process {odd}. {mend}"
   )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,13 @@ def check(name: str, options: Options) -> None:
   if options.cache is not None and options.cache.exists() and not options.cache.is_dir():
     raise ValueError(f"cache = {str(options.cache)!r} is a file. Give a folder.")
   _prompts(name, _load(name, options), options, default=("{}",))
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  data = _load(name, options)
+  prompts = _prompts(name, data, options, default=("{}",))
+  return data.items, data.labels, prompts.heads, prompts.phrases
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -1,6 +1,7 @@
 """Evaluations on outside datasets by name: `FAMILY:SET`, such as `zero_shot:food101`.
 
-A family is a module with SETS (what it knows), check (before anything is encoded) and run.
+A family is a module with SETS (what it knows), check (before anything is encoded), contents (what
+all processes must read alike) and run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs import attempts, contents
 from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
@@ -35,6 +36,9 @@ class Family(Protocol):
 
   def check(self, name: str, options: Options) -> None:
     """Raises a one-line ValueError where the set cannot be evaluated."""
+
+  def contents(self, name: str, options: Options) -> Sequence[Any]:
+    """What is read of the set, the items first; see `contents.describe`."""
 
   def run(self, encoders: Encoders, name: str, options: Options) -> Results:
     """The results of one set by flat name."""
@@ -135,9 +139,7 @@ def run(
   What teaches a model to tell captions apart can cost it what it knew of classes (CE-CLIP: eleven
   sets 61.0 -> 45.7 %), so the sets of the paper that are at hand are evaluated too.
   """
-  wanted = list(specs)
-  if any(spec.family == "composition" for spec in specs):
-    wanted += _at_hand(specs, options)
+  wanted = with_average(specs, options)
   results: Results = {}
   for i, spec in enumerate(wanted):
     say(f"evaluating {spec.family}:{spec.name} ({i + 1} of {len(wanted)})")
@@ -147,6 +149,22 @@ def run(
       found[f"{spec.family}/{spec.name}/limit"] = options.limit
     results |= found
   return results | classification.average(results)
+
+
+def with_average(specs: Sequence[Spec], options: Options) -> list[Spec]:
+  """What is evaluated: with composition the sets at hand of the zero-shot average too."""
+  asked = any(spec.family == "composition" for spec in specs)
+  return [*specs, *(_at_hand(specs, options) if asked else [])]
+
+
+def describe_contents(specs: Sequence[Spec], options: Options) -> dict[str, str]:
+  """What is read of each set that is evaluated, in words to compare: {"zero_shot:pets": ...}."""
+  options = dataclasses.replace(options, warn=lambda line: None)  # `run` says it
+  found = {}
+  for spec in with_average(specs, options):
+    held = FAMILIES[spec.family].contents(spec.name, options)
+    found[f"{spec.family}:{spec.name}"] = contents.describe(held, options.root)
+  return found
 
 
 def merge(older: Mapping[str, Any], newer: Results) -> Results:
