@@ -37,7 +37,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, places, schema, tokenizing, trees
+from grain_jax import cli, places, schema, tokenizing
 from grain_jax import encoders as encoders_lib
 from grain_jax.convert import weights
 from grain_jax.evals import retrieval
@@ -127,22 +127,6 @@ def open_encoders(
     announce=distributed.process_index() == 0,
   )
   return encoders, mesh
-
-
-def fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
-  """Hex digest of a model: of its configuration and all of its parameters.
-
-  All processes that hold shards of them must call it.
-  """
-  digest = hashlib.blake2b(digest_size=16)
-  model = config.model.to_dict()
-  model["text"]["tokenizer"] = tokenizing.make_or_ids(config).hash  # whatever folder it is in
-  digest.update(json.dumps(model, sort_keys=True, default=str).encode())
-  digest.update(config.method.encode())
-  for name, leaf in trees.named_leaves(params):
-    digest.update(name.encode())
-    digest.update(np.ascontiguousarray(meshes.to_host(leaf)).reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -266,7 +250,7 @@ def _main(flag: flags.FlagValues) -> None:
       "source": flag.images or flag.texts,
       "checkpoint": flag.checkpoint,
       "step": step,
-      "fingerprint": fingerprint(config, params),
+      "fingerprint": encoders_lib.model_fingerprint(config, params),
       "resize": encoders.resize,
       "size": encoders.size,
       **counts,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from bench import kills
 from grain_jax import embed, inference, trees
+from grain_jax import encoders as encoders_lib
 from grain_jax.convert import native, run_folder
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs.encoders import Encoders
@@ -263,7 +264,8 @@ def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(
     assert_allclose(found["boxes"][i, similarity.argmax()], boxes[0], atol=1e-5)
   assert metadata == {
     "kind": "images", "source": str(folder), "checkpoint": str(run), "step": 0, "examples": 5,
-    "rows": 6, "resize": "squash", "size": 32, "fingerprint": embed.fingerprint(config, params),
+    "rows": 6, "resize": "squash", "size": 32,
+    "fingerprint": encoders_lib.model_fingerprint(config, params),
   }  # fmt: skip
 
   # The same from an export, and texts of the same model.
@@ -284,12 +286,12 @@ def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(
 
 def test_a_fingerprint_is_of_the_whole_model(model):
   config, params, _ = model
-  before = embed.fingerprint(config, params)
+  before = encoders_lib.model_fingerprint(config, params)
   changed = jax.tree.map(np.copy, params)
   changed["image_tower"]["class_token"].flat[0] += 1e-6
-  assert embed.fingerprint(config, changed) != before
+  assert encoders_lib.model_fingerprint(config, changed) != before
   config.model.image.mean = (0.5, 0.5, 0.5)
-  assert embed.fingerprint(config, params) != before
+  assert encoders_lib.model_fingerprint(config, params) != before
 
 
 @pytest.mark.parametrize(

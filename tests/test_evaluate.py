@@ -162,34 +162,6 @@ def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_pa
   assert ">config.json</a>" not in page and '<a href="config.json">' in page
 
 
-def test_results_of_another_step_or_of_other_data_are_not_mixed(tmp_path, capsys):
-  """They are kept beside, and that is said; outside sets alone go with any data."""
-
-  def write(value, *, name="retrieval/image_to_text/r1", step=4, data="one"):
-    outcome = evaluate.Outcome({name: value}, data=data)
-    evaluate.write(tmp_path, outcome, step=step, facts={"command": f"--x={value}"})
-    said = [line for line in capsys.readouterr().out.splitlines() if "kept as" in line]
-    results = json.loads((tmp_path / "results.json").read_text())
-    results.pop("step")
-    return list(results.values()), said
-
-  def before():
-    return json.loads((tmp_path / "results.before.json").read_text())
-
-  assert write(0.25) == ([0.25], [])
-  assert write(0.5, name="composition/average") == ([0.25, 0.5], [])
-  assert "<dt>last command</dt><dd>--x=0.5" in (tmp_path / "report.html").read_text()
-  assert write(0.75, name="zero_shot/pets/top1", data="") == ([0.25, 0.5, 0.75], [])
-  values, said = write(0.125, name="grounding/mean_iou", data="two")
-  assert values == [0.125] and said == [
-    f"the {tmp_path / 'results.json'} that was there is of other data: kept as results.before.json"
-  ]
-  assert len(before()) == 4 and "25.0 %" not in (tmp_path / "report.html").read_text()
-  values, said = write(0.375, step=2)
-  assert values == [0.375] and "is of step 4: kept" in said[0]
-  assert before() == {"step": 4, "grounding/mean_iou": 0.125}
-
-
 def test_the_page_of_a_run_says_what_made_it(finished_run):
   page = (finished_run / "report.html").read_text()
   facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(?:<a [^>]*>)?(.*?)(?:</a>)?</dd>", page))

@@ -41,6 +41,8 @@ class Outcome:
   errors: Mapping[str, Exception] = dataclasses.field(default_factory=dict)  # by evaluation
   sets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # family -> "scenes/objects"
   data: str = ""  # fingerprint of the built data; empty: none was read
+  model: str = ""  # fingerprint of the model (`encoders.model_fingerprint`); empty: not known
+  left_out: Sequence[str] = ()  # lines on what the results lack
 
   def merge(self, other: Outcome) -> Outcome:
     """Both together; images of the later one where it has some."""
@@ -51,6 +53,8 @@ class Outcome:
       {**self.errors, **other.errors},
       {**self.sets, **other.sets},
       other.data or self.data,
+      other.model or self.model,
+      (*self.left_out, *other.left_out),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -37,6 +38,12 @@ class Options:
       raise ValueError(f"{self.flag}={self.root}: there is no such folder.")
     if self.limit < 0:
       raise ValueError(f"limit = {self.limit} must be 0 (all) or a number of images.")
+
+  def with_warn(self, warn: Callable[[str], None]) -> Options:
+    """The same with another `warn`; the places are not looked at again."""
+    other = copy.copy(self)
+    object.__setattr__(other, "warn", warn)  # as `dataclasses.replace` would, without the checks
+    return other
 
 
 DEFAULTS = Options()

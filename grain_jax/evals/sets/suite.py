@@ -173,15 +173,22 @@ def merge(older: Mapping[str, Any], newer: Results) -> Results:
   What the older one has of a set stays only where it is of the same images (counts and limit):
   a figure of a trial must not stand beside the counts of the whole. Averages are made anew.
   """
-  kept = {name: v for name, v in older.items() if not name.startswith(classification.AVERAGE)}
+  gone = (classification.AVERAGE, *(f"{name}/" for name in of_other_images(older, newer)))
+  merged = {name: v for name, v in older.items() if not name.startswith(gone)} | newer
+  return classification.average(merged) | merged
+
+
+def of_other_images(older: Mapping[str, Any], newer: Results) -> list[str]:
+  """FAMILY/SET of the sets of which both have results, but not of the same images."""
+  found = []
   for name in newer:
     prefix, _, metric = name.rpartition("/")
     if metric == "rows" and prefix.count("/") == 1:  # FAMILY/SET
       counts = [f"{prefix}/{key}" for key in ("rows", "examples", "limit")]
-      if any(kept.get(count) != newer.get(count) for count in counts):
-        kept = {key: v for key, v in kept.items() if not key.startswith(f"{prefix}/")}
-  merged = kept | newer
-  return classification.average(merged) | merged
+      differ = any(older.get(count) != newer.get(count) for count in counts)
+      if differ and any(key.startswith(f"{prefix}/") for key in older):
+        found.append(prefix)
+  return found
 
 
 def _at_hand(specs: Sequence[Spec], options: Options) -> list[Spec]:
@@ -199,7 +206,7 @@ def _at_hand(specs: Sequence[Spec], options: Options) -> list[Spec]:
       missing.append(name)
   if missing:
     options.warn(
-      f"zero-shot average beside composition: {len(missing)} of {len(classification.PAPER)} sets "
+      f"zero_shot:average11: beside composition {len(missing)} of {len(classification.PAPER)} sets "
       f"are not at hand: {', '.join(missing)}"
     )
   return found
