@@ -49,6 +49,7 @@ class EvaluatedModel:
   config: ml_collections.ConfigDict
   params: Any
   step: int | None  # None: an export, which has no steps
+  limit: int = 0  # of each outside set: see `Options`
 
 
 def check(
@@ -57,10 +58,11 @@ def check(
   options: Options = DEFAULTS,
   *,
   say: Callable[[str], None] = lambda line: None,
+  required: bool = False,
 ) -> None:
   """Raises a one-line ValueError where `config.evals` asks for what cannot be had.
 
-  `say` gets a line on what is asked for and will be left out.
+  `say` gets a line on what is asked for and will be left out; with `required` that raises too.
   """
   ours, outside = _split_names(config.evals)
   if ours and dataset is None:
@@ -70,6 +72,8 @@ def check(
   for name in ours:
     built.check(name, config, dataset)
   if line := built.left_out(ours, config):
+    if required:
+      raise ValueError(f"--evals: {line}. Give a GRAIN checkpoint, or leave them out.")
     say(line)
   suite.check(suite.parse(outside), options, has_regions=config.method != "clip")
 
@@ -164,6 +168,11 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
       "images seen": f"{step * config.batch_size:,}, in batches of {config.batch_size:,}",
       "seed": str(config.seed),
     }
+  if evaluated.limit:
+    facts["a trial"] = (
+      f"the first {evaluated.limit} pictures of each outside set alone (of composition: items of "
+      "each file)"
+    )
   now = datetime.datetime.now(datetime.UTC)
   facts |= {
     "evaluated": f"{now:%Y-%m-%d %H:%M} UTC",
@@ -181,6 +190,7 @@ def evaluate(
   batch_size: int = 0,
   options: Options = DEFAULTS,
   say: Callable[[str], None] = lambda line: None,
+  required: bool = False,
 ) -> tuple[Outcome, EvaluatedModel]:
   """Evaluates a checkpoint and writes nothing.
 
@@ -190,8 +200,10 @@ def evaluate(
     data_dir: another place of the run's data.
     step: which checkpoint of a run; the newest by default.
     batch_size: images or rows of text at a time, over all devices; 0: the run's own.
-    options: of the evaluations on outside datasets.
+    options: of the evaluations on outside datasets; `root` and `limit`, where they are None, are
+      those of the run's own configuration.
     say: gets a line before each of those, and on what is left out.
+    required: whether an evaluation of `evals` that the model cannot do is an error.
 
   Returns:
     Results with examples for the report's figures, and the checkpoint as it was read.
@@ -212,9 +224,12 @@ def evaluate(
       f"{path} has no evaluations of its own (config.evals is empty): name some with --evals, "
       f"{', '.join(EVALS)} or FAMILY:SET."
     )
-  ours, _ = _split_names(config.evals)
+  ours, outside = _split_names(config.evals)
   dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
-  check(config, dataset, options, say=say)
+  if outside:
+    options = _with_settings_of_run(options, config, say)
+    evaluated = dataclasses.replace(evaluated, limit=options.limit or 0)
+  check(config, dataset, options, say=say, required=required and bool(evals))
   distributed.check_equal(
     "command", {"path": str(path), "step": evaluated.step, "evals": config.evals}
   )
@@ -239,6 +254,25 @@ def evaluate(
     own = {family: name for family, name in outcome.sets.items() if family in families}
     outcome = dataclasses.replace(outcome, sets=own)
   return outcome, evaluated
+
+
+def _with_settings_of_run(
+  options: Options, config: ml_collections.ConfigDict, say: Callable[[str], None]
+) -> Options:
+  """`options` with the outside datasets and the limit of a run, where they say nothing of them."""
+  taken: dict[str, Any] = {}
+  if options.root is None and config.datasets:
+    taken["root"] = places.at(config.datasets)
+    if not taken["root"].is_dir():
+      raise ValueError(
+        f"config.datasets = {config.datasets!r} of the run: there is no such folder here. Give "
+        "--datasets=DIR."
+      )
+    say(f"outside sets are those of the run: --datasets={config.datasets}")
+  if options.limit is None and config.eval_limit:
+    taken["limit"] = config.eval_limit
+    say(f"a trial, as those of the run: --limit={config.eval_limit}; --limit=0 is all of them")
+  return dataclasses.replace(options, **taken)
 
 
 def _split_names(evals: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -292,12 +326,10 @@ def _main(flag: flags.FlagValues) -> None:
     batch_size=flag.batch_size,
     options=options,
     say=lambda line: print(line, flush=True) if first else None,
+    required=True,
   )
   if first:
-    facts = describe(evaluated)
-    if options.limit:
-      facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
-    results_lib.write(out, outcome, step=evaluated.step, facts=facts)
+    results_lib.write(out, outcome, step=evaluated.step, facts=describe(evaluated))
     if line := attention.summary():
       print(line, flush=True)
   if error := attempts.error_of(outcome.errors, kept=str(out / "results.json")):
@@ -323,13 +355,20 @@ if __name__ == "__main__":
     "data_dir", "", "Another place of the built data; by default that of the run."
   )
   flags.DEFINE_string(
-    "datasets", None, "Folder of outside datasets, a sub-folder each; none by default."
+    "datasets",
+    None,
+    "Folder of outside datasets, a sub-folder each; by default that of the run, if any.",
   )
   flags.DEFINE_string(
     "tfds_dir", None, "Where TFDS keeps prepared datasets; ~/tensorflow_datasets by default."
   )
   flags.DEFINE_boolean("download", False, "Let TFDS download and prepare what it can.")
-  flags.DEFINE_integer("limit", 0, "The first so many pictures of each outside set; 0: all.")
+  flags.DEFINE_integer(
+    "limit",
+    None,
+    "The first so many pictures of each outside set (of composition: items of each file); 0: all; "
+    "by default as many as in the run.",
+  )
   flags.DEFINE_list("protocols", ["templates"], f"Zero-shot protocols: {', '.join(PROTOCOLS)}.")
   flags.DEFINE_string(
     "descriptors", None, "Folder of SET.json, {class: [descriptor, ...]}; by default none."

@@ -212,6 +212,53 @@ def test_what_cannot_be_evaluated_is_one_line(clip_run, pictures, evals, options
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_is_asked_for_by_name_and_cannot_be_done_is_an_error(scenes_dir, clip_run):
+  """On the command line; in Python, and of a run's own, it is left out."""
+  config, _ = weights.load(clip_run)
+  config.data.dir, config.evals = str(scenes_dir), ("retrieval", "grounding")
+  data, said = dataset.open_dataset(scenes_dir), []
+  evaluate.check(config, data, say=said.append)
+  assert said == [
+    "not evaluated: grounding: the model has no region queries (config.method = clip)"
+  ]
+  with pytest.raises(ValueError, match="--evals: not evaluated: grounding: the model has no"):
+    evaluate.check(config, data, required=True)
+  done = run(
+    f"--checkpoint={clip_run}", "--evals=grounding", f"--data_dir={scenes_dir}"
+  )  # fmt: skip
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert "ValueError: --evals: not evaluated: grounding" in done.stderr
+
+
+def test_a_runs_own_outside_sets_and_limit_hold_where_no_flag_is_given(tiny_clip, pictures):
+  tiny_clip.datasets, tiny_clip.eval_limit = str(pictures), 7
+
+  def settle(**given):
+    said = []
+    found = evaluate._with_settings_of_run(Options(**given), tiny_clip, said.append)
+    return found.root, found.limit, len(said)
+
+  assert settle() == (pictures, 7, 2)
+  assert settle(root=pathlib.Path("."), limit=0) == (pathlib.Path("."), 0, 0)
+  assert settle(root=pathlib.Path("."), limit=3) == (pathlib.Path("."), 3, 0)
+  tiny_clip.datasets = "/nowhere"
+  with pytest.raises(ValueError, match="config.datasets = '/nowhere' of the run: .*--datasets=DIR"):
+    settle()
+
+
+def test_the_evaluations_of_a_run_read_its_sets(clip_run, pictures, tmp_path):
+  folder = shutil.copytree(clip_run, tmp_path / "run")
+  config = json.loads((folder / "config.json").read_text())
+  config |= {"evals": ["zero_shot:mine"], "datasets": str(pictures), "eval_limit": 20}
+  (folder / "config.json").write_text(json.dumps(config))
+  outcome, evaluated = evaluate.evaluate(folder)
+  assert outcome.results["zero_shot/mine/rows"] == outcome.results["zero_shot/mine/limit"] == 20
+  assert "the first 20 pictures" in evaluate.describe(evaluated)["a trial"]
+  outcome, evaluated = evaluate.evaluate(folder, options=Options(limit=0))
+  assert outcome.results["zero_shot/mine/rows"] == 64
+  assert "a trial" not in evaluate.describe(evaluated)
+
+
 def test_wrong_flags_answer_at_once():
   done = run()
   assert done.returncode == 1 and done.stderr.count("\n") == 1

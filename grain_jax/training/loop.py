@@ -205,7 +205,8 @@ def _evaluate_last(
   writer.flush()
   model = encoders_lib.model_fingerprint(config, state.eval_params)  # on all processes
   if distributed.process_index() == 0:
-    evaluated = evaluate.EvaluatedModel(str(folder), config, state.eval_params, step)
+    limit = config.eval_limit if any(":" in name for name in config.evals) else 0
+    evaluated = evaluate.EvaluatedModel(str(folder), config, state.eval_params, step, limit)
     outcome = dataclasses.replace(outcome, model=model)
     results_lib.write(folder, outcome, step=step, facts=evaluate.describe(evaluated))
   return outcome.results
