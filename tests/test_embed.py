@@ -109,10 +109,12 @@ def test_classes_are_the_folders_of_the_first_level(folder, tmp_path, rng):
 )
 def test_a_table_with_labels(folder, tmp_path, labels, numbers, names):
   rows = zip(PATHS, labels, strict=False)
-  (folder / "list.csv").write_text("label,image\n" + "".join(f'{b},"{a}"\n' for a, b in rows))
-  found = files.find(str(folder / "list.csv"))
-  assert found.paths == PATHS[:3] and found.files[0] == folder / PATHS[0]
-  assert found.labels.tolist() == numbers and found.label_names == names
+  lines = "label,image\n" + "".join(f'{b},"{a}"\n' for a, b in rows)
+  for text in (lines, lines.replace('"', "").replace(",", " , ")):
+    (folder / "list.csv").write_text(text)
+    found = files.find(str(folder / "list.csv"))
+    assert found.paths == PATHS[:3] and found.files[0] == folder / PATHS[0]
+    assert found.labels.tolist() == numbers and found.label_names == names
 
 
 def test_lists_without_labels(folder):
@@ -220,11 +222,20 @@ def test_places_that_cannot_be_written(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_known_before(tiny, tmp_path):
+def test_a_full_disk_is_known_before(tiny, tmp_path, monkeypatch):
   out = str(tmp_path / "a.npz")
-  embed.check_space(out, tiny, rows=1000, regions=True)
-  with pytest.raises(ValueError, match=r"--out=.*a\.npz: 640000\.0 GB are needed"):
-    embed.check_space(out, tiny, rows=10**13, regions=False)
+  embed.check_space(out, tiny, ["a"] * 1000, regions=True)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+  with pytest.raises(ValueError, match=r"--out=.*a\.npz: 0\.0 GB are needed"):
+    embed.check_space(out, tiny, ["a"] * 20, regions=False)
+
+
+def test_one_text_that_makes_the_array_too_wide_is_refused(tiny, tmp_path):
+  texts = ["a caption"] * 499_999 + ["x" * 10**6]
+  with pytest.raises(
+    ValueError, match=r"number 500,000 of 500,000 inputs is 1,000,000 char.* 2000"
+  ):
+    embed.check_space(str(tmp_path / "a.npz"), tiny, texts, regions=False)
 
 
 @pytest.fixture
