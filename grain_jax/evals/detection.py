@@ -259,11 +259,17 @@ def _filter_federated(
 ) -> tuple[Objects, Detections]:
   """Leaves out detections nobody can judge; a crowd around the image takes those that may be right.
 
-  pycocotools counts what matches a crowd box alone for nothing, and objects go before crowds.
+  pycocotools counts what matches a crowd box alone for nothing, and objects go before crowds. A
+  detection without area (a query's box outside of the image) is left out, as lvis-api has it; with
+  a crowd it would be 0 / 0.
   """
   present = set(objects.image.tolist())
   judged = np.array(
-    [i in present or category in federation.absent[i] for i in found.image.tolist()], bool
+    [
+      area > 0 and (i in present or category in federation.absent[i])
+      for i, area in zip(found.image.tolist(), found.box[:, 2:].prod(axis=1), strict=True)
+    ],
+    bool,
   )
   found = Detections(*(column[judged] for column in found))
   open_to_more = [

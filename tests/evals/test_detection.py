@@ -119,6 +119,7 @@ def federation_of(objects, seed, *, images, categories):
 def test_federated_figures_are_those_of_lvis_api(seed, monkeypatch):
   lvis = lvis_api(monkeypatch)
   objects, found = random_case(seed, crowds=False)
+  found.box[::9, 2:] = 0  # as of queries whose boxes lie outside of the image
   federation = federation_of(objects, seed, images=12, categories=5)
   truth, results = as_dicts(objects, found)
   gt = lvis.LVIS.__new__(lvis.LVIS)
