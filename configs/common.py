@@ -206,7 +206,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval_every = 0  # steps between evaluations; 0: at the end alone; -1: a tenth of the run
   c.evals = ("zero_shot", "retrieval", "grounding")  # of evals.built, FAMILY:SET, 'available'
   c.datasets = ""  # folder of outside datasets, for evals FAMILY:SET
-  c.eval_limit = 0  # the first so many pictures of each outside set; 0: all
+  c.eval_limit = 0  # the first so many pictures (items a file) of each outside set; 0: all
   c.eval_batch_size = 256  # images or rows of text at a time, over all devices
 
   c.validation = ml_collections.ConfigDict()  # the loss on images that are not trained on

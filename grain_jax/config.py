@@ -257,6 +257,15 @@ def check(config: ml_collections.ConfigDict, *, settled: bool = False) -> None:
     )
 
 
+def forget_places(config: ml_collections.ConfigDict) -> None:
+  """Empties all keys that name places on the machine of a run, for a configuration that leaves it.
+
+  The tokenizer's folder goes with the model (`tokenizing.into_folder`).
+  """
+  for key, value in keys.OF_MACHINE.items():
+    set_key(config, key, value)
+
+
 def to_json(config: ml_collections.ConfigDict) -> str:
   """The configuration as JSON, keys in order; `from_json` gives it back."""
   return json.dumps(config.to_dict(), indent=2) + "\n"

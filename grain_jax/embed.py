@@ -14,8 +14,9 @@ FILE.npz opens with `numpy.load(FILE, allow_pickle=False)` and holds
 
 --images is a folder (its images and those of its sub-folders, hidden ones left out, by path), a
 .txt file with the path of an image a line, or a .csv file with the columns `image` and, if there
-are labels, `label`; paths in files start from the file's folder. Images that cannot be read are
-counted, named and left out.
+are labels, `label`; paths in files start from the file's folder, white space around them is left
+out. Images that cannot be read are counted, named and left out. `paths` and `texts` have the width
+of the longest in every row: one that memory cannot hold is refused before anything is encoded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, places, schema, tokenizing, trees
+from grain_jax import cli, places, schema, tokenizing
 from grain_jax import encoders as encoders_lib
 from grain_jax.convert import weights
 from grain_jax.evals import retrieval
@@ -129,22 +130,6 @@ def open_encoders(
   return encoders, mesh
 
 
-def fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
-  """Hex digest of a model: of its configuration and all of its parameters.
-
-  All processes that hold shards of them must call it.
-  """
-  digest = hashlib.blake2b(digest_size=16)
-  model = config.model.to_dict()
-  model["text"]["tokenizer"] = tokenizing.make_or_ids(config).hash  # whatever folder it is in
-  digest.update(json.dumps(model, sort_keys=True, default=str).encode())
-  digest.update(config.method.encode())
-  for name, leaf in trees.named_leaves(params):
-    digest.update(name.encode())
-    digest.update(np.ascontiguousarray(meshes.to_host(leaf)).reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
   """A function that writes FILE.npz, all or nothing: `write(arrays, metadata)`.
@@ -186,10 +171,29 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
     temporary.unlink(missing_ok=True)
 
 
-def check_space(path: str, config: ml_collections.ConfigDict, *, rows: int, regions: bool) -> None:
-  """Raises a one-line ValueError where the result is larger than what is free on the disk."""
-  queries = config.model.num_queries if regions else 0
-  needed = 4 * rows * (config.model.embed_dim * (1 + queries) + 4 * queries)
+def check_space(
+  path: str, config: ml_collections.ConfigDict, names: Sequence[str], *, regions: bool
+) -> None:
+  """Raises a one-line ValueError where the result is larger than the disk or the memory takes.
+
+  Args:
+    path: of the file to be.
+    config: of the model.
+    names: texts, or paths of images. Their array has the width of the longest in every row, in
+      memory too, here and where it is read: NumPy has no other one that opens without pickle.
+    regions: whether region embeddings are wanted.
+  """
+  queries, rows = config.model.num_queries if regions else 0, len(names)
+  width, longest = max((len(name), i) for i, name in enumerate(names))
+  text = 4 * rows * width
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if text > memory:
+    raise ValueError(
+      f"--out={path}: number {longest + 1:,} of {rows:,} inputs is {width:,} characters long, and "
+      f"an array with room for it in every row takes {text / 1e9:.1f} GB, of {memory / 1e9:.1f} GB "
+      "of memory. Shorten it, or leave it out."
+    )
+  needed = 4 * rows * (config.model.embed_dim * (1 + queries) + 4 * queries) + text
   folder = tempfile.gettempdir() if places.is_bucket(path) else pathlib.Path(path).parent
   free = shutil.disk_usage(folder).free
   if needed > free:
@@ -245,7 +249,7 @@ def _main(flag: flags.FlagValues) -> None:
     compile_cache.use()
     config, params, step = weights.open_checkpoint(flag.checkpoint, step=flag.step)
     if first:
-      check_space(flag.out, config, rows=total, regions=flag.regions)
+      check_space(flag.out, config, names, regions=flag.regions)
     batch_size = min(flag.batch_size or config.eval_batch_size, total)
     progress = _Progress(total, batch_size, calls_per_image=1 + flag.regions)
     encoders, mesh = open_encoders(
@@ -266,7 +270,7 @@ def _main(flag: flags.FlagValues) -> None:
       "source": flag.images or flag.texts,
       "checkpoint": flag.checkpoint,
       "step": step,
-      "fingerprint": fingerprint(config, params),
+      "fingerprint": encoders_lib.model_fingerprint(config, params),
       "resize": encoders.resize,
       "size": encoders.size,
       **counts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,6 +157,23 @@ def make_jitted(model: grain.Grain, mesh: Mesh) -> dict[str, Callable[..., Any]]
     "patches": jax.jit(functools.partial(apply, "encode_patches"), out_shardings=replicated),
     "text": jax.jit(functools.partial(apply, "encode_text"), out_shardings=replicated),
   }
+
+
+def model_fingerprint(config: ml_collections.ConfigDict, params: Any) -> str:
+  """Hex digest of a model: of its configuration and all of its parameters.
+
+  All processes that hold shards of them must call it.
+  """
+  digest = hashlib.blake2b(digest_size=16)
+  model = config.model.to_dict()
+  model |= {"attention": "auto", "norm": "auto"}  # what its run asked of its own machine
+  model["text"]["tokenizer"] = tokenizing.make_or_ids(config).hash  # whatever folder it is in
+  digest.update(json.dumps(model, sort_keys=True, default=str).encode())
+  digest.update(config.method.encode())
+  for name, leaf in trees.named_leaves(params):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(meshes.to_host(leaf)).reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
 
 
 def _process_shard(mesh: Mesh) -> ProcessShard:

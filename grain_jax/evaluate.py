@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
-import json
 import os
 import pathlib
-import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +34,11 @@ from grain_jax.evals import built
 from grain_jax.evals.built import EVALS, Outcome
 from grain_jax.evals.inputs import attempts
 from grain_jax.evals.inputs.options import DEFAULTS, PROTOCOLS, Options
-from grain_jax.evals.page import page, report
+from grain_jax.evals.page import results as results_lib
 from grain_jax.evals.sets import suite
 from grain_jax.models import attention, grain
-from grain_jax.runtime import addresses, compile_cache, devices, distributed, metrics
+from grain_jax.runtime import addresses, compile_cache, devices, distributed
 from grain_jax.runtime import mesh as meshes
-
-DIGITS = 6  # of results, after the point
-_CONFIGURATION = "configuration"  # of the facts that `describe` gives, the one that is a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +49,7 @@ class EvaluatedModel:
   config: ml_collections.ConfigDict
   params: Any
   step: int | None  # None: an export, which has no steps
+  limit: int = 0  # of each outside set: see `Options`
 
 
 def check(
@@ -62,10 +58,11 @@ def check(
   options: Options = DEFAULTS,
   *,
   say: Callable[[str], None] = lambda line: None,
+  required: bool = False,
 ) -> None:
   """Raises a one-line ValueError where `config.evals` asks for what cannot be had.
 
-  `say` gets a line on what is asked for and will be left out.
+  `say` gets a line on what is asked for and will be left out; with `required` that raises too.
   """
   ours, outside = _split_names(config.evals)
   if ours and dataset is None:
@@ -75,8 +72,33 @@ def check(
   for name in ours:
     built.check(name, config, dataset)
   if line := built.left_out(ours, config):
+    if required:
+      raise ValueError(f"--evals: {line}. Give a GRAIN checkpoint, or leave them out.")
     say(line)
   suite.check(suite.parse(outside), options, has_regions=config.method != "clip")
+
+
+def check_alike(
+  config: ml_collections.ConfigDict,
+  dataset: dataset_lib.Dataset | None,
+  options: Options = DEFAULTS,
+) -> None:
+  """Raises the same one-line ValueError on all processes where they would not read the same.
+
+  Each process finds files, and which sets are at hand, on its own disk; all must call it.
+  """
+  if distributed.process_count() == 1:
+    return
+  ours, outside = _split_names(config.evals)
+  settings = {"batch_size": config.eval_batch_size, "limit": options.limit}
+  settings |= {"protocols": options.protocols, "alphas": options.alphas}
+  found = built.describe_contents(ours, config, dataset) if ours and dataset is not None else {}
+  found |= suite.describe_contents(suite.parse(outside), options)
+  distributed.check_equal(
+    "evaluation",
+    {**settings, **found},
+    hint="Start all with the same command, and give all the same files.",
+  )
 
 
 def run(
@@ -93,89 +115,38 @@ def run(
 ) -> Outcome:
   """All of `config.evals`; a model without region queries is not asked to ground.
 
-  `on_batch` is called after each encoded batch. Results have `DIGITS` digits after the point: what
-  follows depends on the number of devices, whose batches sum in another order.
+  All processes must call it, with the same files: see `check_alike`. `on_batch` is called after
+  each encoded batch. Results have `results.DIGITS` digits after the point: what follows depends on
+  the number of devices, whose batches sum in another order.
   """
   encoders = encoders_lib.make(
     config, model, params, mesh=mesh, tokenizer=tokenizer, on_batch=on_batch
   )
   ours, outside = _split_names(config.evals)
-  attempt = attempts.Attempts(options.warn, _agree)
+  left_out = [line] if (line := built.left_out(ours, config)) else []
+
+  def warn(line: str) -> None:
+    left_out.append(line)
+    given.warn(line)
+
+  given, options = options, options.with_warn(warn)
+  attempt = attempts.Attempts(warn, _agree)
   outcome = built.run(ours, config, encoders, dataset, attempt=attempt)
   found = suite.run(suite.parse(outside), encoders, options, say=say, attempt=attempt)
-  results = _rounded(outcome.results | found)
+  results = results_lib.rounded(outcome.results | found)
   data = dataset.whole_fingerprint() if ours and dataset is not None else ""
-  return dataclasses.replace(outcome, results=results, errors=attempt.errors, data=data)
-
-
-def _rounded(results: dict[str, float | int]) -> dict[str, float | int]:
-  return {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in results.items()}
+  return dataclasses.replace(
+    outcome,
+    results=results,
+    errors=attempt.errors,
+    data=data,
+    left_out=tuple(dict.fromkeys(left_out)),
+  )
 
 
 def _agree(name: str, line: str) -> list[str]:
   """What each process says of an evaluation; one that failed does not wait long for the others."""
   return distributed.gather(f"evaluation {name}", line, seconds=60 if line else 3600)
-
-
-def write(
-  folder: pathlib.Path,
-  outcome: Outcome,
-  *,
-  step: int | None,
-  facts: dict[str, str] | None = None,
-  warnings: Sequence[str] = (),
-) -> None:
-  """results.json, figures/ and report.html into a folder, and the table on the terminal.
-
-  Results and figures that the folder has of other evaluations of the same step and data stay
-  (`suite.merge`); results of another step or of other data are kept in results.before.json.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  path, of_data = folder / "results.json", folder / "results.data"
-  older = json.loads(path.read_text()) if path.is_file() else {}
-  data = of_data.read_text() if older and of_data.is_file() else ""
-  results = dict(outcome.results)
-  other = ""
-  if step is None or older.get("step") != step:
-    other = f"of step {older.get('step')}"
-  elif data and outcome.data and data != outcome.data:
-    other = "of other data"
-  if older and other:
-    path.replace(folder / "results.before.json")
-    print(f"the {path} that was there is {other}: kept as results.before.json", flush=True)
-  same = bool(older) and not other
-  if same:
-    older.pop("step")
-    results = _rounded(suite.merge(older, results))
-    if facts and "command" in facts and results.keys() - outcome.results.keys():
-      facts = {"last command" if key == "command" else key: facts[key] for key in facts}
-  if data := outcome.data or (data if same else ""):
-    places.write_text(of_data, data)
-  else:
-    of_data.unlink(missing_ok=True)
-  text = json.dumps({"step": step, **results}, indent=2) + "\n"
-  places.write_text(path, text)
-  print(report.format_table(outcome.results))
-  written = report.write(
-    folder / "figures",
-    metrics.read_jsonl(folder / "metrics.jsonl"),
-    examples=outcome.examples,
-    segmented=outcome.segmented,
-    results=results,
-  )
-  facts = facts or {"step": str(step)}
-  config = places.at(facts.get(_CONFIGURATION, ""))
-  page.write(
-    folder / "report.html",
-    results,
-    title=f"{folder.resolve().name}: evaluation",
-    facts=facts,
-    figures=sorted((folder / "figures").glob("*.png")) if same else written,
-    warnings=warnings,
-    links={_CONFIGURATION: _relative(config, folder)} if config.is_file() else None,
-    sets=outcome.sets,
-  )
-  print("wrote " + ", ".join(map(str, [path, *written, folder / "report.html"])), flush=True)
 
 
 def describe(evaluated: EvaluatedModel) -> dict[str, str]:
@@ -187,7 +158,7 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
     f"{image.patch} at {image.size} pixels",
     "parameters": f"{trees.count(evaluated.params) / 1e6:.1f} M",
     "checkpoint": evaluated.path if step is None else f"{evaluated.path}, step {step}",
-    _CONFIGURATION: str(places.at(evaluated.path) / "config.json"),
+    results_lib.CONFIGURATION: str(places.at(evaluated.path) / "config.json"),
     "data": config.data.dir or "outside datasets alone",
   }
   if step:  # an imported model is step 0 of no run
@@ -197,19 +168,17 @@ def describe(evaluated: EvaluatedModel) -> dict[str, str]:
       "images seen": f"{step * config.batch_size:,}, in batches of {config.batch_size:,}",
       "seed": str(config.seed),
     }
+  if evaluated.limit:
+    facts["a trial"] = (
+      f"the first {evaluated.limit} pictures of each outside set alone (of composition: items of "
+      "each file)"
+    )
   now = datetime.datetime.now(datetime.UTC)
   facts |= {
     "evaluated": f"{now:%Y-%m-%d %H:%M} UTC",
     "version": f"grain_jax {grain_jax.__version__}",
   }
   return facts | ({"command": command} if (command := cli.command_line()) else {})
-
-
-def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
-  """The address of a file as seen from a page in `folder`."""
-  if places.is_bucket(path) != places.is_bucket(folder):
-    return str(path)
-  return urllib.parse.quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
 
 
 def evaluate(
@@ -221,6 +190,7 @@ def evaluate(
   batch_size: int = 0,
   options: Options = DEFAULTS,
   say: Callable[[str], None] = lambda line: None,
+  required: bool = False,
 ) -> tuple[Outcome, EvaluatedModel]:
   """Evaluates a checkpoint and writes nothing.
 
@@ -230,8 +200,10 @@ def evaluate(
     data_dir: another place of the run's data.
     step: which checkpoint of a run; the newest by default.
     batch_size: images or rows of text at a time, over all devices; 0: the run's own.
-    options: of the evaluations on outside datasets.
+    options: of the evaluations on outside datasets; `root` and `limit`, where they are None, are
+      those of the run's own configuration.
     say: gets a line before each of those, and on what is left out.
+    required: whether an evaluation of `evals` that the model cannot do is an error.
 
   Returns:
     Results with examples for the report's figures, and the checkpoint as it was read.
@@ -252,12 +224,16 @@ def evaluate(
       f"{path} has no evaluations of its own (config.evals is empty): name some with --evals, "
       f"{', '.join(EVALS)} or FAMILY:SET."
     )
-  ours, _ = _split_names(config.evals)
+  ours, outside = _split_names(config.evals)
   dataset = pipeline.open_dataset(config.data.dir) if ours and config.data.dir else None
-  check(config, dataset, options, say=say)
+  if outside:
+    options = _with_settings_of_run(options, config, say)
+    evaluated = dataclasses.replace(evaluated, limit=options.limit or 0)
+  check(config, dataset, options, say=say, required=required and bool(evals))
   distributed.check_equal(
     "command", {"path": str(path), "step": evaluated.step, "evals": config.evals}
   )
+  check_alike(config, dataset, options)
   mesh = meshes.create(config, batches=("eval_batch_size",))
   tokenizer = tokenizing.make(config)
   with jax.set_mesh(mesh):
@@ -271,11 +247,32 @@ def evaluate(
       options=options,
       say=say,
     )
+  model_of = encoders_lib.model_fingerprint(config, evaluated.params)
+  outcome = dataclasses.replace(outcome, model=model_of)
   if data_dir:  # results of an earlier evaluation may be of the run's own data
     families = {name.partition("/")[0] for name in outcome.results}
     own = {family: name for family, name in outcome.sets.items() if family in families}
     outcome = dataclasses.replace(outcome, sets=own)
   return outcome, evaluated
+
+
+def _with_settings_of_run(
+  options: Options, config: ml_collections.ConfigDict, say: Callable[[str], None]
+) -> Options:
+  """`options` with the outside datasets and the limit of a run, where they say nothing of them."""
+  taken: dict[str, Any] = {}
+  if options.root is None and config.datasets:
+    taken["root"] = places.at(config.datasets)
+    if not taken["root"].is_dir():
+      raise ValueError(
+        f"config.datasets = {config.datasets!r} of the run: there is no such folder here. Give "
+        "--datasets=DIR."
+      )
+    say(f"outside sets are those of the run: --datasets={config.datasets}")
+  if options.limit is None and config.eval_limit:
+    taken["limit"] = config.eval_limit
+    say(f"a trial, as those of the run: --limit={config.eval_limit}; --limit=0 is all of them")
+  return dataclasses.replace(options, **taken)
 
 
 def _split_names(evals: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -304,10 +301,8 @@ def _main(flag: flags.FlagValues) -> None:
   path = flag.workdir or flag.checkpoint
   out = places.open_place(flag.out or path, "--out" if flag.out else "--workdir")
   first = distributed.process_index() == 0
-  warnings: list[str] = []
 
   def warn(line: str) -> None:
-    warnings.append(line)
     if first:
       print(f"warning: {line}", flush=True)
 
@@ -331,12 +326,10 @@ def _main(flag: flags.FlagValues) -> None:
     batch_size=flag.batch_size,
     options=options,
     say=lambda line: print(line, flush=True) if first else None,
+    required=True,
   )
   if first:
-    facts = describe(evaluated)
-    if options.limit:
-      facts["a trial"] = f"the first {options.limit} pictures of each outside set alone"
-    write(out, outcome, step=evaluated.step, facts=facts, warnings=warnings)
+    results_lib.write(out, outcome, step=evaluated.step, facts=describe(evaluated))
     if line := attention.summary():
       print(line, flush=True)
   if error := attempts.error_of(outcome.errors, kept=str(out / "results.json")):
@@ -362,13 +355,20 @@ if __name__ == "__main__":
     "data_dir", "", "Another place of the built data; by default that of the run."
   )
   flags.DEFINE_string(
-    "datasets", None, "Folder of outside datasets, a sub-folder each; none by default."
+    "datasets",
+    None,
+    "Folder of outside datasets, a sub-folder each; by default that of the run, if any.",
   )
   flags.DEFINE_string(
     "tfds_dir", None, "Where TFDS keeps prepared datasets; ~/tensorflow_datasets by default."
   )
   flags.DEFINE_boolean("download", False, "Let TFDS download and prepare what it can.")
-  flags.DEFINE_integer("limit", 0, "The first so many pictures of each outside set; 0: all.")
+  flags.DEFINE_integer(
+    "limit",
+    None,
+    "The first so many pictures of each outside set (of composition: items of each file); 0: all; "
+    "by default as many as in the run.",
+  )
   flags.DEFINE_list("protocols", ["templates"], f"Zero-shot protocols: {', '.join(PROTOCOLS)}.")
   flags.DEFINE_string(
     "descriptors", None, "Folder of SET.json, {class: [descriptor, ...]}; by default none."

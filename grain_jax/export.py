@@ -10,6 +10,7 @@ import ml_collections
 from absl import flags
 
 from grain_jax import cli, places
+from grain_jax import config as configs
 
 
 class Writer(Protocol):
@@ -60,8 +61,7 @@ def export(workdir: str, *, format: str, out: str, step: int | None = None) -> i
     towers.write(target, part=part, config=config, params=params, source={"file": workdir})
     return 0
   config, params, step = weights.load_run(workdir, step=step)
-  config.data.dir = ""  # of this machine
-  config.compile_cache = ""
+  configs.forget_places(config)
   with staging.staged(target) as path:
     known[format](path, config=config, params=jax.tree.map(meshes.to_host, params), step=step)
   return step

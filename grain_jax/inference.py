@@ -217,11 +217,12 @@ class Model:
     """Probabilities of C classes, f32 [N, C]: softmax of the scaled cosine similarities.
 
     A class is the mean embedding of its prompts: `config.zero_shot.templates` and, if given, its
-    descriptors (class -> list), as `grain_jax.evals.zero_shot` words them.
+    descriptors (class -> list), as `grain_jax.evals.zero_shot` words them. Without descriptors the
+    mean is normalised again: see `class_embeddings` there.
     """
     classes = _texts(classes, "classes")
     prompts = zero_shot.class_prompts(classes, self.config.zero_shot.templates, descriptors)
-    heads = zero_shot.class_embeddings(self.encode_text, prompts)
+    heads = zero_shot.class_embeddings(self.encode_text, prompts, renormalize=descriptors is None)
     scale = float(np.exp(np.asarray(self.params["logit_scale"])))
     logits = scale * (self.encode_image(images) @ heads.T)
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))

@@ -54,6 +54,19 @@ LISTS = frozenset({"evals", "init.keep", "optimizer.freeze"})
 # Keys that name a place which may be in a bucket (gs://).
 IN_BUCKETS = ("data.dir", "init.image", "init.text", "init.model", "model.text.tokenizer")
 
+# Keys that name places on a run's own machine, with what says nothing.
+OF_MACHINE = {
+  "compile_cache": "",
+  "data.dir": "",
+  "data.local_copy": "",
+  "data.sources": (),
+  "datasets": "",
+  "init.image": "",
+  "init.model": "",
+  "init.text": "",
+  "zero_shot.descriptors": "",
+}
+
 # Keys that `init.keep` may name: another value is another view of images or texts, not a shape.
 KEPT = (
   "model.image.mean",

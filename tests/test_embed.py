@@ -16,6 +16,7 @@ from PIL import Image
 
 from bench import kills
 from grain_jax import embed, inference, trees
+from grain_jax import encoders as encoders_lib
 from grain_jax.convert import native, run_folder
 from grain_jax.evals.inputs import files
 from grain_jax.evals.inputs.encoders import Encoders
@@ -108,10 +109,12 @@ def test_classes_are_the_folders_of_the_first_level(folder, tmp_path, rng):
 )
 def test_a_table_with_labels(folder, tmp_path, labels, numbers, names):
   rows = zip(PATHS, labels, strict=False)
-  (folder / "list.csv").write_text("label,image\n" + "".join(f'{b},"{a}"\n' for a, b in rows))
-  found = files.find(str(folder / "list.csv"))
-  assert found.paths == PATHS[:3] and found.files[0] == folder / PATHS[0]
-  assert found.labels.tolist() == numbers and found.label_names == names
+  lines = "label,image\n" + "".join(f'{b},"{a}"\n' for a, b in rows)
+  for text in (lines, lines.replace('"', "").replace(",", " , ")):
+    (folder / "list.csv").write_text(text)
+    found = files.find(str(folder / "list.csv"))
+    assert found.paths == PATHS[:3] and found.files[0] == folder / PATHS[0]
+    assert found.labels.tolist() == numbers and found.label_names == names
 
 
 def test_lists_without_labels(folder):
@@ -219,11 +222,20 @@ def test_places_that_cannot_be_written(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_known_before(tiny, tmp_path):
+def test_a_full_disk_is_known_before(tiny, tmp_path, monkeypatch):
   out = str(tmp_path / "a.npz")
-  embed.check_space(out, tiny, rows=1000, regions=True)
-  with pytest.raises(ValueError, match=r"--out=.*a\.npz: 640000\.0 GB are needed"):
-    embed.check_space(out, tiny, rows=10**13, regions=False)
+  embed.check_space(out, tiny, ["a"] * 1000, regions=True)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+  with pytest.raises(ValueError, match=r"--out=.*a\.npz: 0\.0 GB are needed"):
+    embed.check_space(out, tiny, ["a"] * 20, regions=False)
+
+
+def test_one_text_that_makes_the_array_too_wide_is_refused(tiny, tmp_path):
+  texts = ["a caption"] * 499_999 + ["x" * 10**6]
+  with pytest.raises(
+    ValueError, match=r"number 500,000 of 500,000 inputs is 1,000,000 char.* 2000"
+  ):
+    embed.check_space(str(tmp_path / "a.npz"), tiny, texts, regions=False)
 
 
 @pytest.fixture
@@ -263,7 +275,8 @@ def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(
     assert_allclose(found["boxes"][i, similarity.argmax()], boxes[0], atol=1e-5)
   assert metadata == {
     "kind": "images", "source": str(folder), "checkpoint": str(run), "step": 0, "examples": 5,
-    "rows": 6, "resize": "squash", "size": 32, "fingerprint": embed.fingerprint(config, params),
+    "rows": 6, "resize": "squash", "size": 32,
+    "fingerprint": encoders_lib.model_fingerprint(config, params),
   }  # fmt: skip
 
   # The same from an export, and texts of the same model.
@@ -284,12 +297,12 @@ def test_the_file_holds_what_the_model_says_of_pictures_one_by_one(
 
 def test_a_fingerprint_is_of_the_whole_model(model):
   config, params, _ = model
-  before = embed.fingerprint(config, params)
+  before = encoders_lib.model_fingerprint(config, params)
   changed = jax.tree.map(np.copy, params)
   changed["image_tower"]["class_token"].flat[0] += 1e-6
-  assert embed.fingerprint(config, changed) != before
+  assert encoders_lib.model_fingerprint(config, changed) != before
   config.model.image.mean = (0.5, 0.5, 0.5)
-  assert embed.fingerprint(config, params) != before
+  assert encoders_lib.model_fingerprint(config, params) != before
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,33 @@ def test_one_device_eight_and_two_processes_count_every_example_once(
 
 
 @pytest.mark.slow
+def test_two_processes_whose_files_differ_end_before_anything_is_encoded(
+  clip_run, pictures, tmp_path
+):
+  """Of a folder that lacks a picture every later one would be taken for the one before it."""
+  other = shutil.copytree(pictures, tmp_path / "other")
+  next(iter(sorted(other.glob("mine/*/*.jpg")))).unlink()
+  address = (f"--coordinator_address=127.0.0.1:{kills.free_port()}", "--num_processes=2")
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": kills.XLA_FLAGS}
+  started = [
+    subprocess.Popen(
+      [
+        sys.executable, "-m", "grain_jax.evaluate", f"--checkpoint={clip_run}",
+        f"--out={tmp_path / 'out'}", "--evals=zero_shot:mine", f"--datasets={root}",
+        "--batch_size=8", *address, f"--process_id={i}",
+      ],
+      cwd=kills.ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+    )
+    for i, root in enumerate((pictures, other))
+  ]  # fmt: skip
+  said = [process.communicate(timeout=300)[1] for process in started]
+  assert [process.returncode for process in started] == [1, 1], said
+  for text in said:
+    assert re.search("different evaluations: zero_shot:mine is '64 items, .* '63 items, ", text)
+  assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
 def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_path):
   workdir = shutil.copytree(finished_run, tmp_path / "run")
   before = json.loads((workdir / "results.json").read_text())
@@ -133,34 +160,6 @@ def test_results_of_one_step_add_up_and_stand_in_the_report(finished_run, tmp_pa
   set_name = f"{json.loads((workdir / 'config.json').read_text())['data']['dir']}".split("/")[-1]
   assert f"<td>{set_name}/objects · seen</td>" in page and "the built data" not in page
   assert ">config.json</a>" not in page and '<a href="config.json">' in page
-
-
-def test_results_of_another_step_or_of_other_data_are_not_mixed(tmp_path, capsys):
-  """They are kept beside, and that is said; outside sets alone go with any data."""
-
-  def write(value, *, name="retrieval/image_to_text/r1", step=4, data="one"):
-    outcome = evaluate.Outcome({name: value}, data=data)
-    evaluate.write(tmp_path, outcome, step=step, facts={"command": f"--x={value}"})
-    said = [line for line in capsys.readouterr().out.splitlines() if "kept as" in line]
-    results = json.loads((tmp_path / "results.json").read_text())
-    results.pop("step")
-    return list(results.values()), said
-
-  def before():
-    return json.loads((tmp_path / "results.before.json").read_text())
-
-  assert write(0.25) == ([0.25], [])
-  assert write(0.5, name="composition/average") == ([0.25, 0.5], [])
-  assert "<dt>last command</dt><dd>--x=0.5" in (tmp_path / "report.html").read_text()
-  assert write(0.75, name="zero_shot/pets/top1", data="") == ([0.25, 0.5, 0.75], [])
-  values, said = write(0.125, name="grounding/mean_iou", data="two")
-  assert values == [0.125] and said == [
-    f"the {tmp_path / 'results.json'} that was there is of other data: kept as results.before.json"
-  ]
-  assert len(before()) == 4 and "25.0 %" not in (tmp_path / "report.html").read_text()
-  values, said = write(0.375, step=2)
-  assert values == [0.375] and "is of step 4: kept" in said[0]
-  assert before() == {"step": 4, "grounding/mean_iou": 0.125}
 
 
 def test_the_page_of_a_run_says_what_made_it(finished_run):
@@ -211,6 +210,53 @@ def test_what_cannot_be_evaluated_is_one_line(clip_run, pictures, evals, options
   with pytest.raises(ValueError) as caught:
     evaluate.evaluate(clip_run, evals, options=Options(**{"root": pictures, **options}))
   assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_asked_for_by_name_and_cannot_be_done_is_an_error(scenes_dir, clip_run):
+  """On the command line; in Python, and of a run's own, it is left out."""
+  config, _ = weights.load(clip_run)
+  config.data.dir, config.evals = str(scenes_dir), ("retrieval", "grounding")
+  data, said = dataset.open_dataset(scenes_dir), []
+  evaluate.check(config, data, say=said.append)
+  assert said == [
+    "not evaluated: grounding: the model has no region queries (config.method = clip)"
+  ]
+  with pytest.raises(ValueError, match="--evals: not evaluated: grounding: the model has no"):
+    evaluate.check(config, data, required=True)
+  done = run(
+    f"--checkpoint={clip_run}", "--evals=grounding", f"--data_dir={scenes_dir}"
+  )  # fmt: skip
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert "ValueError: --evals: not evaluated: grounding" in done.stderr
+
+
+def test_a_runs_own_outside_sets_and_limit_hold_where_no_flag_is_given(tiny_clip, pictures):
+  tiny_clip.datasets, tiny_clip.eval_limit = str(pictures), 7
+
+  def settle(**given):
+    said = []
+    found = evaluate._with_settings_of_run(Options(**given), tiny_clip, said.append)
+    return found.root, found.limit, len(said)
+
+  assert settle() == (pictures, 7, 2)
+  assert settle(root=pathlib.Path("."), limit=0) == (pathlib.Path("."), 0, 0)
+  assert settle(root=pathlib.Path("."), limit=3) == (pathlib.Path("."), 3, 0)
+  tiny_clip.datasets = "/nowhere"
+  with pytest.raises(ValueError, match="config.datasets = '/nowhere' of the run: .*--datasets=DIR"):
+    settle()
+
+
+def test_the_evaluations_of_a_run_read_its_sets(clip_run, pictures, tmp_path):
+  folder = shutil.copytree(clip_run, tmp_path / "run")
+  config = json.loads((folder / "config.json").read_text())
+  config |= {"evals": ["zero_shot:mine"], "datasets": str(pictures), "eval_limit": 20}
+  (folder / "config.json").write_text(json.dumps(config))
+  outcome, evaluated = evaluate.evaluate(folder)
+  assert outcome.results["zero_shot/mine/rows"] == outcome.results["zero_shot/mine/limit"] == 20
+  assert "the first 20 pictures" in evaluate.describe(evaluated)["a trial"]
+  outcome, evaluated = evaluate.evaluate(folder, options=Options(limit=0))
+  assert outcome.results["zero_shot/mine/rows"] == 64
+  assert "a trial" not in evaluate.describe(evaluated)
 
 
 def test_wrong_flags_answer_at_once():

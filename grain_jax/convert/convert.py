@@ -209,6 +209,7 @@ def _configure(found: foreign.ForeignCheckpoint, recipe: str | None) -> ml_colle
     config = run_folder.default_config()
     for key, value in {**found.assumed, **found.carried, **found.facts}.items():
       configs.set_key(config, key, value)
+    configs.forget_places(config)
     if config.method == "grain":
       config.data.max_regions = min(config.data.max_regions, config.model.num_queries)
   else:

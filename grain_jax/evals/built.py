@@ -25,7 +25,7 @@ from grain_jax.evals import (
   segmentation,
   zero_shot,
 )
-from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs import attempts, contents
 from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.process_shard import ProcessShard
@@ -41,6 +41,8 @@ class Outcome:
   errors: Mapping[str, Exception] = dataclasses.field(default_factory=dict)  # by evaluation
   sets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # family -> "scenes/objects"
   data: str = ""  # fingerprint of the built data; empty: none was read
+  model: str = ""  # fingerprint of the model (`encoders.model_fingerprint`); empty: not known
+  left_out: Sequence[str] = ()  # lines on what the results lack
 
   def merge(self, other: Outcome) -> Outcome:
     """Both together; images of the later one where it has some."""
@@ -51,6 +53,8 @@ class Outcome:
       {**self.errors, **other.errors},
       {**self.sets, **other.sets},
       other.data or self.data,
+      other.model or self.model,
+      (*self.left_out, *other.left_out),
     )
 
 
@@ -266,6 +270,17 @@ def run(
       found = attempt(name, functools.partial(evaluation.run, config, encoders, dataset))
       outcome = outcome if found is None else outcome.merge(found)
   return outcome
+
+
+def describe_contents(
+  names: Sequence[str], config: ml_collections.ConfigDict, dataset: dataset_lib.Dataset
+) -> dict[str, str]:
+  """What evaluations read, in words to compare: {"the built data": ..., "zero_shot": ...}."""
+  found = {"the built data": f"of fingerprint {dataset.whole_fingerprint()[:16]}"}
+  if "zero_shot" in names:
+    texts = (dataset.class_names, config.zero_shot.templates, _descriptors(config, dataset))
+    found["zero_shot"] = contents.describe(texts)
+  return found
 
 
 def set_names(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -307,11 +307,13 @@ def _descriptions(
     return [], {}, [("",) * len(image.boxes) for image in matched]
   index = {name: i for i, name in enumerate(names)}
   texts = retrieval.encode_texts(encode_text, names, texts_per_call=texts_per_call)
+  first, of = retrieval.distinct_rows(texts)  # texts that embed equally tie: the first is nearest
+  distinct = texts[first]
   hits: list[bool] = []
   hits_in_image: list[bool] = []
   retrieved = []
   for image in matched:
-    similarity = image.regions @ texts.T  # [R, N]
+    similarity = (image.regions @ distinct.T)[:, of]  # [R, N]
     best = similarity.argmax(axis=1)
     retrieved.append(tuple(names[i] for i in best))
     own = sorted({index[d] for d in image.descriptions if d})

@@ -148,7 +148,8 @@ def first_hit_ranks(
 
   Candidates are ordered by falling inner product; equal ones by rising index, as a stable sort
   orders them: rank = #{greater} + #{equal, earlier in the list}. So a tie is never a gift of the
-  order of comparison: a model that gives the same embedding to everything finds one in M.
+  order of comparison: a model that gives the same embedding to everything finds one in M. Equal
+  candidates are scored once: a matrix product rounds a column by where it stands.
 
   Similarities are computed for a block of queries at a time and never stored as a whole: at most
   max(block_elements, M) of them.
@@ -176,16 +177,31 @@ def first_hit_ranks(
     )
   ranks = np.zeros(len(queries), np.int64)
   order = np.arange(len(candidates))
+  first, of = distinct_rows(candidates)
+  rows = candidates[first]
   block = max(1, block_elements // max(1, len(candidates)))
   for start in range(0, len(queries), block):
     part = slice(start, start + block)
-    scores = queries[part] @ candidates.T
+    scores = queries[part] @ rows.T
+    scores = scores if len(first) == len(order) else scores[:, of]
     own = query_groups[part, None] == candidate_groups[None]
     best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
     equal = scores == best
     first = np.argmax(equal & own, axis=1)[:, None]
     ranks[part] = np.sum((scores > best) | (equal & (order < first)), axis=1)
   return ranks
+
+
+def distinct_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(index of the first of each distinct row, rising, i64 [D]; which of them each is, i64 [N]).
+
+  Args:
+    values: [N, E], floats.
+  """
+  found: dict[bytes, int] = {}
+  # + 0: the two zeros are one number.
+  of = np.asarray([found.setdefault(row.tobytes(), len(found)) for row in values + 0.0], np.int64)
+  return np.unique(of, return_index=True)[1], of
 
 
 def encode_texts(
@@ -252,10 +268,11 @@ def check_length(values: np.ndarray, rows: int, *, name: str) -> None:
     )
 
 
-def check_embeddings(values: np.ndarray, *, name: str) -> np.ndarray:
+def check_embeddings(values: np.ndarray, *, name: str, unit: bool = True) -> np.ndarray:
   """`values` as f32 [..., E]; raises a one-line ValueError unless all rows are finite unit rows.
 
-  A NaN compares false with everything, so it would count as the best of all ranks.
+  A NaN compares false with everything, so it would count as the best of all ranks. Without `unit`
+  rows may be shorter, as means of unit rows are.
   """
   values = np.asarray(values, np.float32)
   lengths = np.linalg.norm(values, axis=-1)
@@ -265,8 +282,9 @@ def check_embeddings(values: np.ndarray, *, name: str) -> np.ndarray:
       f"{name}: {broken} of {lengths.size} embeddings are not finite: the parameters have diverged "
       "or the encoder divides by zero. Evaluate an earlier checkpoint."
     )
-  if lengths.size and np.max(np.abs(lengths - 1)) > _UNIT_TOLERANCE:
-    worst = lengths.flat[np.argmax(np.abs(lengths - 1))]
+  off = np.abs(lengths - 1) if unit else lengths - 1
+  if lengths.size and np.max(off) > _UNIT_TOLERANCE:
+    worst = lengths.flat[np.argmax(off)]
     raise ValueError(
       f"{name} returned an embedding of length {worst:.3g}. L2-normalise its output."
     )

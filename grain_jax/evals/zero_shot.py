@@ -70,7 +70,9 @@ def evaluate(
   if descriptors is not None:
     heads["descriptors/"] = class_prompts(classes, templates, descriptors)
   weights = {
-    head: class_embeddings(encode_text, prompts, texts_per_call=texts_per_call)
+    head: class_embeddings(
+      encode_text, prompts, renormalize=not head, texts_per_call=texts_per_call
+    )
     for head, prompts in heads.items()
   }
 
@@ -122,19 +124,22 @@ def class_embeddings(
   encode_text: retrieval.EncodeText,
   prompts: Sequence[Sequence[str]],
   *,
+  renormalize: bool = True,
   texts_per_call: int = 8192,
 ) -> np.ndarray:
-  """One embedding a class: the mean of its prompts' normalised embeddings, normalised again.
+  """One embedding a class: the mean of its prompts' normalised embeddings.
 
   A text that several classes share is encoded once; classes of equal prompts are exactly equal.
 
   Args:
     encode_text: texts -> embeddings, L2-normalised.
     prompts: the prompts of each of C classes, at least one each (`class_prompts`).
+    renormalize: whether the mean is normalised again, as CLIP's is. GRAIN's, over descriptors, is
+      not (arXiv 2412.04429, sec. 4): a class whose prompts disagree has a shorter one.
     texts_per_call: most texts handed to `encode_text` at once.
 
   Returns:
-    f32 [C, E], L2-normalised.
+    f32 [C, E], of length 1, or at most 1 without `renormalize`.
   """
   owners: dict[str, list[int]] = {}  # text -> classes that have it, once for each time
   for i, own in enumerate(prompts):
@@ -152,6 +157,8 @@ def class_embeddings(
   if sums is None:
     raise ValueError("prompts = []: there is no class to embed. Name the classes.")
   means = sums / np.asarray([len(own) for own in prompts])[:, None]
+  if not renormalize:
+    return means.astype(np.float32)
   lengths = np.linalg.norm(means, axis=-1, keepdims=True)
   return (means / np.maximum(lengths, 1e-12)).astype(np.float32)
 
@@ -162,35 +169,40 @@ def cached_class_embeddings(
   *,
   fingerprint: str,
   folder: pathlib.Path | None,
+  renormalize: bool = True,
   warn: Callable[[str], None] = print,
   texts_per_call: int = 8192,
 ) -> np.ndarray:
-  """`class_embeddings`, kept in a file named by its content: the encoder and all prompts.
+  """`class_embeddings`, kept in a file named by its content: encoder, prompts and `renormalize`.
 
   Args:
     encode_text: texts -> embeddings, L2-normalised.
     prompts: the prompts of each of C classes.
     fingerprint: of the encoder (`Encoders.fingerprint`); nothing is kept if it is ''.
     folder: where the file lies; nothing is kept if it is None.
+    renormalize: see `class_embeddings`.
     warn: gets one line where a file was there and could not be used.
     texts_per_call: most texts handed to `encode_text` at once.
 
   Returns:
-    f32 [C, E], L2-normalised.
+    f32 [C, E], see `class_embeddings`.
   """
 
   def compute() -> np.ndarray:
-    return class_embeddings(encode_text, prompts, texts_per_call=texts_per_call)
+    return class_embeddings(
+      encode_text, prompts, renormalize=renormalize, texts_per_call=texts_per_call
+    )
 
   if folder is None or not fingerprint:
     return compute()
-  content = json.dumps([fingerprint, *map(list, prompts)]).encode()
+  form = "unit mean" if renormalize else "mean"
+  content = json.dumps([fingerprint, form, *map(list, prompts)]).encode()
   path = folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.npy"
   if path.exists():
     try:
       kept = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
       if kept.ndim == 2 and len(kept) == len(prompts):
-        return retrieval.check_embeddings(kept, name=str(path))
+        return retrieval.check_embeddings(kept, name=str(path), unit=renormalize)
       reason = f"it holds {list(kept.shape)} for {len(prompts)} classes"
     except (ValueError, EOFError) as error:
       reason = str(error).splitlines()[0]
@@ -240,7 +252,8 @@ def class_prompts(
   """The prompts of each class: every template, with every descriptor of the class if there are any.
 
   "a photo of a {}." becomes "a photo of a hen." or, with a descriptor, "a photo of a hen, which
-  has two legs". Descriptors are found by `match_descriptors`.
+  has two legs", as does "a photo of a {},", which is how the published templates are written.
+  Descriptors are found by `match_descriptors`.
 
   Raises:
     ValueError: no classes, no templates, a template without exactly one {}, or classes without
@@ -261,7 +274,7 @@ def class_prompts(
   found = match_descriptors(descriptors, classes).descriptors
   return [
     [
-      f"{template.replace('{}', name).rstrip(' .')}, {descriptor_clause(descriptor)}"
+      f"{template.replace('{}', name).rstrip(' .,')}, {descriptor_clause(descriptor)}"
       for template in templates
       for descriptor in own
     ]
@@ -274,7 +287,8 @@ def descriptor_clause(descriptor: str) -> str:
   """A descriptor as a relative clause: "two legs" -> "which has two legs".
 
   "which is" before a, an and used; "which" before has, often, typically, may and can; else "which
-  has". The first whole word decides: "antlers" starts with no article.
+  has". The first whole word decides: "antlers" starts with no article. (The published code asks
+  whether the text starts with the letter a: "which is antlers".)
   """
   descriptor = descriptor.strip()
   first = descriptor.split(maxsplit=1)[0].lower() if descriptor else ""

@@ -282,6 +282,11 @@ def check_equal(
 ) -> None:
   """Checks that all processes have the same `values`, by their hash; all must call it.
 
+  Args:
+    name: what they are of, for the message: "configuration".
+    values: by name.
+    hint: what to do where they differ.
+
   Raises:
     ValueError: they have not; the same line on every process, with the first key that differs.
   """

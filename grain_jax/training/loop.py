@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ import numpy as np
 import optax
 from absl import logging
 
+from grain_jax import encoders as encoders_lib
 from grain_jax import evaluate, schema, trees
 from grain_jax.convert import start
 from grain_jax.data import local_copy, pipeline
 from grain_jax.evals.inputs import attempts
+from grain_jax.evals.page import results as results_lib
 from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
@@ -210,9 +213,12 @@ def _evaluate_last(
   _say(f"evaluated in {metrics.format_duration(time.monotonic() - began)}")
   writer.write_scalars(step, outcome.results)
   writer.flush()
+  model = encoders_lib.model_fingerprint(config, state.eval_params)  # on all processes
   if distributed.process_index() == 0:
-    evaluated = evaluate.EvaluatedModel(str(folder), config, state.eval_params, step)
-    evaluate.write(folder, outcome, step=step, facts=evaluate.describe(evaluated))
+    limit = config.eval_limit if any(":" in name for name in config.evals) else 0
+    evaluated = evaluate.EvaluatedModel(str(folder), config, state.eval_params, step, limit)
+    outcome = dataclasses.replace(outcome, model=model)
+    results_lib.write(folder, outcome, step=step, facts=evaluate.describe(evaluated))
   return outcome.results
 
 

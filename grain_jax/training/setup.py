@@ -117,6 +117,7 @@ def settle(
     say(line)
   fingerprints = {"tokenizer": tokenizer.hash, "data": training.fingerprint(config.data.split)}
   _check_processes_agree(config, workdir, continue_as=",".join(continue_as), **fingerprints)
+  evaluate.check_alike(config, dataset, options)
   if config.compile_cache and config.method == "grain" and config.loss.matcher == "host":
     logging.warning(
       "config.compile_cache: JAX keeps no program that calls the host, as the train step does with "

@@ -11,7 +11,7 @@ import stock_models as stock
 from numpy.testing import assert_array_equal
 
 from grain_jax import config as configs
-from grain_jax import export, trees
+from grain_jax import export, keys, trees
 from grain_jax.convert import convert, run_folder, staging
 
 
@@ -106,14 +106,16 @@ def test_nothing_is_left_where_writing_fails(run, tiny, tmp_path, monkeypatch):
 
 
 def test_no_folder_of_another_machine_goes_out_or_comes_in(tiny, tmp_path, rng):
-  tiny.data.dir, tiny.compile_cache = "/home/me/data", "/home/me/cache"
+  for key, value in keys.OF_MACHINE.items():
+    place = ({"dir": "/home/me/a", "weight": 1.0},) if value == () else f"/home/me/{key}"
+    configs.set_key(tiny, key, place)
   stock.random_run(tmp_path / "run", tiny, rng)
   out = tmp_path / "weights"
   export.export(str(tmp_path / "run"), format="safetensors", out=str(out))
   assert "/home/me" not in (out / "config.json").read_text()
   (out / "config.json").write_text(configs.to_json(tiny))
   config = convert.convert("safetensors", str(out), out=str(tmp_path / "again"))
-  assert (config.data.dir, config.compile_cache) == ("", "")
+  assert "/home/me" not in configs.to_json(config)
 
 
 def test_safetensors_of_another_model_are_refused(run, tmp_path):

@@ -15,7 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import grain_jax
 from bench import kills
 from grain_jax import config as configs
-from grain_jax import embed, trees
+from grain_jax import encoders as encoders_lib
+from grain_jax import trees
 from grain_jax.convert import native, run_folder, start, weights
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import loop as train
@@ -117,6 +118,7 @@ import numpy as np
 from absl import flags
 import grain_jax
 from grain_jax import config as configs
+from grain_jax import encoders as encoders_lib
 from grain_jax import embed, trees
 from grain_jax.convert import start, weights
 from grain_jax.models import grain, initial
@@ -129,7 +131,7 @@ with distributed.session(addresses.Address("flags", address, 2, int(index))):
   config, params = weights.load(run)
   name, cut = "text_tower/token_embedding", params["text_tower"]["token_embedding"]
   assert not cut.is_fully_addressable and not cut.is_fully_replicated
-  said = {"fingerprint": embed.fingerprint(config, params)}
+  said = {"fingerprint": encoders_lib.model_fingerprint(config, params)}
   encoders, mesh = embed.open_encoders(config, params, batch_size=2)
   with jax.set_mesh(mesh):
     said["embed"] = encoders.text(["a red apple"]).tolist()
@@ -166,7 +168,7 @@ def test_a_run_with_fsdp_over_two_processes_is_read_whole(tiny, tmp_path):
   ]
   assert [process.wait(200) for process in pair] == [0, 0]
   said = json.loads(out.read_text())
-  assert said["fingerprint"] == embed.fingerprint(tiny, params)
+  assert said["fingerprint"] == encoders_lib.model_fingerprint(tiny, params)
   alone = grain_jax.load(tmp_path / "run").encode_text("a red apple")
   assert_allclose(said["load"], alone, atol=1e-6)
   assert_allclose(said["embed"], alone, atol=1e-6)

@@ -77,6 +77,28 @@ def test_equal_embeddings_find_no_more_than_chance():
   assert retrieval.recall_at_k(ranks, 5) == 5 / 20
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+  count=st.sampled_from([3, 37, 333, 1001]),
+  distinct=st.integers(1, 40),
+  width=st.sampled_from([64, 128, 512]),
+  seed=st.integers(0, 99),
+)
+def test_equal_candidates_go_by_their_index_whatever_the_product_rounds(
+  count, distinct, width, seed
+):
+  """Real embeddings, whose products round: a perfect model finds the first of its like."""
+  rng = np.random.default_rng(seed)
+  kinds = unit(rng.normal(size=(distinct, width)))
+  of = rng.integers(0, distinct, count)
+  queries = rng.integers(0, count, 20)
+  ranks = retrieval.first_hit_ranks(kinds[of[queries]], kinds[of], queries, np.arange(count))
+  np.testing.assert_array_equal(ranks, [np.sum(of[:q] == of[q]) for q in queries])
+  first, again = retrieval.distinct_rows(kinds[of])
+  np.testing.assert_array_equal(of[first][again], of)
+  assert first.tolist() == sorted(of.tolist().index(kind) for kind in set(of.tolist()))
+
+
 def test_block_size_bounds_what_is_held_at_once(monkeypatch):
   held = []
   where = np.where

@@ -73,7 +73,8 @@ def test_top_k_is_sklearns_for_all_and_for_each_group():
     for c in CLASSES
   ]
   for head, prompts in {"": plain, "descriptors/": described}.items():
-    weights = unit([encode_text(own).mean(0) for own in prompts])
+    weights = np.stack([encode_text(own).mean(0) for own in prompts])
+    weights = weights if head else unit(weights)  # GRAIN's mean is not normalised again
     for group, members in {
       "": range(12),
       "seen/": groups["seen"],
@@ -104,6 +105,17 @@ def test_class_embedding_is_the_mean_renormalised_however_texts_are_cut(texts_pe
   got = zero_shot.class_embeddings(encode_text, prompts, texts_per_call=texts_per_call)
   expected = unit([encode_text(own).mean(0) for own in prompts])
   np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_mean_over_descriptors_is_shorter_where_they_disagree():
+  """The published our_eval.py: F.normalize, then .mean(dim=0), and that as it is."""
+  means = {"a": unit([1, 1.2, 0]), "a2": unit([1, -1.2, 0]), "b": unit([0.8, 0, 0.6])}
+  prompts, image = [["a", "a2"], ["b", "b"]], unit([1, 0, 0.2])
+  encode = lambda texts: np.stack([means[text] for text in texts])  # noqa: E731
+  published = zero_shot.class_embeddings(encode, prompts, renormalize=False)
+  np.testing.assert_allclose(published, [(means["a"] + means["a2"]) / 2, means["b"]], atol=1e-6)
+  assert (published @ image).argmax() == 1
+  assert (zero_shot.class_embeddings(encode, prompts) @ image).argmax() == 0
 
 
 def test_a_text_of_several_classes_is_encoded_once():
@@ -152,14 +164,14 @@ class Cache:
   def __init__(self, folder):
     self.folder, self.asked, self.warned = folder, [], []
 
-  def get(self, prompts, fingerprint="one"):
+  def get(self, prompts, fingerprint="one", **how):
     def encode(texts):
       self.asked.extend(texts)
       return encode_text(texts)
 
     self.asked.clear()
     return zero_shot.cached_class_embeddings(
-      encode, prompts, fingerprint=fingerprint, folder=self.folder, warn=self.warned.append
+      encode, prompts, fingerprint=fingerprint, folder=self.folder, warn=self.warned.append, **how
     )
 
 
@@ -181,6 +193,10 @@ def test_cache_is_by_content(tmp_path):
   assert len(list(cache.folder.iterdir())) == 5
   cache.get([["a"]], "")
   assert cache.asked and len(list(cache.folder.iterdir())) == 5
+  mean = cache.get([["a"], ["b", "c"]], renormalize=False)
+  assert cache.asked and np.linalg.norm(mean[1]) < 0.99
+  np.testing.assert_array_equal(cache.get([["a"], ["b", "c"]], renormalize=False), mean)
+  assert not cache.asked and not cache.warned
 
 
 def saved(array):
@@ -267,6 +283,9 @@ def test_prompts_with_and_without_descriptors():
   assert got == [["a photo of a hen, which has two legs"]]
   got = zero_shot.class_prompts(["cow", "hen"], ["a {}.", "one {}"], {"HEN": ["legs"], "cow": []})
   assert got == [["a cow.", "one cow"], ["a hen, which has legs", "one hen, which has legs"]]
+  # A template as GRAIN's 46 are written.
+  got = zero_shot.class_prompts(["hen"], ["a bad photo of a {},"], {"hen": ["two legs"]})
+  assert got == [["a bad photo of a hen, which has two legs"]]
 
 
 def test_a_group_without_images_has_a_count_of_zero_and_no_share():

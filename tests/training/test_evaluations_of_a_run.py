@@ -58,12 +58,15 @@ def test_outside_sets_are_evaluated_along_the_way(config, tmp_path, rng):
     for i in range(5):
       image = Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8))
       image.save(tmp_path / "sets" / "pets" / name / f"{i}.png")
+  (tmp_path / "sets" / "pets" / "dog" / "1.png").write_bytes(b"broken")
   config.evals = ("retrieval", "zero_shot:pets")
   with pytest.raises(ValueError, match="give --config.datasets=DIR"):
     loop.train(config, str(tmp_path / "run"))
   config.datasets, config.eval_limit = str(tmp_path / "sets"), 6
   results = loop.train(config, str(tmp_path / "run"))
   assert results["zero_shot/pets/limit"] == 6 and 0 <= results["zero_shot/pets/top1"] <= 1
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert page.count("zero_shot:pets: 1 of 6 pictures cannot be read") == 1
   lines = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
   assert [line["step"] for line in lines if "zero_shot/pets/top1" in line] == [2, 4]
   config.evals = ("zero_shot:imagenet",)

@@ -140,18 +140,21 @@ def read_lines(path: pathlib.Path, flag: str) -> list[str]:
 
 
 def _columns(path: pathlib.Path) -> tuple[list[str], list[str] | None]:
-  """The columns image and, if there is one, label of a CSV file."""
+  """The columns image and, if there is one, label of a CSV file; white space around them goes."""
   name = f"--images={path}"
   columns, rows = textfiles.read_table(path, name=name)
-  if "image" not in columns:
+  spelled = {column.strip(): column for column in columns}
+  if "image" not in spelled:
     raise ValueError(
       f"{name} has the columns {', '.join(columns)}: no column image. Write image,label "
       "into its first line."
     )
   images, labels = [], []
   for row in rows:
-    image, label = row.values["image"], row.values.get("label")
-    if not image or ("label" in columns and not label):
+    image, label = (
+      (row.values.get(spelled.get(column)) or "").strip() or None for column in ("image", "label")
+    )
+    if not image or ("label" in spelled and not label):
       raise ValueError(
         f"{name}, row {row.number}: picture {image!r} has the label {label!r}. Give each line both."
       )
@@ -161,7 +164,7 @@ def _columns(path: pathlib.Path) -> tuple[list[str], list[str] | None]:
       )
     images.append(image)
     labels.append(label)
-  return images, labels if "label" in columns else None
+  return images, labels if "label" in spelled else None
 
 
 def _numbered(labels: Sequence[str]) -> dict[str, Any]:

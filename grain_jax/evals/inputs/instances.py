@@ -106,7 +106,7 @@ def spec(name: str, sets: dict[str, Set] = SETS) -> Set:
 def load(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS) -> Instances:
   """The annotations of a set, `options.limit` applied; see `read` and `check`."""
   own = spec(name, sets)
-  return read(find(options, *own.annotations, what=what, how=own.how)).first(options.limit)
+  return read(find(options, *own.annotations, what=what, how=own.how)).first(options.limit or 0)
 
 
 def check(name: str, options: Options, *, what: str, sets: dict[str, Set] = SETS) -> Instances:

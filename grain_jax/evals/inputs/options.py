@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -18,7 +19,9 @@ class Options:
   root: pathlib.Path | None = None  # --datasets: a folder with one sub-folder for each dataset
   tfds_dir: str | None = None  # --tfds_dir: where TFDS keeps its datasets; None: its default
   download: bool = False  # whether TFDS may download what it can
-  limit: int = 0  # evaluate the first so many images of each set, for a trial; 0: all
+  # Evaluate the first so many images of each set (of composition: items of each file), for a trial;
+  # 0: all. None: all, or as many as in the run that is evaluated.
+  limit: int | None = None
   protocols: tuple[str, ...] = ("templates",)  # of zero-shot classification, from `PROTOCOLS`
   descriptors: pathlib.Path | None = None  # folder of files SET.json: {class: [descriptor, ...]}
   alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))  # protocol 'regions': weights tried
@@ -35,8 +38,14 @@ class Options:
         raise ValueError(f"protocols: {protocol!r} is unknown. Choose from {', '.join(PROTOCOLS)}.")
     if self.root is not None and not self.root.is_dir():
       raise ValueError(f"{self.flag}={self.root}: there is no such folder.")
-    if self.limit < 0:
+    if self.limit is not None and self.limit < 0:
       raise ValueError(f"limit = {self.limit} must be 0 (all) or a number of images.")
+
+  def with_warn(self, warn: Callable[[str], None]) -> Options:
+    """The same with another `warn`; the places are not looked at again."""
+    other = copy.copy(self)
+    object.__setattr__(other, "warn", warn)  # as `dataclasses.replace` would, without the checks
+    return other
 
 
 DEFAULTS = Options()

@@ -70,7 +70,7 @@ def format_table(results: Mapping[str, float | int]) -> str:
   What rests on few images, or cannot be told from chance, says so (`evidence.note`).
 
   Args:
-    results: flat names such as `zero_shot/seen/top1`; floats in [0, 1] are fractions, but
+    results: flat names such as `zero_shot/seen/top1`; floats in [-1, 1] are fractions, but
       for losses; ints are counts.
 
   Returns:
@@ -102,7 +102,7 @@ def _cell(name: str, value: float | int) -> str:
     return str(value)
   if isinstance(value, (int, np.integer)):
     return f"{value:,}"
-  if 0 <= value <= 1 and not evidence.is_loss(name):
+  if -1 <= value <= 1 and not evidence.is_loss(name):  # a drop may be less than 0
     return f"{100 * value:.1f} %"
   return f"{value:.4g}"
 

@@ -7,7 +7,9 @@ the region queries see of the raw descriptors is mixed in (GRAIN, arXiv 2412.044
   score = alpha * image . class + (1 - alpha) * mean over queries of max over its descriptors of
   region . descriptor
 
-with the class embedding of `descriptors`. Every image is encoded once, for all protocols.
+with the class embedding of `descriptors`, which is the plain mean of its prompts' embeddings, as
+published; those of `name` and `templates` are normalised again, as CLIP's are. Every image is
+encoded once, for all protocols.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +88,13 @@ def check(name: str, options: Options) -> None:
   if options.cache is not None and options.cache.exists() and not options.cache.is_dir():
     raise ValueError(f"cache = {str(options.cache)!r} is a file. Give a folder.")
   _prompts(name, _load(name, options), options, default=("{}",))
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  data = _load(name, options)
+  prompts = _prompts(name, data, options, default=("{}",))
+  return data.items, data.labels, prompts.heads, prompts.phrases
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:
@@ -226,17 +236,21 @@ class _Scorer:
     """Encodes all texts."""
     fingerprint = "" if options.cache is None else encoders.fingerprint()
 
-    def embed(texts: list[list[str]]) -> np.ndarray:
+    def embed(texts: list[list[str]], *, renormalize: bool = True) -> np.ndarray:
       return zero_shot.cached_class_embeddings(
-        encoders.text, texts, fingerprint=fingerprint, folder=options.cache, warn=options.warn
-      )
+        encoders.text, texts, fingerprint=fingerprint, folder=options.cache,
+        renormalize=renormalize, warn=options.warn,
+      )  # fmt: skip
 
     each = [[phrase] for own in prompts.phrases for phrase in own]
     return cls(
       encoders=encoders,
       protocols=tuple(dict.fromkeys(options.protocols)),
       alphas=options.alphas,
-      heads={head: embed(texts) for head, texts in prompts.heads.items()},
+      heads={
+        head: embed(texts, renormalize=head != "descriptors")
+        for head, texts in prompts.heads.items()
+      },
       twins={head: _twins(texts) for head, texts in prompts.heads.items()},
       phrases=embed(each) if each else None,
       counts=[len(own) for own in prompts.phrases],

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from grain_jax.evals import composition
 from grain_jax.evals.composition import Crop, Item, Score, Verdicts
@@ -74,6 +75,11 @@ def check(name: str, options: Options) -> None:
     raise ValueError(f"{what}: its files hold no item that counts. Get them once more.")
   paths = (i.image.path if isinstance(i.image, Crop) else i.image for i in items)
   annotations.check_images(paths, what, SETS[name].how)
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  return (SETS[name].read(options, f"composition:{name}"),)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> Results:

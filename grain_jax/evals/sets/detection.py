@@ -7,6 +7,8 @@ that is exactly lvis-api's for models of up to 300 queries.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from grain_jax.evals import detection, grounding, zero_shot
@@ -26,6 +28,12 @@ def check(name: str, options: Options) -> None:
   content = instances.check(name, options, what=f"detection:{name}")
   if not content.names:
     raise ValueError(f"detection:{name}: the annotations have no categories. Name them.")
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  found = instances.load(name, options, what=f"detection:{name}")
+  return found.images, found.names, found.frequency, found.federated
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

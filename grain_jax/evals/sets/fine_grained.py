@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,12 @@ def check(name: str, options: Options) -> None:
   how = SETS[name].how if name in SETS else "Paths of images start at the folder of the file."
   files = [pathlib.Path(item.source) for item in choices.annotated]
   instances.check_files(files, what=what, how=how)
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  found = load(name, options, what=f"fine_grained:{name}")
+  return found.annotated, found.positive, found.negatives
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -102,6 +102,12 @@ def check(name: str, options: Options) -> None:
   instances.check_files(found.files, what=what, how=how)
 
 
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  found = load(name, options, what=f"grounding:{name}")
+  return found.files, found.given
+
+
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:
   """Mean IoU and recall of the boxes found for descriptions; see `grounding.evaluate_given`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,11 @@ def check(name: str, options: Options) -> None:
   items = segmentation_sets.items_of(name, options, family="grouping")
   kind = "instances" if items[0].instances else "mask"
   segmentation_sets.check_files(items, f"grouping:{name}", kind)
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  return (segmentation_sets.items_of(name, options, family="grouping"),)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -46,6 +46,7 @@ class Labelled:
   templates: tuple[str, ...]  # of prompts, one {} in each; () where the set brings none
   # A new pass over (image, index of its class), always in the same order.
   read: Callable[[], Iterator[tuple[images_lib.Source, int]]]
+  items: Sequence[Any] = ()  # what tells them apart, without a picture read: (path, class), ...
 
 
 def load(name: str, options: Options, *, what: str, how: str = "") -> Labelled:
@@ -156,7 +157,8 @@ def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
         )
       yield example["image"], label
 
-  return Labelled(labels, tuple(vocabulary.names.values()), vocabulary.templates, read)
+  items = [(builder.info.full_name, vocabulary.split)] * splits[vocabulary.split].num_examples
+  return Labelled(labels, tuple(vocabulary.names.values()), vocabulary.templates, read, items)
 
 
 def check_labels(found: Sequence[str], expected: Sequence[str], *, what: str) -> None:
@@ -221,7 +223,8 @@ def _folder(folder: pathlib.Path, vocabulary: Vocabulary | None, *, what: str) -
     for _, label, path in files:
       yield path, label
 
-  return Labelled(labels, classes, templates, read)
+  items = [(path, label) for _, label, path in files]
+  return Labelled(labels, classes, templates, read, items)
 
 
 def _known_folders(

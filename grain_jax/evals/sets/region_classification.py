@@ -6,6 +6,8 @@ that the model can do is measured (`region_classification.METHODS`); boxes aroun
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from grain_jax.evals import region_classification, zero_shot
@@ -22,6 +24,12 @@ def check(name: str, options: Options) -> None:
   content = instances.check(name, options, what=f"region_classification:{name}")
   if not content.names:
     raise ValueError(f"region_classification:{name}: the annotations have no categories.")
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  found = instances.load(name, options, what=f"region_classification:{name}")
+  return found.images, found.names
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,11 @@ def check(name: str, options: Options) -> None:
   chosen = _set(name)
   captioned = chosen.read(options, name)
   annotations.check_images((c.image for c in captioned), f"retrieval:{name}", chosen.how)
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  return (_set(name).read(options, name)[: options.limit or None],)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

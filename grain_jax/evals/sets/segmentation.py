@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -76,6 +76,11 @@ def check(name: str, options: Options) -> None:
   """Raises a one-line ValueError where the set is not there as it should be."""
   items = items_of(name, options, family="segmentation")
   check_files(items, f"segmentation:{name}", "mask")
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  return (items_of(name, options, family="segmentation"),)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -1,6 +1,7 @@
 """Evaluations on outside datasets by name: `FAMILY:SET`, such as `zero_shot:food101`.
 
-A family is a module with SETS (what it knows), check (before anything is encoded) and run.
+A family is a module with SETS (what it knows), check (before anything is encoded), contents (what
+all processes must read alike) and run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from grain_jax.evals.inputs import attempts
+from grain_jax.evals.inputs import attempts, contents
 from grain_jax.evals.inputs.attempts import Attempt
 from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options
@@ -35,6 +36,9 @@ class Family(Protocol):
 
   def check(self, name: str, options: Options) -> None:
     """Raises a one-line ValueError where the set cannot be evaluated."""
+
+  def contents(self, name: str, options: Options) -> Sequence[Any]:
+    """What is read of the set, the items first; see `contents.describe`."""
 
   def run(self, encoders: Encoders, name: str, options: Options) -> Results:
     """The results of one set by flat name."""
@@ -135,9 +139,7 @@ def run(
   What teaches a model to tell captions apart can cost it what it knew of classes (CE-CLIP: eleven
   sets 61.0 -> 45.7 %), so the sets of the paper that are at hand are evaluated too.
   """
-  wanted = list(specs)
-  if any(spec.family == "composition" for spec in specs):
-    wanted += _at_hand(specs, options)
+  wanted = with_average(specs, options)
   results: Results = {}
   for i, spec in enumerate(wanted):
     say(f"evaluating {spec.family}:{spec.name} ({i + 1} of {len(wanted)})")
@@ -149,21 +151,44 @@ def run(
   return results | classification.average(results)
 
 
+def with_average(specs: Sequence[Spec], options: Options) -> list[Spec]:
+  """What is evaluated: with composition the sets at hand of the zero-shot average too."""
+  asked = any(spec.family == "composition" for spec in specs)
+  return [*specs, *(_at_hand(specs, options) if asked else [])]
+
+
+def describe_contents(specs: Sequence[Spec], options: Options) -> dict[str, str]:
+  """What is read of each set that is evaluated, in words to compare: {"zero_shot:pets": ...}."""
+  options = dataclasses.replace(options, warn=lambda line: None)  # `run` says it
+  found = {}
+  for spec in with_average(specs, options):
+    held = FAMILIES[spec.family].contents(spec.name, options)
+    found[f"{spec.family}:{spec.name}"] = contents.describe(held, options.root)
+  return found
+
+
 def merge(older: Mapping[str, Any], newer: Results) -> Results:
   """Results of two evaluations of the same checkpoint; the later one where both have a name.
 
   What the older one has of a set stays only where it is of the same images (counts and limit):
   a figure of a trial must not stand beside the counts of the whole. Averages are made anew.
   """
-  kept = {name: v for name, v in older.items() if not name.startswith(classification.AVERAGE)}
+  gone = (classification.AVERAGE, *(f"{name}/" for name in of_other_images(older, newer)))
+  merged = {name: v for name, v in older.items() if not name.startswith(gone)} | newer
+  return classification.average(merged) | merged
+
+
+def of_other_images(older: Mapping[str, Any], newer: Results) -> list[str]:
+  """FAMILY/SET of the sets of which both have results, but not of the same images."""
+  found = []
   for name in newer:
     prefix, _, metric = name.rpartition("/")
     if metric == "rows" and prefix.count("/") == 1:  # FAMILY/SET
       counts = [f"{prefix}/{key}" for key in ("rows", "examples", "limit")]
-      if any(kept.get(count) != newer.get(count) for count in counts):
-        kept = {key: v for key, v in kept.items() if not key.startswith(f"{prefix}/")}
-  merged = kept | newer
-  return classification.average(merged) | merged
+      differ = any(older.get(count) != newer.get(count) for count in counts)
+      if differ and any(key.startswith(f"{prefix}/") for key in older):
+        found.append(prefix)
+  return found
 
 
 def _at_hand(specs: Sequence[Spec], options: Options) -> list[Spec]:
@@ -181,7 +206,7 @@ def _at_hand(specs: Sequence[Spec], options: Options) -> list[Spec]:
       missing.append(name)
   if missing:
     options.warn(
-      f"zero-shot average beside composition: {len(missing)} of {len(classification.PAPER)} sets "
+      f"zero_shot:average11: beside composition {len(missing)} of {len(classification.PAPER)} sets "
       f"are not at hand: {', '.join(missing)}"
     )
   return found

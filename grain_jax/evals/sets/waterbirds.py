@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,11 @@ def check(name: str, options: Options) -> None:
       f"waterbirds:{name}: {len(missing)} of {len(rows)} pictures are missing, the first "
       f"{missing[0]}. Unpack the archive again."
     )
+
+
+def contents(name: str, options: Options) -> tuple[Any, ...]:
+  """What is read of a set, the items first: all processes must have the same."""
+  return (_rows(name, options),)
 
 
 def run(encoders: Encoders, name: str, options: Options) -> dict[str, float | int]:

@@ -162,6 +162,11 @@ def test_table():
     "seconds              533.2",
   ]
   assert report.format_table({}) == "no results"
+  drops = {"waterbirds/val/drop_waterbird": 0.05, "waterbirds/val/drop_landbird": -0.05}
+  assert [row.split()[1:] for row in report.format_table(drops).splitlines()[1:]] == [
+    ["5.0", "%"],
+    ["-5.0", "%"],
+  ]
 
 
 def test_table_says_what_rests_on_little():

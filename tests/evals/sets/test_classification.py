@@ -120,10 +120,9 @@ def references(root):
       for n in NAMES
     ],
   }
-  scores = {
-    head: images @ unit([model.text(own).mean(0) for own in texts]).T
-    for head, texts in prompts.items()
-  }
+  means = {head: np.stack([model.text(own).mean(0) for own in t]) for head, t in prompts.items()}
+  # The mean over descriptors is not normalised again (GRAIN's our_eval.py).
+  scores = {h: images @ (m if h == "descriptors" else unit(m)).T for h, m in means.items()}
   local = np.zeros_like(scores["name"])
   for c, n in enumerate(NAMES):
     phrases = model.text(by_name[n])

@@ -1,4 +1,6 @@
-"""Names of evaluations, and the zero-shot average beside composition."""
+"""Names of evaluations, what they read, and the zero-shot average beside composition."""
+
+import json
 
 import pytest
 
@@ -98,3 +100,62 @@ def test_a_missing_set_is_said_before_anything_is_encoded(tmp_path):
   with pytest.raises(ValueError, match="composition:sugarcrepe") as caught:
     suite.check(suite.parse(["composition:sugarcrepe"]), Options(root=tmp_path))
   assert "github.com/RAIVNLab/sugar-crepe" in str(caught.value) and "\n" not in str(caught.value)
+
+
+SUGAR = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+REGION = {"description": "a dog", "box": [0, 0, 1, 1], "negatives": ["a cat"]}
+INSTANCES = {
+  "images": [{"id": 1, "file_name": "1.jpg", "width": 8, "height": 8}],
+  "annotations": [{"image_id": 1, "category_id": 2, "bbox": [0, 0, 4, 4]}],
+  "categories": [{"id": 2, "name": "dog"}],
+}
+ITEM = [{"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}]
+# Evaluations, a file of each, and what it holds.
+READ = {
+  "zero_shot:mine": ("mine/dog/1.png", ""),
+  "retrieval:mine": ("mine/captions.jsonl", json.dumps({"image": "1.jpg", "caption": "a dog"})),
+  "grounding:mine": ("mine/regions.jsonl", json.dumps({"image": "1.jpg", "regions": [REGION]})),
+  "fine_grained:mine": ("mine/regions.jsonl", json.dumps({"image": "1.jpg", "regions": [REGION]})),
+  "detection:mine": ("mine/instances.json", json.dumps(INSTANCES)),
+  "region_classification:mine": ("mine/instances.json", json.dumps(INSTANCES)),
+  "composition:sugarcrepe": ("sugarcrepe/add_att.json", json.dumps(ITEM)),
+  "segmentation:voc2012": ("voc2012/ImageSets/Segmentation/val.txt", "1\n"),
+  "grouping:voc2012": ("voc2012/ImageSets/Segmentation/val.txt", "1\n"),
+  "waterbirds:val": ("waterbirds/metadata.csv", "img_filename,y,place,split\n1.jpg,0,1,1\n"),
+}
+
+
+def test_processes_can_tell_whether_they_read_the_same(tmp_path):
+  """Wherever the sets lie; another name, text or box of a set shows in that set alone."""
+  assert {name.partition(":")[0] for name in READ} == suite.FAMILIES.keys()
+  specs = suite.parse(list(READ))
+
+  def describe(root, **changes):
+    for name in SUGAR:
+      (root / "sugarcrepe").mkdir(parents=True, exist_ok=True)
+      (root / "sugarcrepe" / f"{name}.json").write_text("[]")
+    for path, text in READ.values():
+      file = root / changes.get(path, path)
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_text(changes.get("text", {}).get(path, text))
+    return suite.describe_contents(specs, Options(root=root, warn=pytest.fail))
+
+  want = describe(tmp_path / "a")
+  assert list(want) == list(READ) and describe(tmp_path / "b" / "c") == want
+  assert want["zero_shot:mine"].startswith("1 items, digest ")
+  for i, (changed, old, new) in enumerate(
+    (
+      ("mine/captions.jsonl", "a dog", "a cat"),
+      ("mine/regions.jsonl", "1]", "0.9]"),
+      ("mine/instances.json", "4, 4", "4, 5"),
+      ("sugarcrepe/add_att.json", "1.jpg", "2.jpg"),
+      ("voc2012/ImageSets/Segmentation/val.txt", "1", "2"),
+      ("waterbirds/metadata.csv", "0,1,1", "1,1,1"),
+    )
+  ):
+    text = dict(READ.values())[changed].replace(old, new)
+    found = describe(tmp_path / f"changed{i}", text={changed: text})
+    differ = {name for name in READ if found[name] != want[name]}
+    assert differ == {name for name, (path, _) in READ.items() if path == changed}, changed
+  found = describe(tmp_path / "named", **{"mine/dog/1.png": "mine/dog/2.png"})
+  assert [name for name in READ if found[name] != want[name]] == ["zero_shot:mine"]
