@@ -18,7 +18,7 @@ from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
 from grain_jax.data.sources import base
 
-_VERSION = 2  # of what a block is: blocks of another one are not gone on with
+_VERSION = 3  # of what a block is: blocks of another one are not gone on with
 # Images of the preview are chosen among so many a block, where blocks are many.
 _CANDIDATES = 400
 _FEW = 8  # blocks among all of whose images they are chosen
