@@ -102,7 +102,7 @@ def source(
       else:
         regions.append(found)
     captions = [*coco_json.captions_of(entry.annotations), *said.values()]
-    once = [text for i, text in enumerate(captions) if text not in captions[:i]]
+    once = indexed.each_once(captions)
     yield split, indexed.record(key, image, once, regions, [coco_names.id_of(entry.data)])
 
   def image_files() -> Iterator[pathlib.Path]:
