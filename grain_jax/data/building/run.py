@@ -92,7 +92,7 @@ class Build:
         }
       )
     )
-    file, listed = place.root / "plan.json", place.root / "blocks.jsonl"
+    file, listed = place.plan, place.root / "blocks.jsonl"
     known = json.loads(file.read_text()) if file.is_file() else None
     if known is not None and known["what"] != what:
       self.say(f"{place.root} holds a build of other settings or inputs: it is begun anew.")
@@ -110,14 +110,16 @@ class Build:
         for block in [None] if self.source.blocks is None else self.source.blocks(place.scratch):
           lines.write(json.dumps(block) + "\n")
       _note(file, what, self.shard_size)
-    elif known["shard_size"] != self.shard_size:
+    elif known["shard_size"] != self.shard_size or not shards.are_there(place.dataset, place.facts):
       _note(file, what, None)  # killed from here on, it is no build of either size
       for folder in (place.dataset, place.facts, *_spared(place.blocks)):
         shutil.rmtree(folder, ignore_errors=True)
       _note(file, what, self.shard_size)
     for folder in (place.scratch, place.blocks, place.facts, place.dataset):
       folder.mkdir(exist_ok=True)
-    for leftover in (*place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")):
+    unfinished = (p for p in place.blocks.iterdir() if not (p / block_lib.FACTS).is_file())
+    leftovers = {*unfinished, *place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")}
+    for leftover in leftovers:
       shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return [json.loads(line) for line in listed.read_text().splitlines()]
 
