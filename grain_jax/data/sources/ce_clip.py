@@ -187,8 +187,8 @@ def _is_flat(item: Any) -> bool:
 
 def _find(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a folder, by their numbers; of one that is there in both forms the JSON lines."""
-  lines = parquet_files.sorted_files(folder.rglob("*.jsonl"))
-  arrays = parquet_files.sorted_files(folder.rglob("processed_dataset*.npy"))
+  lines = parquet_files.below(folder, "*.jsonl")
+  arrays = parquet_files.below(folder, "processed_dataset*.npy")
   known = {file.with_suffix("") for file in lines}
   files = [*lines, *(file for file in arrays if file.with_suffix("") not in known)]
   if not files:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from grain_jax import textfiles
+from grain_jax import places, textfiles
 from grain_jax.data import records
 from grain_jax.data.sources import grit_lists, parquet_files, sqlite_index
 
@@ -64,10 +64,7 @@ def sidecar_rows(path: pathlib.Path) -> Iterator[dict[str, Any] | records.Refuse
 
 def pictures(root: pathlib.Path) -> Iterator[pathlib.Path]:
   """All image files of a folder, in no order."""
-  for folder, _, names in os.walk(root):
-    for name in names:
-      if name.lower().endswith(SUFFIXES):
-        yield pathlib.Path(folder, name)
+  return (path for path in places.files_below(root) if _is_image(path.name))
 
 
 class Image(NamedTuple):
@@ -113,7 +110,7 @@ class Index:
 def _entries(root: pathlib.Path) -> Iterator[_Entry]:
   """All that is known of a folder's images."""
   listed: set[pathlib.Path] = set()
-  for sidecar in parquet_files.sorted_files(root.rglob("*.parquet")):
+  for sidecar in parquet_files.below(root, "*.parquet"):
     folder = sidecar.with_suffix("")
     if not folder.is_dir():
       continue
@@ -133,12 +130,9 @@ def _entries(root: pathlib.Path) -> Iterator[_Entry]:
       yield from _known(row, path, "" if path else why)
     if rows and not names:
       listed.add(folder)
-  for folder, _, names in os.walk(root):
-    if pathlib.Path(folder) in listed:
-      continue
-    for name in names:
-      if _is_image(name):
-        yield from _alone(root, pathlib.Path(folder, name))
+  for file in pictures(root):
+    if file.parent not in listed:
+      yield from _alone(root, file)
 
 
 def told_beside(file: pathlib.Path) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from grain_jax import failures, jsonfiles, textfiles
+from grain_jax import failures, jsonfiles, places, textfiles
 from grain_jax.data import dataset, decoding
 from grain_jax.data.building import inputs
 from grain_jax.data.sources import base, coco_names
@@ -160,8 +160,8 @@ def _imagehash() -> Any:
 
 
 def _files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The image files of a folder and of those in it."""
-  for path in sorted(directory.rglob("*")):
+  """The image files of a folder and of those in it, links to folders too."""
+  for path in sorted(places.files_below(directory)):
     if path.suffix.lower() in _SUFFIXES and path.is_file():
       yield path
 

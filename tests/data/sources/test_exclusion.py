@@ -38,7 +38,9 @@ def test_images_near_those_of_a_folder_or_of_a_dataset_are_told(tmp_path):
   folder = tmp_path / "evaluation"
   (folder / "deeper").mkdir(parents=True)
   photo(0).save(folder / "0.jpg")
-  photo(1).save(folder / "deeper" / "1.PNG")
+  (tmp_path / "disk").mkdir()
+  photo(1).save(tmp_path / "disk" / "1.PNG")
+  (folder / "deeper" / "link").symlink_to(tmp_path / "disk")
   (folder / "notes.txt").write_text("no image")
   told = opened(tmp_path / "scratch", folder)
   for seed in (0, 1):

@@ -57,6 +57,21 @@ def test_images_are_found_by_what_the_download_says(tmp_path):
   }
 
 
+def test_folders_that_are_links_to_other_disks(tmp_path):
+  root, disk = tmp_path / "in", tmp_path / "disk"
+  write(disk / "tables" / "x.parquet", [{}] * 2)
+  web_sets.download(disk / "told" / "0", "0", 0, url="http://x/0")
+  web_sets.download(disk / "told" / "1", "1", 1)
+  rows = [("1", "success", None, "http://x/1", 1001)]
+  web_sets.sidecar(disk / "told" / "1.parquet", rows)
+  root.mkdir()
+  for name in ("tables", "told"):
+    (root / name).symlink_to(disk / name)
+  source = grit.source(root)
+  assert list(web_sets.parsed(web_sets.built(source, tmp_path / "out"))) == ["1000", "1001"]
+  assert len(list(source.images())) == 2
+
+
 def test_images_are_found_by_name_where_nothing_else_tells(tmp_path):
   write(tmp_path / "a" / "x.parquet", [{}, {}, {}])
   web_sets.download(tmp_path / "b", "1000", 0)
