@@ -65,6 +65,7 @@ class Checked(NamedTuple):
   record: dict[str, Any] | None  # None: refused as a whole
   dropped: list[tuple[str, str]]  # (what: records | captions | regions | negatives, why: see above)
   fates: tuple[str, ...] = ()  # of the regions given, in their order: '' if kept, else why not
+  has_line: bool | None = None  # in --annotated; None: that was not looked for
 
 
 class Refused(NamedTuple):

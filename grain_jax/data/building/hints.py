@@ -50,6 +50,9 @@ class Hints:
     self._refused: dict[str, int] = {}  # records that could not be read, by reason
     self._splits: dict[str, int] = {}
     self._oddities = folder_lines.Oddities()
+    self._lines = {True: 0, False: 0}  # images by whether --annotated has a line of them
+    self._without = ""  # key of the first image that has none
+    self.unread_lines = 0  # in --annotated, after one of the same key
 
   def take(self) -> dict[str, Any]:
     """The evidence, as JSON, with what the source found odd in its annotations."""
@@ -61,6 +64,7 @@ class Hints:
       "refused": self._refused,
       "splits": self._splits,
       "oddities": None if oddities is None else oddities.take(),
+      "annotated": [*self._lines.values(), self._without],
     }
 
   def merge(self, taken: Mapping[str, Any]) -> None:
@@ -77,6 +81,9 @@ class Hints:
         own[name] = own.get(name, 0) + count
     if taken["oddities"] is not None:
       self._oddities.merge(taken["oddities"])
+    there, absent, first = taken["annotated"]
+    self._lines = {True: self._lines[True] + there, False: self._lines[False] + absent}
+    self._without = self._without or first
 
   def duplicate(self) -> None:
     """Takes in that a record has the key of an earlier one."""
@@ -89,6 +96,10 @@ class Hints:
       if given.what == "records":
         self._refused[given.why] = self._refused.get(given.why, 0) + 1
       return
+    if checked.has_line is not None:
+      self._lines[checked.has_line] += 1
+    if checked.has_line is False:
+      self._without = self._without or given[schema.RECORD_KEY]
     if ("records", records.MISSING_IMAGE) in checked.dropped:
       self._lost_images += 1
       if len(self._missing) < _MISSING:
@@ -110,8 +121,32 @@ class Hints:
     """The hints, those on keys and values first."""
     found = list(_oddities(self._oddities))
     found += [line for line in (self._box_line(), *self._record_lines()) if line]
+    found += self._annotated_lines()
     found += missing_images(self._missing, self._lost_images)
     return [tally.one_line(line) for line in found]
+
+  def check_annotated(self) -> None:
+    """Raises where --annotated has no line of any image: it was made of others."""
+    if self._without and not self._lines[True]:
+      folder, theirs = self._source.annotated.folder, self._source.annotated.first_key()
+      like = "it is empty" if theirs is None else f"its keys are like {theirs!r}"
+      raise ValueError(
+        tally.one_line(
+          f"--annotated={folder} has no line of any of the {self._lines[False]:,} images: {like}, "
+          f"theirs like {self._without!r}. Give the source and flags with which it was made."
+        )
+      )
+
+  def _annotated_lines(self) -> Iterator[str]:
+    if count := self._lines[False]:
+      yield (
+        f"{count:,} of {sum(self._lines.values()):,} images have no line in --annotated, so that "
+        f"nothing was added to them (the first: {self._without})"
+      )
+    if self.unread_lines:
+      yield (
+        f"{self.unread_lines:,} lines in --annotated repeat the key of an earlier one, which counts"
+      )
 
   def _record_lines(self) -> Iterator[str]:
     if self._duplicates >= _ENOUGH:

@@ -132,7 +132,7 @@ class MemberIndex:
 
 
 class LineIndex:
-  """Finds lines of files of JSON lines by the key of their object; of two the later one."""
+  """Finds lines of files of JSON lines by the key of their object; of two the first one."""
 
   def __init__(self, database: sqlite3.Connection, files: Sequence[pathlib.Path]):
     """See `make` and `open`."""
@@ -163,13 +163,17 @@ class LineIndex:
     (folder / _LINES).unlink(missing_ok=True)
     database = _create(
       folder / _LINES,
-      "CREATE TABLE lines (hash INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER)",
+      "CREATE TABLE lines (hash INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER, "
+      "more INTEGER)",
     )
     for number, path in enumerate(files):
       rows = ((_hash(key), number, offset, length) for key, offset, length in keys(path))
       while batch := list(itertools.islice(rows, _BATCH)):
         with _told():
-          database.executemany("INSERT OR REPLACE INTO lines VALUES (?, ?, ?, ?)", batch)
+          database.executemany(
+            "INSERT INTO lines VALUES (?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET more = more + 1",
+            batch,
+          )
     with _told():
       database.execute("COMMIT")
     return cls(database, files)
@@ -184,6 +188,12 @@ class LineIndex:
       return {}
     found = json.loads(self._files[row[0]].read(row[1], row[2]))
     return found if found["key"] == key else {}  # another one may have the same hash
+
+  def count_unread(self) -> int:
+    """How many lines come after one of the same key."""
+    with _told():
+      (count,) = self._database.execute("SELECT total(more) FROM lines").fetchone()
+    return int(count)
 
   def close(self) -> None:
     self._database.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -196,9 +197,13 @@ class Build:
 
   def _check(self, plan: shards.Plan) -> tuple[dict[str, Any], list[str]]:
     """(summary, hints) of what was read; raises where it is too little."""
+    if self.source.annotated is not None:
+      with contextlib.closing(self.source.annotated.open(self.place.scratch)) as index:
+        self.hints.unread_lines = index.count_unread()
     summary, found = self.counts.summary(), self.hints.lines()
     for line in [*tally.table(summary), *(f"hint: {hint}" for hint in found)]:
       self.say(line)
+    self.hints.check_annotated()
     if not plan.shards:
       reasons = ", ".join(f"{why} {n:,}" for why, n in summary["images"]["reasons"].items())
       dropped = f" (dropped: {reasons})" if reasons else ": it is empty, or its paths are wrong"
