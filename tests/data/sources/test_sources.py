@@ -213,6 +213,24 @@ def test_published_files(tmp_path):
   assert dropped["malformed"]["count"] == 1
 
 
+@pytest.mark.parametrize(
+  "text, keys, refused",
+  [
+    ("filepath,title\n0.jpg,a\n", ["0.jpg"], []),
+    ("img/000001,a dog\nimg/000002,a cat\n", ["img/000001", "img/000002"], []),
+    ("key\tcaption\nimg/1\ta, b\n", ["img/1"], []),
+    ("path,title,id\n0.jpg,a,7\n1.jpg,b,c,8\n", ["0.jpg"], ["row 3"]),
+    ('0.jpg,"a dog, a cat",\n1.jpg,a dog, a cat\n', ["0.jpg"], ["row 2"]),
+  ],
+)
+def test_no_row_of_the_captions_is_lost_in_silence(tmp_path, text, keys, refused):
+  (tmp_path / "captions_pooled.csv").write_text(text)
+  found = [item for _, item in base.iterate(published_source.source(input=tmp_path))]
+  lost = [item for item in found if isinstance(item, records.Refused)]
+  assert [item["key"] for item in found if item not in lost] == keys
+  assert lost == [(row, "records", "malformed") for row in refused]
+
+
 def test_published_files_of_different_datasets(tmp_path):
   (tmp_path / "c.csv").write_text("0.jpg,zero\n")
   (tmp_path / "b.json").write_text(json.dumps({"cc3m/0.jpg": []}))
