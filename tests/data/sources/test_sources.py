@@ -10,7 +10,7 @@ from PIL import Image
 
 from grain_jax.data import build, dataset, decoding, records
 from grain_jax.data.building import flags as build_flags
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, folder_lines
 from grain_jax.data.sources import folder as folder_source
 from grain_jax.data.sources import published as published_source
 
@@ -66,6 +66,25 @@ def test_folder_with_jsonl(tmp_path):
   assert dropped["regions"]["malformed"]["count"] == 1
   assert opened.parse("train", 1).scores.tolist() == [1]  # a score that is null is none given
   assert opened.manifest["licence"] == "own"
+
+
+@pytest.mark.parametrize(
+  "given, captions",
+  [
+    ({"caption": "one", "captions": ["two", "three"]}, ["one", "two", "three"]),
+    ({"caption": "one", "captions": ["two", "one"]}, ["one", "two"]),
+    ({"caption": "one", "captions": []}, ["one"]),
+    ({"caption": ["one"], "captions": "two"}, ["one", "two"]),
+    ({"captions": ["two", "two"]}, ["two", "two"]),
+    ({"caption": {"en": "one"}, "captions": ["two"]}, None),
+    ({"caption": "one", "captions": 3}, None),
+  ],
+)
+def test_a_caption_beside_captions_is_the_first(given, captions):
+  found = folder_lines.parts({"image": "0.jpg", **given})
+  assert (
+    isinstance(found, records.Refused) if captions is None else found[0]["captions"] == captions
+  )
 
 
 def test_texts_that_cannot_be_written_cost_themselves_alone(tmp_path):
