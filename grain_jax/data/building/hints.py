@@ -52,6 +52,7 @@ class Hints:
     self._oddities = folder_lines.Oddities()
     self._lines = {True: 0, False: 0}  # images by whether --annotated has a line of them
     self._without = ""  # key of the first image that has none
+    self.respelt = 0  # keys that are, as paths, other keys
     self.unread_lines = 0  # in --annotated, after one of the same key
 
   def take(self) -> dict[str, Any]:
@@ -153,6 +154,11 @@ class Hints:
       yield (
         f"{self._duplicates:,} lines repeat an image of an earlier line: one line holds all "
         "captions of an image (in CSV, lines of one image stand next to each other)"
+      )
+    if self.respelt:
+      yield (
+        f"{self.respelt:,} images are there twice, their paths spelled in two ways (a.jpg, "
+        "./a.jpg): spell them alike, and one line holds all captions"
       )
     if (count := self._refused.get(base.OUTSIDE, 0)) >= _ENOUGH:
       yield f"{count:,} paths lead out of the folder: another --input, or --allow_outside?"

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import posixpath
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +33,25 @@ class SeenKeys:
     self._database = _create(
       folder / "seen_keys.sqlite", "CREATE TABLE seen (hash INTEGER PRIMARY KEY)"
     )
+    with _told():
+      self._database.execute("CREATE TABLE respelt (hash INTEGER)")
 
   def add(self, key: str) -> bool:
     """Whether the key is new."""
+    plain = posixpath.normpath(key)
     with _told():
       row = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_hash(key),))
+      if row.rowcount == 1 and plain != key and "://" not in key:
+        self._database.execute("INSERT INTO respelt VALUES (?)", (_hash(plain),))
     return row.rowcount == 1
+
+  def count_respelt(self) -> int:
+    """How many keys are, as paths, others that were met: ./a.jpg beside a.jpg."""
+    with _told():
+      (count,) = self._database.execute(
+        "SELECT count(*) FROM respelt WHERE hash IN (SELECT hash FROM seen)"
+      ).fetchone()
+    return count
 
   def close(self) -> None:
     self._database.close()

@@ -71,6 +71,7 @@ class Build:
     )
     with appender:
       self._read_blocks(blocks, plan, execute, appender)
+      self.hints.respelt = keys.count_respelt()
       keys.close()
       summary, found = self._check(plan)
       self._write_shards(plan, execute, appender)

@@ -330,6 +330,9 @@ def _csv_lines(
       yield records.Refused(f"row {number}", "records", records.MALFORMED)
       continue
     if current and current["image"] == row["image"]:
+      if row.get("split") and row["split"] != (current["split"] or "train"):
+        words = "split is another one than in the first row of its image, which counts"
+        _add_value(oddities, words, str(row["image"]))
       current["captions"].append(row["caption"])
       continue
     if current:

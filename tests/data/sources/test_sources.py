@@ -189,6 +189,17 @@ def test_folder_with_csv_and_a_part_for_val(tmp_path):
     list(base.iterate(folder_source.source(root)))
 
 
+def test_an_image_in_two_spellings_or_splits_is_said(tmp_path):
+  root = folder(tmp_path)
+  rows = ["./0.jpg,a,", "./0.jpg,b,train", "0.jpg,c,", "./1.jpg,d,val", "./1.jpg,e,test"]
+  (root / "annotations.csv").write_text("\n".join(["image,caption,split", *rows]))
+  opened = build_quietly(folder_source.source(root), tmp_path / "out")
+  split, twice = opened.manifest["hints"]
+  assert split.startswith("split is another one than in the first row") and "1 times" in split
+  assert twice.startswith("1 images are there twice, their paths spelled in two ways")
+  assert opened.num_records("train") == 2
+
+
 def test_changed_annotations_are_other_settings(tmp_path):
   (tmp_path / "annotations.csv").write_text("image,caption\n")
   before = folder_source.source(tmp_path).settings
