@@ -57,8 +57,8 @@ def read_header(data: bytes) -> Header | None:
     if any(m == marker and data.startswith(head, start) for m, head in _NOT_PLAIN):
       return None
     if marker in _SIZES:
-      bits, components = data[start], data[start + 5 : start + 6]
-      if found is not None or bits != 8 or components not in (b"\1", b"\3"):
+      bits, components = data[start : start + 1], data[start + 5 : start + 6]  # it may be cut off
+      if found is not None or bits != b"\x08" or components not in (b"\1", b"\3"):
         return None
       height, width = (int.from_bytes(data[start + i : start + i + 2], "big") for i in (1, 3))
       found = Header(width, height) if width * height else None

@@ -79,6 +79,13 @@ def test_what_is_damaged_is_what_pillow_makes_of_it(data):
   np.testing.assert_array_equal(decoded(file), by_pillow(file))
 
 
+def test_a_file_cut_anywhere_is_no_image():
+  data = encode(0, 16, 16)
+  for end in range(data.index(b"\xff\xda") + 2):
+    with pytest.raises(ValueError):
+      decoding.decode(data[:end])
+
+
 def test_only_what_is_plain_is_taken(monkeypatch):
   monkeypatch.setattr(jpegs, "_library", lambda: "there")
   plain = encode(0, 64, 48)
