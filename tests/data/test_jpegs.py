@@ -111,6 +111,19 @@ def test_only_what_is_plain_is_taken(monkeypatch):
   assert jpegs.read_header(plain) is None
 
 
+@pytest.mark.parametrize("form", ['tiff:Orientation="%d"', "<tiff:Orientation>%d<"])
+@pytest.mark.parametrize("turn", range(10))
+def test_an_image_turned_by_xmp_is_upright(form, turn):
+  """As Pillow reads it; an image that is not turned stays plain."""
+  pytest.importorskip("simplejpeg")
+  plain = encode(0, 64, 48)
+  packet = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + (form % turn).encode() + b"</x:xmpmeta>"
+  data = plain[:2] + b"\xff\xe1" + (len(packet) + 2).to_bytes(2, "big") + packet + plain[2:]
+  np.testing.assert_array_equal(decoded(data), by_pillow(data), strict=True)
+  assert decoding.decode(data).size == ((48, 64) if turn in (5, 6, 7, 8) else (64, 48))
+  assert (jpegs.read_header(data) is None) == (turn in range(2, 9))
+
+
 def test_without_the_package_pillow_decodes(monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "simplejpeg", None)
   monkeypatch.setattr(jpegs, "_library", jpegs._library.__wrapped__)
