@@ -53,6 +53,7 @@ class Hints:
     self._lines = {True: 0, False: 0}  # images by whether --annotated has a line of them
     self._without = ""  # key of the first image that has none
     self.respelt = 0  # keys that are, as paths, other keys
+    self.unmet_names = 0  # in --exclude_ids, where no image is of any of them
     self.unread_lines = 0  # in --annotated, after one of the same key
 
   def take(self) -> dict[str, Any]:
@@ -154,6 +155,11 @@ class Hints:
       yield (
         f"{self._duplicates:,} lines repeat an image of an earlier line: one line holds all "
         "captions of an image (in CSV, lines of one image stand next to each other)"
+      )
+    if self.unmet_names:
+      yield (
+        f"none of the {self.unmet_names:,} names in --exclude_ids is a key or COCO's id of an "
+        "image here: are they spelled otherwise?"
       )
     if self.respelt:
       yield (

@@ -17,7 +17,7 @@ from grain_jax.data import dataset, metadata, token_ids
 from grain_jax.data.building import appending, inputs, on_disk, preview, shards, tally, tasks
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, exclusion
 
 _VERSION = 3  # of what a block is: blocks of another one are not gone on with
 # Images of the preview are chosen among so many a block, where blocks are many.
@@ -198,10 +198,9 @@ class Build:
 
   def _check(self, plan: shards.Plan) -> tuple[dict[str, Any], list[str]]:
     """(summary, hints) of what was read; raises where it is too little."""
-    if self.source.annotated is not None:
-      with contextlib.closing(self.source.annotated.open(self.place.scratch)) as index:
-        self.hints.unread_lines = index.count_unread()
-    summary, found = self.counts.summary(), self.hints.lines()
+    summary = self.counts.summary()
+    self._compare_with_lists(summary)
+    found = self.hints.lines()
     for line in [*tally.table(summary), *(f"hint: {hint}" for hint in found)]:
       self.say(line)
     self.hints.check_annotated()
@@ -211,6 +210,18 @@ class Build:
       raise ValueError(f"the source gave no usable record{dropped}.{tally.perhaps(found)}")
     self.counts.check(found)
     return summary, found
+
+  def _compare_with_lists(self, summary: Mapping[str, Any]) -> None:
+    """What of --annotated and of --exclude_ids met no image: a line, and for the hints."""
+    added, left_out = self.source.annotated, self.source.exclusion
+    if added is not None:
+      with contextlib.closing(added.open(self.place.scratch)) as index:
+        self.hints.unread_lines = index.count_unread()
+    if left_out is not None and left_out.ids:
+      names = left_out.count_names(self.place.scratch)
+      met = summary["images"]["reasons"].get(exclusion.LISTED, 0)
+      self.say(f"--exclude_ids lists {names:,} names: {met:,} images are left out")
+      self.hints.unmet_names = 0 if met else names
 
   def _write_shards(
     self, plan: shards.Plan, execute: tasks.Executor, appender: appending.Appender
