@@ -129,7 +129,7 @@ def _present(
     find_images=lambda: run.images_of(source, say),
   )
   if not changes:
-    if source.images is not None and not manifest.get("inputs"):
+    if source.images is not None and not manifest.get("inputs", {}).get("images"):
       say(f"{out} does not say which images it was built from: changes in them are not seen.")
     return dict(manifest)
   raise ValueError(
