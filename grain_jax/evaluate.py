@@ -132,8 +132,8 @@ def write(
   """
   folder.mkdir(parents=True, exist_ok=True)
   path, of_data = folder / "results.json", folder / "results.data"
-  older = json.loads(path.read_text()) if path.is_file() else {}
-  data = of_data.read_text() if older and of_data.is_file() else ""
+  older = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  data = of_data.read_text(encoding="utf-8") if older and of_data.is_file() else ""
   results = dict(outcome.results)
   other = ""
   if step is None or older.get("step") != step:

@@ -1,6 +1,7 @@
 """Built directories: read back by TFDS, checked record by record, whole or not there."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -94,6 +95,19 @@ def test_a_build_does_without_tensorflow(tmp_path):
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.stdout == "[]\n", done.stderr
   assert (tmp_path / "d" / "features.json").is_file()
+
+
+def test_a_manifest_is_utf_8_in_any_locale(tmp_path):
+  out = toy_data.built(tmp_path / "d", [toy_data.record(0)], about={"class_names": ["crème"]})
+  program = "from grain_jax.data import dataset; import sys; "
+  program += "print(ascii(dataset.open_dataset(sys.argv[1]).class_names))"
+  locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+  done = subprocess.run(
+    [sys.executable, "-c", program, str(out)],
+    capture_output=True, text=True, env=os.environ | locale,
+    cwd=pathlib.Path(__file__).parents[2],
+  )  # fmt: skip
+  assert done.stdout.strip("()[],\n") == "'cr\\xe8me'", done.stderr
 
 
 @pytest.mark.parametrize(
