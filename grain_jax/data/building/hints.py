@@ -50,6 +50,7 @@ class Hints:
     self._refused: dict[str, int] = {}  # records that could not be read, by reason
     self._splits: dict[str, int] = {}
     self._oddities = folder_lines.Oddities()
+    self._odd_scores = 0
     self._lines = {True: 0, False: 0}  # images by whether --annotated has a line of them
     self._without = ""  # key of the first image that has none
     self.respelt = 0  # keys that are, as paths, other keys
@@ -66,6 +67,7 @@ class Hints:
       "refused": self._refused,
       "splits": self._splits,
       "oddities": None if oddities is None else oddities.take(),
+      "odd_scores": self._odd_scores,
       "annotated": [*self._lines.values(), self._without],
     }
 
@@ -83,6 +85,7 @@ class Hints:
         own[name] = own.get(name, 0) + count
     if taken["oddities"] is not None:
       self._oddities.merge(taken["oddities"])
+    self._odd_scores += taken["odd_scores"]
     there, absent, first = taken["annotated"]
     self._lines = {True: self._lines[True] + there, False: self._lines[False] + absent}
     self._without = self._without or first
@@ -106,7 +109,12 @@ class Hints:
       self._lost_images += 1
       if len(self._missing) < _MISSING:
         self._missing.append(given[schema.RECORD_IMAGE])
-    if checked.record is not None and self._source.flags_for_boxes:
+    if checked.record is None:
+      return
+    for region, why in zip(given.get(schema.RECORD_REGIONS) or (), checked.fates, strict=False):
+      there = not why and region.get("score") is not None
+      self._odd_scores += there and not records.is_score(float(region["score"]))
+    if self._source.flags_for_boxes:
       self._add_boxes(given, checked)
 
   def _add_boxes(self, given: Mapping[str, Any], checked: records.Checked) -> None:
@@ -156,6 +164,8 @@ class Hints:
         f"{self._duplicates:,} lines repeat an image of an earlier line: one line holds all "
         "captions of an image (in CSV, lines of one image stand next to each other)"
       )
+    if self._odd_scores:
+      yield f"{self._odd_scores:,} regions have a score that is NaN or infinite: it becomes 0"
     if self.unmet_names:
       yield (
         f"none of the {self.unmet_names:,} names in --exclude_ids is a key or COCO's id of an "
