@@ -298,7 +298,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
   A tokenizer that the file names relative to its own folder is named with the folder.
   """
   try:
-    return with_folder(from_json(path.read_text()), path.parent)
+    return with_folder(from_json(path.read_text(encoding="utf-8")), path.parent)
   except (ValueError, AttributeError) as error:
     raise ValueError(
       f"{path} is not JSON of a configuration ({error}). Restore it, or use a new workdir."

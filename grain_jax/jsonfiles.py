@@ -185,6 +185,8 @@ class _Window:
         if not cut_off or not self.more():
           raise self._json_error(first) from None
         continue
+      except ValueError as error:  # a whole number longer than Python reads
+        raise self.error(str(error), self.at) from None
       offset = self._byte_of(self.at)
       length = self._byte_of(end) - offset
       self.at = after
@@ -272,6 +274,8 @@ class _Window:
       json.loads(before + self.text[self.at :])
     except json.JSONDecodeError as error:
       return self.error(error.msg, self.at + error.pos - len(before))
+    except ValueError as error:
+      return self.error(str(error), self.at)
     return self.error("Expecting ',' delimiter", self.at)
 
   def error(self, message: str, at: int) -> json.JSONDecodeError:

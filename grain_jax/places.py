@@ -20,7 +20,7 @@ import secrets
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -209,6 +209,36 @@ def move_aside(folder: pathlib.Path, target: pathlib.Path, *, first: str) -> Non
   objects = buckets.walk(folder)
   for path in sorted(objects, key=lambda path: path.name != first):
     path.replace(target / path.relative_to(folder))
+
+
+def files_below(root: pathlib.Path) -> Iterator[pathlib.Path]:
+  """All files of a folder and of those in it, each once, folder by folder in a fixed order.
+
+  Links to folders are followed, as data that is spread over disks has them, after all that lies in
+  the folder itself; one that leads to what was met before is not, so that circles end.
+
+  Raises:
+    OSError: a folder cannot be read; lost+found, which is the system's own, is passed over.
+  """
+
+  def fail(error: OSError) -> None:
+    if pathlib.Path(error.filename).name != "lost+found":
+      raise error
+
+  met: set[str] = set()
+  waiting = [str(root)]
+  while waiting:
+    links: list[str] = []
+    for folder, folders, names in os.walk(waiting.pop(0), onerror=fail):
+      real = os.path.realpath(folder)
+      if real in met:
+        folders.clear()
+        continue
+      met.add(real)
+      folders.sort()
+      links += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+      yield from (pathlib.Path(folder, name) for name in sorted(names))
+    waiting += links
 
 
 def upload(source: pathlib.Path, target: pathlib.Path, *, last: Collection[str] = ()) -> None:

@@ -118,6 +118,15 @@ def test_broken_arrays_are_told_with_the_files_name(tmp_path, monkeypatch, data,
   assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "b": %s}', '{"a": %s', "[1, %s]", "[%s"])
+@pytest.mark.parametrize("read", [jsonfiles.iterate_object, jsonfiles.iterate_array])
+def test_a_number_of_thousands_of_digits_is_told_with_the_files_name(tmp_path, text, read):
+  path = tmp_path / "a.json"
+  path.write_text(text % ("9" * 5000))
+  with pytest.raises(ValueError, match=rf"^{path} [^\n]*$"):
+    list(read(path))
+
+
 def test_elements_behind_a_damaged_one_are_not_read_and_memory_stays_flat(tmp_path, monkeypatch):
   """The element is told at once: a file of gigabytes is not taken into memory for it."""
   monkeypatch.setattr(textfiles, "BUFFER", 1000)

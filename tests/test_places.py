@@ -69,6 +69,23 @@ def test_the_user_s_folder_is_meant_by_a_tilde(monkeypatch):
   assert [*map(str, named)] == ["/home/me/runs/x", "/home/me", "a/~/b"]
 
 
+def test_files_of_a_folder_are_found_through_links_each_once(tmp_path):
+  root, disk = tmp_path / "root", tmp_path / "disk"
+  for name in ("root/a/0", "root/z/1", "disk/b/2", "disk/b/c/3"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  (root / "a" / "disk").symlink_to(disk)
+  (root / "again").symlink_to(root / "z")  # its files have their own names
+  (disk / "b" / "circle").symlink_to(root)
+  (disk / "up").symlink_to(tmp_path)
+  (root / "4").symlink_to(root / "z" / "1")
+  (root / "gone").symlink_to(tmp_path / "nothing")
+  found = [str(path.relative_to(root)) for path in places.files_below(root)]
+  assert found == ["4", "gone", "a/0", "z/1", "a/disk/b/2", "a/disk/b/c/3"]
+  with pytest.raises(FileNotFoundError):
+    list(places.files_below(root / "nothing"))
+
+
 def test_a_file_url_names_its_path():
   with pytest.raises(ValueError, match=r"^config\.x = file:///a/b is .*the path alone: /a/b\.$"):
     places.check("file:///a/b", "config.x")

@@ -35,7 +35,8 @@ class Limits:
 class BadRecordCounter:
   """Counts bad records in the order in which a process trains on them.
 
-  That order depends on seed and step alone, so a run that reads the same data ends at the same one.
+  It counts from the process's start. The order depends on seed and step alone, so of two runs that
+  start at the same step and read the same data both end at the same record.
   """
 
   def __init__(self, limits: Limits):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -96,14 +95,14 @@ def build(
     except ValueError as error:
       if build.is_long:  # a cluster that does not answer, a disk that is not mounted: hours of work
         raise ValueError(f"{error} What was read is kept in {part}.") from error
-      shutil.rmtree(part, ignore_errors=True)
+      build.place.discard()
       raise
     except OSError as error:
       if failures.is_no_room(error):
         raise tasks.of_a_full_disk(error) from error
       raise
     destination.deliver(build.place.dataset, out, part, say)
-    shutil.rmtree(part, ignore_errors=True)
+    build.place.discard()
   say(f"{out}: {_summary(manifest)} in {manifest['seconds']:.0f} s. Look at {out / preview.NAME}.")
   return manifest
 
@@ -130,7 +129,7 @@ def _present(
     find_images=lambda: run.images_of(source, say),
   )
   if not changes:
-    if source.images is not None and not manifest.get("inputs"):
+    if source.images is not None and not manifest.get("inputs", {}).get("images"):
       say(f"{out} does not say which images it was built from: changes in them are not seen.")
     return dict(manifest)
   raise ValueError(

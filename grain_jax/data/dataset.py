@@ -371,7 +371,7 @@ def _open(path: pathlib.Path, local_copy: str) -> Dataset:
       why = "there is no such directory"
     raise ValueError(f"data directory {path} cannot be opened: {why}. {how}")
   try:
-    manifest = json.loads(file.read_text())
+    manifest = json.loads(file.read_text(encoding="utf-8"))
     version = manifest["format"]
     if version == FORMAT:
       stamps = _check_shards(path, manifest)

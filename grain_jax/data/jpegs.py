@@ -1,13 +1,15 @@
 """Plain JPEGs by libjpeg-turbo itself (the package simplejpeg, where it is installed).
 
 Pillow decodes by the same library, to the same pixels, but passes the file to it piece by piece and
-the pixels through a buffer of its own. What is not plain (EXIF, Adobe's marker, several images, any
-doubt about the file) is left to Pillow, which then also says what is wrong with it.
+the pixels through a buffer of its own. What is not plain (EXIF, an orientation in XMP, Adobe's
+marker, several images, any doubt about the file) is left to Pillow, which then also says what is
+wrong with it.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,9 @@ _SIZES = frozenset({0xC0, 0xC1, 0xC2})  # SOF: baseline, extended, progressive; 
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
 _SCAN, _END, _QUOTED = 0xDA, 0xD9, 0xFF
 # Markers that say how the image is to be shown, or that others follow: EXIF, MPF, Adobe.
+# An XMP packet, which most editors write, says so too where it holds an orientation.
+_XMP = (0xE1, b"http://ns.adobe.com/xap/1.0/\0")
+_TURNED = re.compile(rb'tiff:Orientation(="|>)[2-8]')
 _NOT_PLAIN = ((0xE1, b"Exif\0"), (0xE2, b"MPF\0"), (0xEE, b"Adobe"))
 
 
@@ -56,9 +61,12 @@ def read_header(data: bytes) -> Header | None:
       return None
     if any(m == marker and data.startswith(head, start) for m, head in _NOT_PLAIN):
       return None
+    is_xmp = marker == _XMP[0] and data.startswith(_XMP[1], start)
+    if is_xmp and _TURNED.search(data, start, at + 2 + length):
+      return None
     if marker in _SIZES:
-      bits, components = data[start], data[start + 5 : start + 6]
-      if found is not None or bits != 8 or components not in (b"\1", b"\3"):
+      bits, components = data[start : start + 1], data[start + 5 : start + 6]  # it may be cut off
+      if found is not None or bits != b"\x08" or components not in (b"\1", b"\3"):
         return None
       height, width = (int.from_bytes(data[start + i : start + i + 2], "big") for i in (1, 3))
       found = Header(width, height) if width * height else None

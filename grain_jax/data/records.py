@@ -26,6 +26,7 @@ IMAGE_TOO_LARGE = "image_too_large"  # more pixels than --max_pixels
 NO_CAPTION = "no_caption"
 EMPTY_CAPTION = "empty_caption"
 EMPTY_DESCRIPTION = "empty_description"
+EMPTY_NEGATIVE = "empty_negative"  # a false caption or description without a character
 BOX_NOT_FINITE = "box_not_finite"
 BOX_OUTSIDE = "box_outside_image"
 BOX_NO_AREA = "box_without_area"
@@ -65,6 +66,7 @@ class Checked(NamedTuple):
   record: dict[str, Any] | None  # None: refused as a whole
   dropped: list[tuple[str, str]]  # (what: records | captions | regions | negatives, why: see above)
   fates: tuple[str, ...] = ()  # of the regions given, in their order: '' if kept, else why not
+  has_line: bool | None = None  # in --annotated; None: that was not looked for
 
 
 class Refused(NamedTuple):
@@ -153,12 +155,20 @@ def parse(data: bytes) -> Parsed:
   flat = texts("regions/negatives/ragged_flat_values")
   false, token_ids = iter(flat), texts(schema.RECORD_TOKEN_IDS)
   name = "regions/negatives/ragged_row_lengths_0"
-  numbers = feature[name].int64_list.value if name in feature else [0] * len(descriptions)
+  numbers = list(feature[name].int64_list.value) if name in feature else []
+  numbers = numbers or [0] * len(descriptions)
   label = feature[schema.RECORD_LABEL].int64_list.value
+  kinds = texts("negatives/kind")
   if len(boxes) != 4 * len(descriptions) or len(scores) != len(descriptions):
     raise ValueError(
       f"{len(descriptions)} descriptions, {len(boxes) / 4:g} boxes and {len(scores)} scores"
     )
+  if len(numbers) != len(descriptions) or sum(numbers) != len(flat) or min(numbers, default=0) < 0:
+    raise ValueError(
+      f"{len(descriptions)} descriptions, {len(flat)} false ones of {len(numbers)}: {sum(numbers)}"
+    )
+  if len(negatives) != len(kinds):
+    raise ValueError(f"{len(negatives)} false captions and {len(kinds)} kinds")
   told = [*captions, *descriptions, *flat, *negatives] if token_ids else []
   if len(told) != len(token_ids):
     raise ValueError(f"{len(told)} texts and token ids of {len(token_ids)}")
@@ -169,7 +179,7 @@ def parse(data: bytes) -> Parsed:
     descriptions=descriptions,
     boxes=boxes.reshape(-1, 4),
     scores=scores,
-    negatives=list(zip(negatives, texts("negatives/kind"), strict=False)),
+    negatives=list(zip(negatives, kinds, strict=True)),
     region_negatives=[list(itertools.islice(false, number)) for number in numbers],
     mask=bytes_feature(schema.RECORD_MASK),
     label=label[0] if label else -1,
@@ -273,11 +283,11 @@ def check(
     if isinstance(checked, str):
       dropped.append(("regions", checked))
     else:
-      checked["negatives"], lost = _usable(region.get("negatives"), _is_text)
-      dropped += [("negatives", MALFORMED)] * lost
+      checked["negatives"], lost = _usable(region.get("negatives"), _why_no_text)
+      dropped += [("negatives", why) for why in lost]
       regions.append(checked)
-  negatives, lost = _usable(record.get(schema.RECORD_NEGATIVES), _is_negative)
-  dropped += [("negatives", MALFORMED)] * lost
+  negatives, lost = _usable(record.get(schema.RECORD_NEGATIVES), _why_no_negative)
+  dropped += [("negatives", why) for why in lost]
   clean = {
     **record,
     schema.RECORD_IMAGE: image,
@@ -297,22 +307,28 @@ def _is_text(value: Any) -> bool:
   return isinstance(value, str)
 
 
-def _is_negative(value: Any) -> bool:
-  return (
-    isinstance(value, Mapping)
-    and _is_text(value.get("caption"))
-    and value.get("kind") in schema.NEGATIVE_KINDS
-  )
+def _why_no_text(value: Any) -> str:
+  """Why a false text cannot be used; '' if it can."""
+  if not _is_text(value):
+    return MALFORMED
+  return "" if value.strip() else EMPTY_NEGATIVE
 
 
-def _usable(values: Any, is_good: Callable[[Any], bool]) -> tuple[list[Any], int]:
-  """(the good ones of a list, how many are not); what is no list is one that is not."""
+def _why_no_negative(value: Any) -> str:
+  if not isinstance(value, Mapping) or value.get("kind") not in schema.NEGATIVE_KINDS:
+    return MALFORMED
+  return _why_no_text(value.get("caption"))
+
+
+def _usable(values: Any, why_not: Callable[[Any], str]) -> tuple[list[Any], list[str]]:
+  """(the good ones of a list, why the others are not); what is no list is one that is not."""
   if values is None:
-    return [], 0
+    return [], []
   if not isinstance(values, (list, tuple)):
-    return [], 1
-  good = [value for value in values if is_good(value)]
-  return good, len(values) - len(good)
+    return [], [MALFORMED]
+  reasons = [why_not(value) for value in values]
+  good = [value for value, why in zip(values, reasons, strict=True) if not why]
+  return good, [why for why in reasons if why]
 
 
 def _check_region(region: Any, **boxes: Any) -> dict[str, Any] | str:
@@ -334,5 +350,10 @@ def _check_region(region: Any, **boxes: Any) -> dict[str, Any] | str:
   return {
     "description": description.strip(),
     "box": box,
-    "score": score if abs(score) <= _MOST_SCORE else 0.0,  # NaN is not
+    "score": score if is_score(score) else 0.0,
   }
+
+
+def is_score(value: float) -> bool:
+  """Whether a shard can hold it as a score; 0 stands for one that is NaN, infinite or too large."""
+  return abs(value) <= _MOST_SCORE  # NaN is not

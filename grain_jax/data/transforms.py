@@ -60,7 +60,11 @@ def squash(image: Image.Image, size: int, *, interpolation: str = "bicubic") -> 
 
 
 def center_crop(image: Image.Image, size: int, *, interpolation: str = "bicubic") -> np.ndarray:
-  """The middle of the image, its shorter side at `size`, as CLIP sees it: u8 [size, size, 3]."""
+  """The middle of the image, its shorter side at `size`, as CLIP sees it: u8 [size, size, 3].
+
+  As transformers' CLIPImageProcessor crops. torchvision's CenterCrop, which OpenAI's CLIP uses,
+  begins a pixel later where the longer side less `size` is 3 mod 4: it rounds half to even.
+  """
   image = _middle(image)
   width, height = image.size
   shorter = min(width, height)
@@ -75,7 +79,7 @@ def _middle(image: Image.Image) -> Image.Image:
   """An image without the ends that a center crop leaves out, where it is long and thin.
 
   Resized as a whole, 12,000 x 2 pixels would become 1,344,000 x 224. What is left is long enough
-  for the crop and the bicubic filter; a usual image stays whole, to be CLIP's bit for bit.
+  for the crop and the bicubic filter; a usual image stays whole, as CLIP's preprocessing has it.
   """
   shorter, longer = sorted(image.size)
   left_out = (longer - _LONGEST * shorter) // 2

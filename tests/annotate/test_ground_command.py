@@ -18,7 +18,7 @@ def write_described(folder, lines):
   (folder / "annotations").mkdir(parents=True)
   with (folder / "annotations" / "000000.jsonl").open("w") as file:
     file.writelines(json.dumps(line) + "\n" for line in lines)
-  (folder / "manifest.json").write_text("{}")
+  (folder / "manifest.json").write_text('{"stage": "describe"}')
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Built directories: read back by TFDS, checked record by record, whole or not there."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import toy_data
 
-from grain_jax.data import build, dataset, decoding, metadata, records
+from grain_jax.data import build, dataset, decoding, example_proto, metadata, records
 
 REGION = {"description": "a red box", "box": (0.1, 0.2, 0.5, 0.6), "score": 0.5, "negatives": []}
 
@@ -56,6 +57,44 @@ def test_parse_reverses_encode():
       records.parse(broken)
 
 
+@pytest.mark.parametrize(
+  "name, change",
+  [
+    ("regions/negatives/ragged_row_lengths_0", [1]),
+    ("regions/negatives/ragged_row_lengths_0", [1, 1]),
+    ("regions/negatives/ragged_row_lengths_0", [3, -2]),
+    ("negatives/kind", [b"object"]),
+  ],
+)
+def test_parts_of_a_record_that_do_not_belong_together_are_a_line(name, change):
+  r = toy_data.record(3, regions=2)
+  r["regions"][0]["negatives"] = ["a lie"]
+  example = example_proto.Example.FromString(records.encode(r))
+  feature = example.features.feature[name]
+  values = feature.int64_list.value if isinstance(change[0], int) else feature.bytes_list.value
+  values[:] = change
+  with pytest.raises(ValueError, match=r"^\d+ (descriptions|false captions)[^\n]*$"):
+    records.parse(example.SerializeToString())
+
+
+def test_empty_false_texts_and_scores_that_are_none_are_counted(tmp_path):
+  """Training would see neither: packing leaves empty texts out, and 0 stands for the score."""
+  false = [{"caption": text, "kind": "object"} for text in ("", " \n", "a lie")]
+  r = toy_data.record(0, regions=3, negatives=false)
+  r["regions"][0] |= {"negatives": ["\u2003", "another"], "score": float("nan")}
+  r["regions"][1]["score"], r["regions"][2]["score"] = 1e300, None
+  opened = dataset.open_dataset(toy_data.built(tmp_path / "d", [r]))
+  parsed = opened.parse("train", 0)
+  assert parsed.negatives == [(b"a lie", b"object")]
+  assert parsed.region_negatives == [[b"another"], [], []]
+  assert parsed.scores.tolist() == [0, 0, 1]
+  counts = opened.manifest["kept_and_dropped"]["negatives"]
+  assert counts["reasons"] == {"empty_negative": 3} and counts["kept"] == 1
+  assert opened.manifest["hints"] == [
+    "2 regions have a score that is NaN or infinite: it becomes 0"
+  ]
+
+
 def test_tfds_reads_the_directory(tmp_path):
   tfds = pytest.importorskip("tensorflow_datasets")
   mask = np.full((48, 48), 3, np.uint8)
@@ -94,6 +133,19 @@ def test_a_build_does_without_tensorflow(tmp_path):
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.stdout == "[]\n", done.stderr
   assert (tmp_path / "d" / "features.json").is_file()
+
+
+def test_a_manifest_is_utf_8_in_any_locale(tmp_path):
+  out = toy_data.built(tmp_path / "d", [toy_data.record(0)], about={"class_names": ["crème"]})
+  program = "from grain_jax.data import dataset; import sys; "
+  program += "print(ascii(dataset.open_dataset(sys.argv[1]).class_names))"
+  locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+  done = subprocess.run(
+    [sys.executable, "-c", program, str(out)],
+    capture_output=True, text=True, env=os.environ | locale,
+    cwd=pathlib.Path(__file__).parents[2],
+  )  # fmt: skip
+  assert done.stdout.strip("()[],\n") == "'cr\\xe8me'", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def test_what_is_damaged_is_what_pillow_makes_of_it(data):
   np.testing.assert_array_equal(decoded(file), by_pillow(file))
 
 
+def test_a_file_cut_anywhere_is_no_image():
+  data = encode(0, 16, 16)
+  for end in range(data.index(b"\xff\xda") + 2):
+    with pytest.raises(ValueError):
+      decoding.decode(data[:end])
+
+
 def test_only_what_is_plain_is_taken(monkeypatch):
   monkeypatch.setattr(jpegs, "_library", lambda: "there")
   plain = encode(0, 64, 48)
@@ -102,6 +109,19 @@ def test_only_what_is_plain_is_taken(monkeypatch):
     assert jpegs.read_header(other) is None
   monkeypatch.setattr(jpegs, "_library", lambda: None)
   assert jpegs.read_header(plain) is None
+
+
+@pytest.mark.parametrize("form", ['tiff:Orientation="%d"', "<tiff:Orientation>%d<"])
+@pytest.mark.parametrize("turn", range(10))
+def test_an_image_turned_by_xmp_is_upright(form, turn):
+  """As Pillow reads it; an image that is not turned stays plain."""
+  pytest.importorskip("simplejpeg")
+  plain = encode(0, 64, 48)
+  packet = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + (form % turn).encode() + b"</x:xmpmeta>"
+  data = plain[:2] + b"\xff\xe1" + (len(packet) + 2).to_bytes(2, "big") + packet + plain[2:]
+  np.testing.assert_array_equal(decoded(data), by_pillow(data), strict=True)
+  assert decoding.decode(data).size == ((48, 64) if turn in (5, 6, 7, 8) else (64, 48))
+  assert (jpegs.read_header(data) is None) == (turn in range(2, 9))
 
 
 def test_without_the_package_pillow_decodes(monkeypatch):

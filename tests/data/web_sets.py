@@ -58,9 +58,14 @@ def sample(key, index, caption, **values):
   return [(f"{key}.jpg", image(index)), (f"{key}.json", told), (f"{key}.txt", caption or "")]
 
 
-def sidecar(path, rows):
-  """img2dataset's table of all rows: [(key, status, error, url, id)]."""
-  names = ("key", "status", "error_message", "url", "id")
+# Of an image of 480 x 240 as img2dataset stores it: padded to a square, its default, or not.
+PADDED = {"width": 48, "height": 48, "original_width": 480, "original_height": 240}
+KEPT = {**PADDED, "height": 24}
+
+
+def sidecar(path, rows, *more):
+  """img2dataset's table of all rows: [(key, status, error, url, id, and what `more` names)]."""
+  names = ("key", "status", "error_message", "url", "id", *more)
   pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), path)
 
 

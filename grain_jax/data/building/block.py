@@ -198,7 +198,7 @@ def checked_records(
     if kept is not None and source.rules is not None:
       kept, lost = source.rules.apply(kept)
       dropped += lost
-    return records.Checked(kept, dropped, checked.fates)
+    return checked._replace(record=kept, dropped=dropped)
 
   def key(record) -> str:
     return record.key if isinstance(record, records.Refused) else record[schema.RECORD_KEY]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Callable
 
 from grain_jax import places
@@ -47,6 +48,7 @@ def deliver(
   """
   if not places.is_bucket(out):
     if out.exists():
+      shutil.rmtree(part / "old", ignore_errors=True)  # of a build that was cut off here
       out.rename(part / "old")
     built.rename(out)
     return

@@ -50,6 +50,12 @@ class Hints:
     self._refused: dict[str, int] = {}  # records that could not be read, by reason
     self._splits: dict[str, int] = {}
     self._oddities = folder_lines.Oddities()
+    self._odd_scores = 0
+    self._lines = {True: 0, False: 0}  # images by whether --annotated has a line of them
+    self._without = ""  # key of the first image that has none
+    self.respelt = 0  # keys that are, as paths, other keys
+    self.unmet_names = 0  # in --exclude_ids, where no image is of any of them
+    self.unread_lines = 0  # in --annotated, after one of the same key
 
   def take(self) -> dict[str, Any]:
     """The evidence, as JSON, with what the source found odd in its annotations."""
@@ -61,6 +67,8 @@ class Hints:
       "refused": self._refused,
       "splits": self._splits,
       "oddities": None if oddities is None else oddities.take(),
+      "odd_scores": self._odd_scores,
+      "annotated": [*self._lines.values(), self._without],
     }
 
   def merge(self, taken: Mapping[str, Any]) -> None:
@@ -77,6 +85,10 @@ class Hints:
         own[name] = own.get(name, 0) + count
     if taken["oddities"] is not None:
       self._oddities.merge(taken["oddities"])
+    self._odd_scores += taken["odd_scores"]
+    there, absent, first = taken["annotated"]
+    self._lines = {True: self._lines[True] + there, False: self._lines[False] + absent}
+    self._without = self._without or first
 
   def duplicate(self) -> None:
     """Takes in that a record has the key of an earlier one."""
@@ -89,11 +101,20 @@ class Hints:
       if given.what == "records":
         self._refused[given.why] = self._refused.get(given.why, 0) + 1
       return
+    if checked.has_line is not None:
+      self._lines[checked.has_line] += 1
+    if checked.has_line is False:
+      self._without = self._without or given[schema.RECORD_KEY]
     if ("records", records.MISSING_IMAGE) in checked.dropped:
       self._lost_images += 1
       if len(self._missing) < _MISSING:
         self._missing.append(given[schema.RECORD_IMAGE])
-    if checked.record is not None and self._source.flags_for_boxes:
+    if checked.record is None:
+      return
+    for region, why in zip(given.get(schema.RECORD_REGIONS) or (), checked.fates, strict=False):
+      there = not why and region.get("score") is not None
+      self._odd_scores += there and not records.is_score(float(region["score"]))
+    if self._source.flags_for_boxes:
       self._add_boxes(given, checked)
 
   def _add_boxes(self, given: Mapping[str, Any], checked: records.Checked) -> None:
@@ -110,14 +131,50 @@ class Hints:
     """The hints, those on keys and values first."""
     found = list(_oddities(self._oddities))
     found += [line for line in (self._box_line(), *self._record_lines()) if line]
+    found += self._annotated_lines()
     found += missing_images(self._missing, self._lost_images)
     return [tally.one_line(line) for line in found]
+
+  def check_annotated(self) -> None:
+    """Raises where --annotated has no line of any image: it was made of others."""
+    if self._without and not self._lines[True]:
+      folder, theirs = self._source.annotated.folder, self._source.annotated.first_key()
+      like = "it is empty" if theirs is None else f"its keys are like {theirs!r}"
+      raise ValueError(
+        tally.one_line(
+          f"--annotated={folder} has no line of any of the {self._lines[False]:,} images: {like}, "
+          f"theirs like {self._without!r}. Give the source and flags with which it was made."
+        )
+      )
+
+  def _annotated_lines(self) -> Iterator[str]:
+    if count := self._lines[False]:
+      yield (
+        f"{count:,} of {sum(self._lines.values()):,} images have no line in --annotated, so that "
+        f"nothing was added to them (the first: {self._without})"
+      )
+    if self.unread_lines:
+      yield (
+        f"{self.unread_lines:,} lines in --annotated repeat the key of an earlier one, which counts"
+      )
 
   def _record_lines(self) -> Iterator[str]:
     if self._duplicates >= _ENOUGH:
       yield (
         f"{self._duplicates:,} lines repeat an image of an earlier line: one line holds all "
         "captions of an image (in CSV, lines of one image stand next to each other)"
+      )
+    if self._odd_scores:
+      yield f"{self._odd_scores:,} regions have a score that is NaN or infinite: it becomes 0"
+    if self.unmet_names:
+      yield (
+        f"none of the {self.unmet_names:,} names in --exclude_ids is a key or COCO's id of an "
+        "image here: are they spelled otherwise?"
+      )
+    if self.respelt:
+      yield (
+        f"{self.respelt:,} images are there twice, their paths spelled in two ways (a.jpg, "
+        "./a.jpg): spell them alike, and one line holds all captions"
       )
     if (count := self._refused.get(base.OUTSIDE, 0)) >= _ENOUGH:
       yield f"{count:,} paths lead out of the folder: another --input, or --allow_outside?"

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import posixpath
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +33,25 @@ class SeenKeys:
     self._database = _create(
       folder / "seen_keys.sqlite", "CREATE TABLE seen (hash INTEGER PRIMARY KEY)"
     )
+    with _told():
+      self._database.execute("CREATE TABLE respelt (hash INTEGER)")
 
   def add(self, key: str) -> bool:
     """Whether the key is new."""
+    plain = posixpath.normpath(key)
     with _told():
       row = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (_hash(key),))
+      if row.rowcount == 1 and plain != key and "://" not in key:
+        self._database.execute("INSERT INTO respelt VALUES (?)", (_hash(plain),))
     return row.rowcount == 1
+
+  def count_respelt(self) -> int:
+    """How many keys are, as paths, others that were met: ./a.jpg beside a.jpg."""
+    with _told():
+      (count,) = self._database.execute(
+        "SELECT count(*) FROM respelt WHERE hash IN (SELECT hash FROM seen)"
+      ).fetchone()
+    return count
 
   def close(self) -> None:
     self._database.close()
@@ -132,7 +146,7 @@ class MemberIndex:
 
 
 class LineIndex:
-  """Finds lines of files of JSON lines by the key of their object; of two the later one."""
+  """Finds lines of files of JSON lines by the key of their object; of two the first one."""
 
   def __init__(self, database: sqlite3.Connection, files: Sequence[pathlib.Path]):
     """See `make` and `open`."""
@@ -163,13 +177,17 @@ class LineIndex:
     (folder / _LINES).unlink(missing_ok=True)
     database = _create(
       folder / _LINES,
-      "CREATE TABLE lines (hash INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER)",
+      "CREATE TABLE lines (hash INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER, "
+      "more INTEGER)",
     )
     for number, path in enumerate(files):
       rows = ((_hash(key), number, offset, length) for key, offset, length in keys(path))
       while batch := list(itertools.islice(rows, _BATCH)):
         with _told():
-          database.executemany("INSERT OR REPLACE INTO lines VALUES (?, ?, ?, ?)", batch)
+          database.executemany(
+            "INSERT INTO lines VALUES (?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET more = more + 1",
+            batch,
+          )
     with _told():
       database.execute("COMMIT")
     return cls(database, files)
@@ -184,6 +202,12 @@ class LineIndex:
       return {}
     found = json.loads(self._files[row[0]].read(row[1], row[2]))
     return found if found["key"] == key else {}  # another one may have the same hash
+
+  def count_unread(self) -> int:
+    """How many lines come after one of the same key."""
+    with _told():
+      (count,) = self._database.execute("SELECT total(more) FROM lines").fetchone()
+    return int(count)
 
   def close(self) -> None:
     self._database.close()

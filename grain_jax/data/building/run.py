@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,9 +17,9 @@ from grain_jax.data import dataset, metadata, token_ids
 from grain_jax.data.building import appending, inputs, on_disk, preview, shards, tally, tasks
 from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import hints as hints_lib
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, exclusion
 
-_VERSION = 2  # of what a block is: blocks of another one are not gone on with
+_VERSION = 3  # of what a block is: blocks of another one are not gone on with
 # Images of the preview are chosen among so many a block, where blocks are many.
 _CANDIDATES = 400
 _FEW = 8  # blocks among all of whose images they are chosen
@@ -70,6 +71,7 @@ class Build:
     )
     with appender:
       self._read_blocks(blocks, plan, execute, appender)
+      self.hints.respelt = keys.count_respelt()
       keys.close()
       summary, found = self._check(plan)
       self._write_shards(plan, execute, appender)
@@ -92,7 +94,7 @@ class Build:
         }
       )
     )
-    file, listed = place.root / "plan.json", place.root / "blocks.jsonl"
+    file, listed = place.plan, place.root / "blocks.jsonl"
     known = json.loads(file.read_text()) if file.is_file() else None
     if known is not None and known["what"] != what:
       self.say(f"{place.root} holds a build of other settings or inputs: it is begun anew.")
@@ -110,14 +112,16 @@ class Build:
         for block in [None] if self.source.blocks is None else self.source.blocks(place.scratch):
           lines.write(json.dumps(block) + "\n")
       _note(file, what, self.shard_size)
-    elif known["shard_size"] != self.shard_size:
+    elif known["shard_size"] != self.shard_size or not shards.are_there(place.dataset, place.facts):
       _note(file, what, None)  # killed from here on, it is no build of either size
       for folder in (place.dataset, place.facts, *_spared(place.blocks)):
         shutil.rmtree(folder, ignore_errors=True)
       _note(file, what, self.shard_size)
     for folder in (place.scratch, place.blocks, place.facts, place.dataset):
       folder.mkdir(exist_ok=True)
-    for leftover in (*place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")):
+    unfinished = (p for p in place.blocks.iterdir() if not (p / block_lib.FACTS).is_file())
+    leftovers = {*unfinished, *place.blocks.glob("*.tmp-*"), *place.dataset.glob("*.tmp-*")}
+    for leftover in leftovers:
       shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return [json.loads(line) for line in listed.read_text().splitlines()]
 
@@ -194,15 +198,30 @@ class Build:
 
   def _check(self, plan: shards.Plan) -> tuple[dict[str, Any], list[str]]:
     """(summary, hints) of what was read; raises where it is too little."""
-    summary, found = self.counts.summary(), self.hints.lines()
+    summary = self.counts.summary()
+    self._compare_with_lists(summary)
+    found = self.hints.lines()
     for line in [*tally.table(summary), *(f"hint: {hint}" for hint in found)]:
       self.say(line)
+    self.hints.check_annotated()
     if not plan.shards:
       reasons = ", ".join(f"{why} {n:,}" for why, n in summary["images"]["reasons"].items())
       dropped = f" (dropped: {reasons})" if reasons else ": it is empty, or its paths are wrong"
       raise ValueError(f"the source gave no usable record{dropped}.{tally.perhaps(found)}")
     self.counts.check(found)
     return summary, found
+
+  def _compare_with_lists(self, summary: Mapping[str, Any]) -> None:
+    """What of --annotated and of --exclude_ids met no image: a line, and for the hints."""
+    added, left_out = self.source.annotated, self.source.exclusion
+    if added is not None:
+      with contextlib.closing(added.open(self.place.scratch)) as index:
+        self.hints.unread_lines = index.count_unread()
+    if left_out is not None and left_out.ids:
+      names = left_out.count_names(self.place.scratch)
+      met = summary["images"]["reasons"].get(exclusion.LISTED, 0)
+      self.say(f"--exclude_ids lists {names:,} names: {met:,} images are left out")
+      self.hints.unmet_names = 0 if met else names
 
   def _write_shards(
     self, plan: shards.Plan, execute: tasks.Executor, appender: appending.Appender

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -124,6 +125,14 @@ def read_facts(facts: pathlib.Path, split: str, number: int) -> dict[str, Any] |
     return None
 
 
+def are_there(folder: pathlib.Path, facts: pathlib.Path) -> bool:
+  """Whether all shards that are finished, as their facts say, lie in the dataset's folder."""
+  named = re.compile(r"(?:.*-)?(\w+)\.array_record-(\d+)-of-\d+")  # `file_of` before
+  names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+  finished = {"-".join(m.groups()) if (m := named.fullmatch(name)) else name for name in names}
+  return all(path.stem in finished for path in facts.glob("*.json"))
+
+
 class Writer:
   """A shard while it is written: aside, until `close` gives it its name and says what it holds."""
 
@@ -232,5 +241,7 @@ def finish(
       target = folder / dataset.shard_name(name, split, number, len(several))
       if file.exists():
         file.rename(target)
+      elif not target.exists():
+        raise ValueError(f"{file}, a shard that was finished, is gone. Start the build again.")
       found.setdefault(split, []).append({"file": target.name, **known})
   return found

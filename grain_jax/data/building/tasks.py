@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,11 @@ class Place:
   root: pathlib.Path
 
   @property
+  def plan(self) -> pathlib.Path:
+    """What it is a build of; a folder without it holds nothing that is gone on with."""
+    return self.root / "plan.json"
+
+  @property
   def scratch(self) -> pathlib.Path:
     return self.root / "scratch"
 
@@ -40,6 +46,11 @@ class Place:
   @property
   def dataset(self) -> pathlib.Path:
     return self.root / "dataset"
+
+  def discard(self) -> None:
+    """Removes all of it; killed from here on, what is left is no build."""
+    self.plan.unlink(missing_ok=True)
+    shutil.rmtree(self.root, ignore_errors=True)
 
 
 def perform(

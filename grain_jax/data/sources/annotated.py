@@ -1,6 +1,7 @@
 """What `grain_jax.annotate` wrote of the images of a source, looked up by their keys.
 
-A folder of it has manifest.json, which is written last, and annotations/*.jsonl, an object a line:
+A folder of it has manifest.json, which names its stage and is written last, and
+annotations/*.jsonl, an object a line:
 
   {"key": "images/0001.jpg", "captions": ["a brown dog sleeps on a sofa"],
    "descriptions": ["a brown dog"],
@@ -9,13 +10,13 @@ A folder of it has manifest.json, which is written last, and annotations/*.jsonl
    "negatives": [{"caption": "a brown dog sleeps on a table", "kind": "object"}]}
 
 All but the key may be missing. Boxes are (ymin, xmin, ymax, xmax) as fractions of the image as it
-is shown. Captions come after the source's own; regions and negatives take the place of its own.
+is shown. Captions come after the source's own; regions and negatives take the place of its own. Of
+lines with one key the first counts, as of images with one key.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,6 +45,12 @@ class Annotated:
         f"--annotated={folder} has no {MANIFEST}: it is no folder of grain_jax.annotate, or one "
         "that is not finished. The same command goes on with it."
       )
+    manifest = textfiles.read_json(folder / MANIFEST, name=f"--annotated={folder}: {MANIFEST}")
+    if not isinstance(manifest, Mapping) or "stage" not in manifest:
+      raise ValueError(
+        f"--annotated={folder}: its {MANIFEST} is not that of a stage of grain_jax.annotate. Give "
+        "the folder that one of them wrote."
+      )
     return cls(folder)
 
   def settings(self) -> dict[str, Any]:
@@ -61,11 +68,22 @@ class Annotated:
     """The index, whose `find(key)` gives a line's object, {} where there is none."""
     return on_disk.LineIndex.open(scratch, self.files())
 
+  def first_key(self) -> str | None:
+    """The key of the first line; None where there is no line."""
+    return next((key for path in self.files() for key, _, _ in _keys(path)), None)
+
 
 def _keys(path: pathlib.Path) -> Iterator[tuple[str, int, int]]:
   """(key, offset, length) of each line."""
   for line in textfiles.iterate_lines(path):
-    yield json.loads(line.data)["key"], line.offset, len(line.data)
+    try:
+      entry = textfiles.parse_json(line.text())
+    except ValueError as error:
+      raise ValueError(f"{path} line {line.number} is not JSON: {error}. Mend it.") from None
+    key = entry.get("key") if isinstance(entry, Mapping) else None
+    if not isinstance(key, str):
+      raise ValueError(f"{path} line {line.number} is no object with a key. Mend it.")
+    yield key, line.offset, len(line.data)
 
 
 def merge(
@@ -73,7 +91,7 @@ def merge(
 ) -> records.Checked:
   """A checked record with what was annotated, which is checked too.
 
-  `need_caption`: one that has no caption, of either, is dropped.
+  `line`: {} where nothing was. `need_caption`: one that has no caption, of either, is dropped.
   """
   if checked.record is None:
     return checked
@@ -91,9 +109,9 @@ def merge(
     need_caption=need_caption,
   )
   if added.record is None:
-    return records.Checked(None, [*checked.dropped, *added.dropped], checked.fates)
+    return records.Checked(None, [*checked.dropped, *added.dropped], checked.fates, bool(line))
   joined = {**record, schema.RECORD_CAPTIONS: added.record[schema.RECORD_CAPTIONS]}
   for name in (schema.RECORD_REGIONS, schema.RECORD_NEGATIVES):
     if name in line:
       joined[name] = added.record[name]
-  return records.Checked(joined, [*checked.dropped, *added.dropped], checked.fates)
+  return records.Checked(joined, [*checked.dropped, *added.dropped], checked.fates, bool(line))

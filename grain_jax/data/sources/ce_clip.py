@@ -19,6 +19,7 @@ and texts that are "###", are left out and counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
@@ -99,7 +100,7 @@ def source(
 
   def read(block: base.Block, scratch: pathlib.Path) -> Iterator[base.Item]:
     file, start = files[block["file"]], textfiles.Place(*block["start"])
-    is_val = bool(re.search(r"(?<![a-z])val", str(file.relative_to(named.parent))))
+    is_val = _is_val(file)
     lines = textfiles.iterate_lines(
       lines_of(block["file"], scratch), start=start, stop=block["stop"]
     )
@@ -136,6 +137,18 @@ def source(
         },
       )
 
+  def _is_val(file: pathlib.Path) -> bool:
+    return bool(re.search(r"(?<![a-z])val", str(file.relative_to(named.parent))))
+
+  def image_files() -> Iterator[pathlib.Path]:
+    for file in files:
+      told: str | None = None  # the captions of an image stand together
+      for values in _values(file):
+        path = _image_path(values, is_val=_is_val(file))
+        if path is not None and path != told and (allow_outside or not base.is_outside(root, path)):
+          yield root / path
+        told = path
+
   settings: dict[str, Any] = {
     "annotations": [inputs.stamp(file) for file in files],
     "images": str(root),
@@ -152,6 +165,7 @@ def source(
     blocks=blocks,
     prepare=prepare,
     recipe={"kind": "ce_clip", "arguments": arguments},
+    images=image_files,
     max_pixels=max_pixels,
   )
 
@@ -185,10 +199,20 @@ def _is_flat(item: Any) -> bool:
   )
 
 
+def _values(file: pathlib.Path) -> Iterator[Any]:
+  """The records of a file that can be read, in either form."""
+  if file.suffix == ".npy":
+    yield from filter(_is_flat, object_arrays.read(file))
+    return
+  for line in textfiles.iterate_lines(file):
+    with contextlib.suppress(ValueError):  # `read` counts it
+      yield textfiles.parse_json(line.text())
+
+
 def _find(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a folder, by their numbers; of one that is there in both forms the JSON lines."""
-  lines = parquet_files.sorted_files(folder.rglob("*.jsonl"))
-  arrays = parquet_files.sorted_files(folder.rglob("processed_dataset*.npy"))
+  lines = parquet_files.below(folder, "*.jsonl")
+  arrays = parquet_files.below(folder, "processed_dataset*.npy")
   known = {file.with_suffix("") for file in lines}
   files = [*lines, *(file for file in arrays if file.with_suffix("") not in known)]
   if not files:

@@ -7,7 +7,8 @@ is one record, with COCO's id as key; its regions are described by the names of 
 Crowds (iscrowd=1) are left out. An image without captions gets one of the names of what is on it.
 
 Where FOLDER holds dataset_coco.json (Karpathy's splits), or it is given as --annotations, captions
-and splits are its: restval is train. Boxes are then those of the instances files, of either year.
+and splits are its: restval is train. Boxes are then those of the instances files, of either year
+(--year where FOLDER holds both).
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def source(
   others = [file for file in files if file not in karpathy]
   if karpathy and not any("instances" in file.name for file in others):
     others += [f for f in _of_year(home, year) if "instances" in f.name]
+  if karpathy:  # whose images are those of both years
+    _check_one_year(others, home)
   names = list(dict.fromkeys("" if karpathy else _part(file) for file in [*karpathy, *others]))
   allow_outside = common.get("allow_outside", False)
 
@@ -143,13 +146,18 @@ def _found(home: pathlib.Path, year: str | None) -> list[pathlib.Path]:
   files = _of_year(home, year)
   if not files:
     raise indexed.no_files(home, f"captions_*.json, instances_*.json or {_KARPATHY}")
+  _check_one_year(files, home)
+  return files
+
+
+def _check_one_year(files: Sequence[pathlib.Path], home: pathlib.Path) -> None:
+  """Raises where boxes and captions of an image would be there twice."""
   years = sorted({found[2] for file in files if (found := _YEAR.search(file.name))})
   if len(years) > 1:
     raise ValueError(
       f"--input = {home} holds annotations of {' and '.join(years)}, of the same images. Choose "
       f"with --year={years[-1]}."
     )
-  return files
 
 
 def _of_year(home: pathlib.Path, year: str | None) -> list[pathlib.Path]:

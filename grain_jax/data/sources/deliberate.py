@@ -5,10 +5,18 @@ They are counted like the others, and do not count towards --allow_dropped.
 
 from __future__ import annotations
 
-from grain_jax.data.sources import coco_json, exclusion, objects365, open_images, region_rules
+from grain_jax.data.sources import (
+  coco_json,
+  exclusion,
+  mdetr,
+  objects365,
+  open_images,
+  region_rules,
+)
 
 REASONS = (
   region_rules.REASONS
   | exclusion.REASONS
-  | {coco_json.CROWD, open_images.GROUP, open_images.DEPICTION, objects365.KNOWN_MISSING}
+  | {coco_json.CROWD, mdetr.REPEATED, open_images.GROUP, open_images.DEPICTION}
+  | {objects365.KNOWN_MISSING}
 )

@@ -11,17 +11,17 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from grain_jax import textfiles
+from grain_jax import places, textfiles
 from grain_jax.data import records
-from grain_jax.data.sources import parquet_files, sqlite_index
+from grain_jax.data.sources import grit_lists, parquet_files, sqlite_index
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 AMBIGUOUS = "several_images_of_that_name"
 SUCCESS = "success"
 _INDEX = "downloads.sqlite"
-_STATUS = ("key", "status", "error_message", "url", "id")
+_STATUS = ("key", "status", "error_message", "url", "id", *grit_lists.SIZES)
 _REASONS = {
   r"timed? ?out": "timeout",
   r"certificate|ssl": "certificate",
@@ -64,10 +64,14 @@ def sidecar_rows(path: pathlib.Path) -> Iterator[dict[str, Any] | records.Refuse
 
 def pictures(root: pathlib.Path) -> Iterator[pathlib.Path]:
   """All image files of a folder, in no order."""
-  for folder, _, names in os.walk(root):
-    for name in names:
-      if name.lower().endswith(SUFFIXES):
-        yield pathlib.Path(folder, name)
+  return (path for path in places.files_below(root) if _is_image(path.name))
+
+
+class Image(NamedTuple):
+  """An image file, and what stands beside it."""
+
+  file: pathlib.Path
+  was_reshaped: bool  # padded or cut: boxes of the original are none of its
 
 
 class Index:
@@ -80,7 +84,7 @@ class Index:
   @classmethod
   def make(cls, scratch: pathlib.Path, root: pathlib.Path) -> None:
     """Reads what stands beside all images of a folder, once; 100 bytes of disk an image."""
-    columns = "kind TEXT, value TEXT, path TEXT, why TEXT"
+    columns = "kind TEXT, value TEXT, path TEXT, why TEXT, reshaped TEXT"
     sqlite_index.make(scratch / _INDEX, columns, _entries(root))
 
   @classmethod
@@ -88,24 +92,25 @@ class Index:
     """The index that `make` wrote."""
     return cls(root, sqlite_index.Index(scratch / _INDEX))
 
-  def find(self, kind: str, value: Any) -> pathlib.Path | str | None:
+  def find(self, kind: str, value: Any) -> Image | str | None:
     """The image of a "url", an "id" or a "name"; why there is none; None where nothing is known."""
     rows = self._index.rows(
-      "SELECT path, why FROM entries WHERE kind = ? AND value = ? ORDER BY path = '', path LIMIT 2",
+      "SELECT path, why, reshaped FROM entries WHERE kind = ? AND value = ? "
+      "ORDER BY path = '', path LIMIT 2",
       (kind, str(value)),
     )
     if not rows:
       return None
     if kind == "name" and len(rows) > 1:
       return AMBIGUOUS
-    path, why = rows[0]
-    return self._root / path if path else why
+    path, why, reshaped = rows[0]
+    return Image(self._root / path, bool(reshaped)) if path else why
 
 
-def _entries(root: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
-  """(kind, value, path from root, why there is none) of all that is known of a folder's images."""
+def _entries(root: pathlib.Path) -> Iterator[_Entry]:
+  """All that is known of a folder's images."""
   listed: set[pathlib.Path] = set()
-  for sidecar in parquet_files.sorted_files(root.rglob("*.parquet")):
+  for sidecar in parquet_files.below(root, "*.parquet"):
     folder = sidecar.with_suffix("")
     if not folder.is_dir():
       continue
@@ -125,24 +130,21 @@ def _entries(root: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
       yield from _known(row, path, "" if path else why)
     if rows and not names:
       listed.add(folder)
-  for folder, _, names in os.walk(root):
-    if pathlib.Path(folder) in listed:
-      continue
-    for name in names:
-      if _is_image(name):
-        yield from _alone(root, pathlib.Path(folder, name))
+  for file in pictures(root):
+    if file.parent not in listed:
+      yield from _alone(root, file)
 
 
-def url_beside(file: pathlib.Path) -> Any:
-  """The URL in the JSON beside an image; None where there is none."""
+def told_beside(file: pathlib.Path) -> Mapping[str, Any]:
+  """The JSON beside an image; {} where there is none."""
   try:
     told = textfiles.read_json(file.with_suffix(".json"))
   except (OSError, ValueError):
-    return None
-  return told.get("url") if isinstance(told, Mapping) else None
+    return {}
+  return told if isinstance(told, Mapping) else {}
 
 
-def _alone(root: pathlib.Path, file: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
+def _alone(root: pathlib.Path, file: pathlib.Path) -> Iterator[_Entry]:
   """Entries of an image by the JSON beside it, or by its name where there is none."""
   beside = file.with_suffix(".json")
   path = str(file.relative_to(root))
@@ -153,13 +155,22 @@ def _alone(root: pathlib.Path, file: pathlib.Path) -> Iterator[tuple[str, str, s
   known = list(_known(told, path, "")) if isinstance(told, Mapping) else []
   yield from known
   if not known:
-    yield "name", file.stem, path, ""
+    reshaped = isinstance(told, Mapping) and grit_lists.was_reshaped(told)
+    yield "name", file.stem, path, "", _flag(reshaped)
 
 
-def _known(values: Mapping[str, Any], path: str, why: str) -> Iterator[tuple[str, str, str, str]]:
+# kind, value, path from root, why there is none, "1" where the image was padded or cut
+_Entry = tuple[str, str, str, str, str]
+
+
+def _known(values: Mapping[str, Any], path: str, why: str) -> Iterator[_Entry]:
   for kind in ("url", "id"):
     if _is_name(values.get(kind)):
-      yield kind, str(values[kind]), path, why
+      yield kind, str(values[kind]), path, why, _flag(grit_lists.was_reshaped(values))
+
+
+def _flag(value: bool) -> str:
+  return "1" if value else ""
 
 
 def _is_name(value: Any) -> bool:

@@ -86,7 +86,7 @@ def source(
         split,
         {
           schema.RECORD_KEY: url,
-          schema.RECORD_IMAGE: image,
+          schema.RECORD_IMAGE: image.file,
           schema.RECORD_CAPTIONS: texts.captions(row.values, names=names),
           schema.RECORD_REGIONS: [],
           schema.RECORD_NEGATIVES: [],

@@ -9,7 +9,8 @@ record's key is f_path.
   captions   short_caption (of the web), then caption (long, generated).
   regions    of each bbox_info: bbox (x1, y1, x2, y2 as fractions; a fifth number is the score) with
              short_expr and its short_expr_negs (where flag_short_neg is 1), and with long_expr.
-             --expressions=short or long takes one of the two.
+             --expressions=short or long takes one of the two. Those of an image that img2dataset
+             padded or cut, as what stands beside it says, are left out and counted.
 """
 
 from __future__ import annotations
@@ -105,33 +106,38 @@ def source(
         yield split, records.Refused(key, "records", image)
         continue
       captions = [item.get("short_caption"), item.get("caption")]
+      regions = _regions(item.get("bbox_info"), expressions)
+      if image.was_reshaped:
+        yield from ((split, records.Refused(key, "regions", grit_lists.RESIZED)) for _ in regions)
+        regions = []
       yield (
         split,
         {
           schema.RECORD_KEY: key,
-          schema.RECORD_IMAGE: image,
+          schema.RECORD_IMAGE: image.file,
           schema.RECORD_CAPTIONS: [text for text in captions if text is not None],
-          schema.RECORD_REGIONS: _regions(item.get("bbox_info"), expressions),
+          schema.RECORD_REGIONS: regions,
           schema.RECORD_NEGATIVES: [],
         },
       )
 
-  def _find_image(key: str, scratch: pathlib.Path) -> pathlib.Path | str:
+  def _find_image(key: str, scratch: pathlib.Path) -> downloads.Image | str:
     if not allow_outside and base.is_outside(root, key):
       return base.OUTSIDE
     path = root / key
     if not keys:
-      return path
+      return downloads.Image(path, grit_lists.was_reshaped(downloads.told_beside(path)))
     index, known = opened(scratch)
     urls, why = known.find(key), None
     for url in urls:
       found = index.find("url", url)
-      if isinstance(found, pathlib.Path):
+      if isinstance(found, downloads.Image):
         return found
       why = why or found
     # img2dataset numbers images as f_path may be numbered: what it says of a file is believed.
-    if _is_file(path) and (not urls or downloads.url_beside(path) in (None, *urls)):
-      return path
+    told = downloads.told_beside(path)
+    if _is_file(path) and (not urls or told.get("url") in (None, *urls)):
+      return downloads.Image(path, grit_lists.was_reshaped(told))
     return why or records.MISSING_IMAGE
 
   settings: dict[str, Any] = {

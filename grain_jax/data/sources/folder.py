@@ -9,7 +9,8 @@ The annotations are FOLDER/annotations.jsonl or FOLDER/annotations.csv, or the f
 
   image     path from FOLDER; JPEG, PNG or whatever PIL reads. It is also the record's key. One
             that leads out of FOLDER ("../x") is refused and counted, unless --allow_outside.
-  captions  the original first, then generated ones; or "caption" with a single one.
+  captions  the original first, then generated ones; or "caption" with a single one, which comes
+            before those of "captions" where both are given.
   regions   optional, and may be empty: description, box (ymin, xmin, ymax, xmax) as fractions of
             the image as it is shown, upright where EXIF says that it was taken sideways; score
             (optional, 1): training takes the regions of highest score. Boxes written otherwise:

@@ -236,9 +236,14 @@ def parts(
   meant = misspelt(line, LINE, oddities, first)
   if not isinstance(image, str) or not image:
     return records.Refused(str(line)[:80], "records", records.MALFORMED)
-  captions = line.get("captions")
-  captions = line.get("caption") if captions is None else captions
-  captions = [captions] if isinstance(captions, str) else captions or []
+  original, captions = (
+    [value] if isinstance(value, str) else value or []
+    for value in (line.get("caption"), line.get("captions"))
+  )
+  if isinstance(original, list) and isinstance(captions, list):
+    captions = [*original, *(text for text in captions if text not in original)]
+  elif not isinstance(original, list):
+    captions = original
   regions, negatives = line.get("regions") or [], line.get("negatives") or []
   found = {"captions": captions, "regions": regions, "negatives": negatives}
   odd = [name for name, value in found.items() if not isinstance(value, list)]
@@ -325,6 +330,9 @@ def _csv_lines(
       yield records.Refused(f"row {number}", "records", records.MALFORMED)
       continue
     if current and current["image"] == row["image"]:
+      if row.get("split") and row["split"] != (current["split"] or "train"):
+        words = "split is another one than in the first row of its image, which counts"
+        _add_value(oddities, words, str(row["image"]))
       current["captions"].append(row["caption"])
       continue
     if current:

@@ -6,7 +6,9 @@ what img2dataset wrote beside it (KEY.json, or FOLDER/00000.parquet beside FOLDE
 id, else its url; where nothing stands beside the images, by a file named as the row's id, else as
 its key. A record's key is the id. The usual download are tars: --source=webdataset reads those.
 
-Each phrase with a box is a region: of noun_chunks, and of ref_exps where that is longer.
+Each phrase with a box is a region: of noun_chunks, and of ref_exps where that is longer. Where the
+JSON or the Parquet beside an image says that img2dataset padded or cut it, its boxes are left out
+and counted.
 """
 
 from __future__ import annotations
@@ -98,14 +100,16 @@ def source(
       if isinstance(image, str):
         yield split, records.Refused(key, "records", image)
         continue
-      regions, lost = grit_lists.regions(key, row.values, expressions=expressions)
+      regions, lost = grit_lists.regions(
+        key, row.values, expressions=expressions, reshaped=image.was_reshaped
+      )
       for refused in lost:
         yield split, refused
       yield (
         split,
         {
           schema.RECORD_KEY: key,
-          schema.RECORD_IMAGE: image,
+          schema.RECORD_IMAGE: image.file,
           schema.RECORD_CAPTIONS: [row.values.get("caption")],
           schema.RECORD_REGIONS: regions,
           schema.RECORD_NEGATIVES: [],
@@ -135,12 +139,12 @@ def source(
   )
 
 
-def find_image(index: downloads.Index, values: Mapping[str, Any]) -> pathlib.Path | str:
-  """The file of a row's image, or why there is none."""
+def find_image(index: downloads.Index, values: Mapping[str, Any]) -> downloads.Image | str:
+  """A row's image, or why there is none."""
   why = None
   for kind, name in (("id", "id"), ("url", "url"), ("name", "id"), ("name", "key")):
     found = index.find(kind, values.get(name))
-    if isinstance(found, pathlib.Path):
+    if isinstance(found, downloads.Image):
       return found
     why = why or found
   return why or records.MISSING_IMAGE

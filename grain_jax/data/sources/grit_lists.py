@@ -19,11 +19,16 @@ SPAN_OUTSIDE = "span_outside_caption"
 BAD_SPAN = "bad_span"  # no whole numbers
 RESIZED = "boxes_of_another_shape"  # the image was padded or cut, the boxes were not
 TOLERANCE = 0.05  # published boxes reach a little over the edge
+SIZES = ("width", "height", "original_width", "original_height")  # in what img2dataset says
 _PIXELS = 2  # by which rounding may change a side
 
 
 def regions(
-  key: str, values: Mapping[str, Any], *, expressions: str = "both"
+  key: str,
+  values: Mapping[str, Any],
+  *,
+  expressions: str = "both",
+  reshaped: bool = False,
 ) -> tuple[list[Any], list[records.Refused]]:
   """(regions, what of the lists is none) of an image.
 
@@ -31,6 +36,7 @@ def regions(
     key: of the image.
     values: with `caption` and the lists of `NAMES`; of the image's size, as img2dataset gives it.
     expressions: which lists to read, one of `EXPRESSIONS`.
+    reshaped: the image was padded or cut, whatever `values` say.
   """
   caption = values.get("caption")
   caption = caption if isinstance(caption, str) else ""
@@ -46,7 +52,7 @@ def regions(
       continue
     before = entries.copy()
     entries += [entry for entry in found if entry not in before]
-  if entries and was_reshaped(values):
+  if entries and (reshaped or was_reshaped(values)):
     return [], [records.Refused(key, "regions", RESIZED)] * len(entries)
   kept = []
   for entry in entries:
@@ -82,8 +88,7 @@ def was_reshaped(values: Mapping[str, Any]) -> bool:
 
   Its default resize mode pads to a square: fractions of the original are none of what is stored.
   """
-  names = ("width", "height", "original_width", "original_height")
-  sizes = [values.get(name) for name in names]
+  sizes = [values.get(name) for name in SIZES]
   if not all(isinstance(x, int) and x > 0 for x in sizes):
     return False
   width, height, own_width, own_height = sizes

@@ -204,5 +204,10 @@ def caption_of_phrases(regions: Sequence[Mapping[str, Any]], *, tolerance: float
   return [". ".join(largest[:PHRASES])] if largest else []
 
 
+def each_once(values: Sequence[Any]) -> list[Any]:
+  """Values of any kind without those that came before: captions that two files hold."""
+  return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
 def is_text(value: Any) -> bool:
   return isinstance(value, str) and bool(value.strip())

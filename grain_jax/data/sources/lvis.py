@@ -92,7 +92,7 @@ def source(
     frame = frames.frame_of(image, entry.data.get("width"), entry.data.get("height"))
     regions, lost = coco_json.regions_of(key, entry.annotations, frame, texts)
     yield from ((split, item) for item in lost)
-    found = coco_json.captions_of(entry.annotations)
+    found = indexed.each_once(coco_json.captions_of(entry.annotations))
     found = found or indexed.caption_of_names(names[r["description"]] for r in regions)
     yield split, indexed.record(key, image, found, regions, [coco_names.id_of(entry.data)])
 

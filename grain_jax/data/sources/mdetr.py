@@ -8,8 +8,10 @@ its box. FOLDER holds such files, in itself, in annotations/ or in mdetr_annotat
 images; the split is the one that a file's name speaks of (train, val, test, testA, testB).
 
 All that a split says of an image is one record: its captions, each once, and a region for each box;
-the key is its file name. Expressions of RefCOCO are no captions of a whole image: COCO's go before
-them, where captions_*.json are in FOLDER or FOLDER/annotations or given as --captions.
+the key is its file name. A box that an earlier file has with the same text is left out and counted
+(mixed and mixed_no_coco, separateGT and mergedGT repeat one another). Expressions of RefCOCO are no
+captions of a whole image: COCO's go before them, where captions_*.json are in FOLDER or
+FOLDER/annotations or given as --captions.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ FLAGS = indexed.flags(coco_json.CAPTIONS_FLAG)
 _PATTERNS = ("finetune_*.json", "final_*.json", "*_train.json", "*_val.json", "*_test*.json")
 _CONVERTED = ("_vg", "_od")  # lines of ODVG, which others make of these files
 _OTHERS = ("captions_", "instances_", "lvis_", "zhiyuan_", "objects365_")
+REPEATED = "region_of_another_file"
 _COCO = "coco/"  # before COCO's id, as an alias of an image
 _FOLDERS = (
   "",
@@ -92,17 +95,21 @@ def source(
       return
     frame = frames.frame_of(image, entry.data.get("width"), entry.data.get("height"))
     said = {a["entry"]: a["text"] for a in entry.annotations if "text" in a}
-    regions = []
+    regions, file_of = [], {}
     for annotation in entry.annotations:
       if "of" not in annotation:
         continue
       found = _region(annotation, said.get(annotation["of"]), frame)
       if isinstance(found, str):
         yield split, records.Refused(key, "regions", found)
+        continue
+      number = annotation["of"].partition("/")[0]
+      if file_of.setdefault((found["description"], str(found["box"])), number) != number:
+        yield split, records.Refused(key, "regions", REPEATED)
       else:
         regions.append(found)
     captions = [*coco_json.captions_of(entry.annotations), *said.values()]
-    once = [text for i, text in enumerate(captions) if text not in captions[:i]]
+    once = indexed.each_once(captions)
     yield split, indexed.record(key, image, once, regions, [coco_names.id_of(entry.data)])
 
   def image_files() -> Iterator[pathlib.Path]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grain_jax import failures
+from grain_jax import failures, places
 from grain_jax.data import records
 
 DAMAGED = "damaged_parquet"
@@ -178,7 +179,12 @@ def class_names(path: pathlib.Path, column: str) -> list[str]:
 
 def find(root: pathlib.Path) -> list[pathlib.Path]:
   """All Parquet files of a folder, or the file itself, in a fixed order."""
-  return [root] if root.is_file() else sorted_files(root.rglob("*.parquet"))
+  return [root] if root.is_file() else below(root, "*.parquet")
+
+
+def below(root: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+  """The files of a folder, and of those in it, whose names are of a pattern, in a fixed order."""
+  return sorted_files(p for p in places.files_below(root) if fnmatch.fnmatchcase(p.name, pattern))
 
 
 def sorted_files(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:

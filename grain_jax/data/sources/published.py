@@ -4,6 +4,9 @@ captions_pooled.csv (image path, caption), captions_*_pooled.json {path: caption
 model}, bboxes_*_pooled.json {path: [{description, bbox, score}]} with bbox (x1, y1, x2, y2) in the
 960-pixel space of the squashed image, desc_*.json {path: [description]}. With --input=FOLDER the
 files of these names in FOLDER are taken, and FOLDER holds the images too, unless --images is given.
+
+The CSV has a header (filepath, title, or the like) or none. A row with more fields than that, whose
+caption has a comma outside quotes, is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from grain_jax import schema, textfiles
 from grain_jax.data import records
 from grain_jax.data.building import inputs, on_disk
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, folder_lines
 
 BLOCK = 1024  # rows of the captions a block
 SIDE = 960  # pixels of the squashed image in which the published boxes are given
@@ -115,14 +118,21 @@ def source(
         yield "train", records.Refused(path, "records", base.OUTSIDE)
         continue
       found: dict[str, list] = {kind: [] for kind in files}
-      for number, value in index.find(path).items():
-        if kinds[number] != "generated":
-          found[kinds[number]].extend(value or [])
-        elif value is not None:
-          found["generated"].append(value)
       split = base.split_of(path, "train", val_fraction)
-      boxed = {r.get("description") for r in found["boxes"] if isinstance(r, Mapping)}
-      for _ in set(found["descriptions"]) - boxed:
+      for number, value in index.find(path).items():
+        if value is None:
+          continue
+        if kinds[number] == "generated":
+          found["generated"].append(value)
+        elif isinstance(value, list):
+          found[kinds[number]].extend(value)
+        else:
+          yield split, records.Refused(path, "regions", records.MALFORMED)
+      described = [text for text in found["descriptions"] if isinstance(text, str)]
+      for _ in found["descriptions"][len(described) :]:
+        yield split, records.Refused(path, "regions", records.MALFORMED)
+      boxed = [r.get("description") for r in found["boxes"] if isinstance(r, Mapping)]
+      for _ in set(described).difference(text for text in boxed if isinstance(text, str)):
         yield split, records.Refused(path, "regions", "description_without_box")
       yield (
         split,
@@ -190,7 +200,7 @@ def _region(region: Any) -> Any:
     if not isinstance(region["bbox"], list):  # "1234" is no four numbers
       return region
     x1, y1, x2, y2 = (float(x) / SIDE for x in region["bbox"])
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, TypeError, ValueError, OverflowError):
     return region  # `records.check` counts it as malformed
   box = (y1, x1, y2, x2)
   return {"description": region.get("description"), "box": box, "score": region.get("score", 1.0)}
@@ -205,10 +215,23 @@ def _delimiter(file: pathlib.Path) -> str:
 def _caption_rows(
   file: pathlib.Path, *, start: textfiles.Place = textfiles.START, stop: int | None = None
 ) -> Iterator[tuple[str, str] | records.Refused]:
-  rows = textfiles.read_csv(file, delimiter=_delimiter(file), start=start, stop=stop)
+  delimiter = _delimiter(file)
+  _, first = next(textfiles.read_csv(file, delimiter=delimiter), (0, []))
+  header = _is_header(first)
+  columns = max(len(first), 2) if header else 2
+  rows = textfiles.read_csv(file, delimiter=delimiter, start=start, stop=stop)
   for number, row in rows:
-    header = number == 1 and row and pathlib.PurePath(row[0]).suffix == ""
-    if len(row) >= 2 and not header:
-      yield row[0], row[1]
-    elif row and not header:
+    if not row or (header and number == 1):
+      continue
+    if len(row) < 2 or any(field.strip() for field in row[columns:]):
       yield records.Refused(f"row {number}", "records", records.MALFORMED)
+    else:
+      yield row[0], row[1]
+
+
+def _is_header(row: Sequence[str]) -> bool:
+  """Whether the first row names the columns; paths of images need have no ending."""
+  if not row or pathlib.PurePath(row[0]).suffix:
+    return False
+  names = [folder_lines.nearest(name, ("image", "captions")) for name in row[:2]]
+  return "image" in names[:1] or "captions" in names[1:]

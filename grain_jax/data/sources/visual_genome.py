@@ -78,7 +78,7 @@ def source(
       box = [region.get(k) for k in ("x", "y", "width", "height")]
       box = None if frame is None else frame.fractions(box, "xywh")
       regions.append(indexed.region(region["phrase"], box))
-    found = coco_json.captions_of(entry.annotations)
+    found = indexed.each_once(coco_json.captions_of(entry.annotations))
     found = found or indexed.caption_of_phrases(regions, tolerance=tolerance)
     yield "train", indexed.record(key, image, found, regions, [coco_names.id_of(entry.data)])
 

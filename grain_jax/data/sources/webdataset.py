@@ -78,7 +78,7 @@ def source(
   root = base.existing(input, "--input")
   base.check_common(val_fraction=val_fraction, max_pixels=max_pixels)
   base_folder = root.parent if root.is_file() else root
-  paths = [root] if root.is_file() else parquet_files.sorted_files(root.rglob("*.tar"))
+  paths = [root] if root.is_file() else parquet_files.below(root, "*.tar")
   if not paths:
     raise ValueError(
       f"--input = {root} holds no .tar. Give the folder that img2dataset --output_format "

@@ -135,7 +135,9 @@ class Figure(NamedTuple):
 
 def published() -> list[Figure]:
   """Figures of the papers and of their released notebooks."""
-  return [Figure(**entry) for entry in json.loads(_PUBLISHED.read_text())["figures"]]
+  return [
+    Figure(**entry) for entry in json.loads(_PUBLISHED.read_text(encoding="utf-8"))["figures"]
+  ]
 
 
 def write(

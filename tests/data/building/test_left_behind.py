@@ -37,6 +37,45 @@ def test_killed_while_it_makes_room_for_other_settings(tmp_path, monkeypatch):
   assert len(dataset.open_dataset(out)._splits["train"].paths) == 3
 
 
+@pytest.mark.parametrize("left", ["all", "without the plan's shards", "half of a block"])
+def test_killed_when_the_dataset_is_delivered(tmp_path, monkeypatch, left):
+  """What lies beside it then is no reason that it can never be built again."""
+  out, part = tmp_path / "out", tmp_path / "out.part"
+  read, rmtree = toy_data.source([toy_data.record(i) for i in range(12)]), shutil.rmtree
+  source = dataclasses.replace(
+    read, blocks=lambda scratch: [{"n": i} for i in range(3)], read=lambda *_: read.read()
+  )
+  options = {"workers": 0, "shard_size": 4, "allow_dropped": 1, "say": toy_data.quiet}
+  with monkeypatch.context() as patch:
+    patch.setattr(destination, "deliver", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      build.build(source, out, **options)
+  (part / "dataset").rename(out)  # and killed there, or a little later
+  if left == "without the plan's shards":
+    (part / "dataset").mkdir()
+  elif left == "half of a block":
+    (part / "blocks" / "000000" / "facts.json").unlink()
+    (part / "blocks" / "000000" / "x").touch()
+  before = sorted(path.name for path in out.iterdir())
+  build.build(source, out, overwrite=True, **options)
+  assert sorted(path.name for path in out.iterdir()) == before and not part.exists()
+  assert dataset.open_dataset(out).num_records("train") == 12
+
+  def killed(path, *args, **more):
+    if path == part:
+      raise KeyboardInterrupt
+    rmtree(path, *args, **more)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+      build.build(source, out, overwrite=True, **options)
+  assert dataset.open_dataset(out).num_records("train") == 12
+  assert part.exists() and not (part / "plan.json").exists()  # and is no build any more
+  build.build(source, out, overwrite=True, **options)
+  assert not part.exists()
+
+
 def test_a_worker_ends_with_the_build_in_the_midst_of_a_task(tmp_path):
   """Else it goes on to write where the next build does."""
   program = (

@@ -8,7 +8,7 @@ import web_sets
 from hypothesis import strategies as st
 
 from grain_jax.data import records
-from grain_jax.data.sources import base, ce_clip, finehard, webdataset
+from grain_jax.data.sources import base, ce_clip, finehard, published, webdataset
 
 SCALARS = st.one_of(
   st.none(),
@@ -47,7 +47,17 @@ OBJECTS = {
     {"image_path": st.just("0.jpg") | ANY},
     optional={name: ANY for name in (*ce_clip.COLUMNS.values(), "valid_caption", "id", "caption")},
   ),
+  "published": st.fixed_dictionaries(
+    {
+      "captions_a_pooled": ANY,
+      "bboxes_a_pooled": ANY | st.lists(st.dictionaries(st.just("bbox"), ANY) | ANY, max_size=3),
+      "desc_a": ANY | st.lists(ANY, max_size=3),
+    }
+  ),
 }
+
+
+PUBLISHED = {"captions_a_pooled", "bboxes_a_pooled", "desc_a"}
 
 
 def write(kind, root, found):
@@ -56,6 +66,11 @@ def write(kind, root, found):
     (root / "0.tar").write_bytes(web_sets.tar_bytes(members))
     return webdataset.source(root)
   (root / "0.jpg").write_bytes(web_sets.image(0))
+  if kind == "published":
+    (root / "captions_pooled.csv").write_text("0.jpg,zero\n")
+    for name in found if isinstance(found, dict) and found.keys() == PUBLISHED else ():
+      (root / f"{name}.json").write_text(json.dumps({"0.jpg": found[name]}))
+    return published.source(input=root)
   if kind == "finehard":
     (root / "a.json").write_text(json.dumps([found]))
     return finehard.source(root)

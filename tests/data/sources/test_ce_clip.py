@@ -92,6 +92,23 @@ def test_records_of_either_form(tmp_path, form):
   }
 
 
+@pytest.mark.parametrize("form", ["npy", "jsonl"])
+def test_changed_images_are_told(tmp_path, form):
+  root = tmp_path / "in"
+  images(root)
+  lines = "".join(json.dumps(e) + "\n" for e in (*ENTRIES, "no record")) + "no json\n"
+  content = npy([*ENTRIES, "no record"]) if form == "npy" else lines.encode()
+  (root / f"processed_dataset0.{form}").write_bytes(content)
+  source = ce_clip.source(root)
+  names = [f"train2014/COCO_train2014_{number:012d}.jpg" for number in (9, 10)]
+  assert list(source.images()) == [root / name for name in (*names, "cc3m/1.jpg")]
+  web_sets.built(source, tmp_path / "out")
+  web_sets.built(source, tmp_path / "out")
+  web_sets.download(root / "cc3m", "1", 2)
+  with pytest.raises(ValueError, match=r"other settings or inputs \(images: .*\)\. Choose"):
+    web_sets.built(source, tmp_path / "out")
+
+
 def test_a_val_file_reads_val2014_and_files_are_read_by_number(tmp_path):
   root = tmp_path / "in"
   web_sets.download(root / "val2014", "COCO_val2014_000000000009", 3)

@@ -80,6 +80,15 @@ def test_karpathys_splits_with_boxes_of_instances(tmp_path):
     "test": {"000000000025": (["25."], [TWENTY_FIVE])},
     "val": {"000000000139": (["139."], [])},
   }
+  annotations = root / "annotations"
+  for split in ("train", "val"):  # of 2014: the same boxes under other names
+    content = (annotations / f"instances_{split}2017.json").read_text()
+    box_layouts.write(annotations, f"instances_{split}2014.json", content)
+  with pytest.raises(ValueError, match=r"of 2014 and 2017, of the same images.*--year=2017\.$"):
+    coco_source.source(root)
+  for year in ("2014", "2017"):
+    again = box_layouts.built("coco", root, tmp_path / year, f"--year={year}")
+    assert box_layouts.content(again) == box_layouts.content(opened)
 
 
 def test_coco_ids_are_handed_over(tmp_path):

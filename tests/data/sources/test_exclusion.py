@@ -10,8 +10,15 @@ import pytest
 import toy_data
 from PIL import Image, ImageFilter
 
-from grain_jax.data import sources
-from grain_jax.data.sources import base, coco_names, deliberate, exclusion, region_rules
+from grain_jax.data import build, sources
+from grain_jax.data.sources import (
+  base,
+  coco_names,
+  deliberate,
+  exclusion,
+  options,
+  region_rules,
+)
 
 
 def photo(seed, size=(160, 120)):
@@ -38,7 +45,9 @@ def test_images_near_those_of_a_folder_or_of_a_dataset_are_told(tmp_path):
   folder = tmp_path / "evaluation"
   (folder / "deeper").mkdir(parents=True)
   photo(0).save(folder / "0.jpg")
-  photo(1).save(folder / "deeper" / "1.PNG")
+  (tmp_path / "disk").mkdir()
+  photo(1).save(tmp_path / "disk" / "1.PNG")
+  (folder / "deeper" / "link").symlink_to(tmp_path / "disk")
   (folder / "notes.txt").write_text("no image")
   told = opened(tmp_path / "scratch", folder)
   for seed in (0, 1):
@@ -84,6 +93,15 @@ def test_ids_of_coco_style_files_and_lines_of_text(tmp_path):
   assert sorted(told.listed) == sorted(
     ["7", "391895", "139", "5", "1234.jpg", "VG_100K/12.jpg", "44"]
   )
+  lines.write_text("000000000009\nCOCO_val2014_000000000010.jpg\n00000000001\n")
+  told_padded = opened(tmp_path / "scratch", None, str(lines))
+  assert [told_padded.is_excluded(None, "k", [n]) != "" for n in ("9", "10", "1", "")] == [
+    True, True, False, False,
+  ]  # fmt: skip
+  table = tmp_path / "images.jsonl"
+  table.write_text("".join(json.dumps(image) + "\n" for image in images))
+  again = opened(tmp_path / "scratch", None, str(table))
+  assert again.listed == opened(tmp_path / "scratch", None, str(file)).listed
   assert told.is_excluded(None, "VG_100K/1.jpg", ["391895"]) == "evaluation_id"
   assert told.is_excluded(None, "VG_100K/12.jpg") == "evaluation_id"
   assert told.is_excluded(None, "VG_100K/3.jpg", ["1"]) == ""
@@ -105,6 +123,21 @@ def test_images_of_coco_in_other_sets_are_left_out(tmp_path):
   why = {item["key"]: told.is_excluded(None, item["key"], item["ids"]) for item in items}
   assert why == {"VG_100K_2/1.jpg": "", "VG_100K/2.jpg": "evaluation_id"}
   assert exclusion.REASONS | region_rules.REASONS < deliberate.REASONS
+
+
+@pytest.mark.parametrize("listed, left_out", [("000000000009\n8\n", 1), ("8\n7\n", 0)])
+def test_a_build_says_how_many_images_the_ids_left_out(tmp_path, listed, left_out):
+  box_layouts.coco(tmp_path / "in")
+  (tmp_path / "ids.txt").write_text(listed)
+  source = options.apply(
+    sources.module("coco").source(tmp_path / "in"), {"exclude_ids": str(tmp_path / "ids.txt")}
+  )
+  said = []
+  manifest = build.build(source, tmp_path / "out", workers=0, allow_dropped=1, say=said.append)
+  assert any(f"names: {left_out} images are left out" in line for line in said)
+  assert [hint.startswith("none of the 2 names") for hint in manifest["hints"]] == (
+    [] if left_out else [True]
+  )
 
 
 def test_ids_in_names():

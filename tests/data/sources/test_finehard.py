@@ -120,6 +120,25 @@ def test_images_by_url(tmp_path, form):
   assert web_sets.dropped(opened) == {"records": {"missing_image": 2}}
 
 
+@pytest.mark.parametrize("renamed", [True, False])
+@pytest.mark.parametrize("by_url", [True, False])
+def test_boxes_of_an_image_that_was_padded_are_left_out_and_counted(tmp_path, by_url, renamed):
+  root = tmp_path / "in"
+  if by_url:
+    (root / "url2key_jsons").mkdir(parents=True)
+    pairs = {f"http://x/{i}": str(i) for i in range(2)}
+    (root / "url2key_jsons" / "url2key_coyo_image_0.json").write_text(json.dumps(pairs))
+  for i, told in enumerate((web_sets.PADDED, web_sets.KEPT)):
+    name = str(i) if renamed or not by_url else f"other{i}"
+    url = {} if renamed else {"url": f"http://x/{i}"}
+    web_sets.download(root / "coyo_image_0" / "00000", name, i, **told, **url)
+  boxes = BOXES[:2]
+  write(root, [item(f"coyo_image_0/00000/{i}.jpg", bbox_info=boxes) for i in range(2)])
+  opened = web_sets.built(finehard.source(root), tmp_path / "out")
+  assert [len(r.descriptions) for r in web_sets.parsed(opened).values()] == [0, 3]
+  assert web_sets.dropped(opened) == {"regions": {"boxes_of_another_shape": 3}}
+
+
 def test_json_that_is_none_is_one_line(tmp_path):
   write(tmp_path, [])
   (tmp_path / "jsonfiles" / "a.json").write_text('[{"f_path": "x"}, {')

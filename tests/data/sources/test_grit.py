@@ -57,6 +57,21 @@ def test_images_are_found_by_what_the_download_says(tmp_path):
   }
 
 
+def test_folders_that_are_links_to_other_disks(tmp_path):
+  root, disk = tmp_path / "in", tmp_path / "disk"
+  write(disk / "tables" / "x.parquet", [{}] * 2)
+  web_sets.download(disk / "told" / "0", "0", 0, url="http://x/0")
+  web_sets.download(disk / "told" / "1", "1", 1)
+  rows = [("1", "success", None, "http://x/1", 1001)]
+  web_sets.sidecar(disk / "told" / "1.parquet", rows)
+  root.mkdir()
+  for name in ("tables", "told"):
+    (root / name).symlink_to(disk / name)
+  source = grit.source(root)
+  assert list(web_sets.parsed(web_sets.built(source, tmp_path / "out"))) == ["1000", "1001"]
+  assert len(list(source.images())) == 2
+
+
 def test_images_are_found_by_name_where_nothing_else_tells(tmp_path):
   write(tmp_path / "a" / "x.parquet", [{}, {}, {}])
   web_sets.download(tmp_path / "b", "1000", 0)
@@ -71,6 +86,26 @@ def test_images_are_found_by_name_where_nothing_else_tells(tmp_path):
   web_sets.download(tmp_path / "b" / "other", "000000001", 3)
   found = [record for _, record in base.iterate(source)]
   assert (("1001", "records", "several_images_of_that_name")) in found
+
+
+def test_boxes_of_an_image_that_was_padded_are_left_out_and_counted(tmp_path):
+  """Whether the JSON beside it, by any of its names, or the Parquet beside its folder says so."""
+  root = tmp_path / "in"
+  write(root / "a" / "x.parquet", [{}] * 6)
+  told = (web_sets.PADDED, web_sets.KEPT)
+  web_sets.download(root / "b", "0", 0, url="http://x/0", **told[0])
+  web_sets.download(root / "b", "1", 1, url="http://x/1", **told[1])
+  web_sets.download(root / "b", "1002", 2, **told[0])
+  web_sets.download(root / "b", "1003", 3, **told[1])
+  rows = []
+  for i in (4, 5):
+    web_sets.download(root / "c", str(i), i)
+    rows.append((str(i), "success", None, f"http://x/{i}", 1000 + i, *told[i - 4].values()))
+  web_sets.sidecar(root / "c.parquet", rows, *web_sets.PADDED)
+  opened = web_sets.built(grit.source(root, annotations=root / "a"), tmp_path / "out")
+  found = web_sets.parsed(opened)
+  assert [len(found[str(1000 + i)].descriptions) for i in range(6)] == [0, 3] * 3
+  assert web_sets.dropped(opened)["regions"]["boxes_of_another_shape"] == 3 * 5
 
 
 def test_large_row_groups_are_read_in_blocks_by_two_processes(tmp_path, monkeypatch):

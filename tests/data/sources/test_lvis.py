@@ -31,6 +31,8 @@ def test_captions_are_cocos_where_they_are_there(tmp_path):
   root = tmp_path / "in"
   box_layouts.coco(root)
   box_layouts.lvis(root)
+  said_again = (root / "annotations/captions_train2017.json").read_text()
+  box_layouts.write(root, "annotations/captions_train2014.json", said_again)
   opened = box_layouts.built("lvis", root, tmp_path / "out")
   texts = {
     key: said[0] for part in box_layouts.content(opened).values() for key, said in part.items()

@@ -6,7 +6,7 @@ from box_layouts import box
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grain_jax.data.sources import base, coco_json
+from grain_jax.data.sources import base, coco_json, deliberate
 from grain_jax.data.sources import mdetr as mdetr_source
 
 REFERRED = "COCO_train2014_000000581857.jpg"
@@ -55,6 +55,21 @@ def test_files_of_one_split_are_one_record_an_image(tmp_path):
   captions, regions = box_layouts.content(opened)["train"][REFERRED]
   assert sorted(captions) == sorted([blue, back, far])
   assert sorted(regions) == sorted([(blue, half), (back, half), (blue, corner), (far, corner)])
+
+
+def test_a_region_that_several_files_hold_is_there_once(tmp_path):
+  """As in mixed and mixed_no_coco; a file's own repetitions stay as they are."""
+  root = tmp_path / "in"
+  box_layouts.mdetr(root)
+  once = box_layouts.built("mdetr", root, tmp_path / "once")
+  given = (root / "final_flickr_separateGT_val.json").read_text()
+  for name in ("final_flickr_mergedGT_val.json", "final_mixed_val.json"):
+    box_layouts.write(root, name, given)
+  opened = box_layouts.built("mdetr", root, tmp_path / "out")
+  assert box_layouts.content(opened) == box_layouts.content(once)
+  kept = sum(len(said[1]) for said in box_layouts.content(once)["val"].values())
+  reason = ("regions", "region_of_another_file")
+  assert box_layouts.dropped(opened)[reason] == 2 * kept and reason[1] in deliberate.REASONS
 
 
 def test_captions_of_coco_go_before_expressions(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from grain_jax.data import build, dataset, decoding, records
 from grain_jax.data.building import flags as build_flags
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, folder_lines
 from grain_jax.data.sources import folder as folder_source
 from grain_jax.data.sources import published as published_source
 
@@ -66,6 +66,25 @@ def test_folder_with_jsonl(tmp_path):
   assert dropped["regions"]["malformed"]["count"] == 1
   assert opened.parse("train", 1).scores.tolist() == [1]  # a score that is null is none given
   assert opened.manifest["licence"] == "own"
+
+
+@pytest.mark.parametrize(
+  "given, captions",
+  [
+    ({"caption": "one", "captions": ["two", "three"]}, ["one", "two", "three"]),
+    ({"caption": "one", "captions": ["two", "one"]}, ["one", "two"]),
+    ({"caption": "one", "captions": []}, ["one"]),
+    ({"caption": ["one"], "captions": "two"}, ["one", "two"]),
+    ({"captions": ["two", "two"]}, ["two", "two"]),
+    ({"caption": {"en": "one"}, "captions": ["two"]}, None),
+    ({"caption": "one", "captions": 3}, None),
+  ],
+)
+def test_a_caption_beside_captions_is_the_first(given, captions):
+  found = folder_lines.parts({"image": "0.jpg", **given})
+  assert (
+    isinstance(found, records.Refused) if captions is None else found[0]["captions"] == captions
+  )
 
 
 def test_texts_that_cannot_be_written_cost_themselves_alone(tmp_path):
@@ -170,6 +189,17 @@ def test_folder_with_csv_and_a_part_for_val(tmp_path):
     list(base.iterate(folder_source.source(root)))
 
 
+def test_an_image_in_two_spellings_or_splits_is_said(tmp_path):
+  root = folder(tmp_path)
+  rows = ["./0.jpg,a,", "./0.jpg,b,train", "0.jpg,c,", "./1.jpg,d,val", "./1.jpg,e,test"]
+  (root / "annotations.csv").write_text("\n".join(["image,caption,split", *rows]))
+  opened = build_quietly(folder_source.source(root), tmp_path / "out")
+  split, twice = opened.manifest["hints"]
+  assert split.startswith("split is another one than in the first row") and "1 times" in split
+  assert twice.startswith("1 images are there twice, their paths spelled in two ways")
+  assert opened.num_records("train") == 2
+
+
 def test_changed_annotations_are_other_settings(tmp_path):
   (tmp_path / "annotations.csv").write_text("image,caption\n")
   before = folder_source.source(tmp_path).settings
@@ -211,6 +241,24 @@ def test_published_files(tmp_path):
   dropped = opened.manifest["splits"]["train"]["dropped"]["regions"]
   assert dropped["description_without_box"] == {"count": 2, "first": ["0.jpg", "1.jpg"]}
   assert dropped["malformed"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+  "text, keys, refused",
+  [
+    ("filepath,title\n0.jpg,a\n", ["0.jpg"], []),
+    ("img/000001,a dog\nimg/000002,a cat\n", ["img/000001", "img/000002"], []),
+    ("key\tcaption\nimg/1\ta, b\n", ["img/1"], []),
+    ("path,title,id\n0.jpg,a,7\n1.jpg,b,c,8\n", ["0.jpg"], ["row 3"]),
+    ('0.jpg,"a dog, a cat",\n1.jpg,a dog, a cat\n', ["0.jpg"], ["row 2"]),
+  ],
+)
+def test_no_row_of_the_captions_is_lost_in_silence(tmp_path, text, keys, refused):
+  (tmp_path / "captions_pooled.csv").write_text(text)
+  found = [item for _, item in base.iterate(published_source.source(input=tmp_path))]
+  lost = [item for item in found if isinstance(item, records.Refused)]
+  assert [item["key"] for item in found if item not in lost] == keys
+  assert lost == [(row, "records", "malformed") for row in refused]
 
 
 def test_published_files_of_different_datasets(tmp_path):

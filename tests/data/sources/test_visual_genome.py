@@ -36,7 +36,8 @@ def test_captions_are_cocos_where_an_image_is_one_of_cocos(tmp_path):
   box_layouts.visual_genome(root)
   box_layouts.coco(tmp_path / "coco")
   captions = tmp_path / "coco/annotations/captions_train2017.json"
-  opened = box_layouts.built("visual_genome", root, tmp_path / "out", "--captions", str(captions))
+  twice = ["--captions", str(captions), str(captions)]  # as in the files of 2014 and 2017
+  opened = box_layouts.built("visual_genome", root, tmp_path / "out", *twice)
   texts = {key: said[0] for key, said in box_layouts.content(opened)["train"].items()}
   assert texts["VG_100K/2.jpg"] == ["A meal.", "Lunch"]
   assert texts["VG_100K_2/1.jpg"][0] == "shade is along the street. the clock is green"

@@ -16,8 +16,10 @@ from grain_jax.data.sources import base, tar_files, texts, webdataset
 
 
 def test_tars_of_img2dataset(tmp_path):
-  root = tmp_path / "in"
-  (root / "cc3m-validation").mkdir(parents=True)
+  root, disk = tmp_path / "in", tmp_path / "disk"
+  for folder in (root, disk):
+    folder.mkdir()
+  (root / "cc3m-validation").symlink_to(disk)
   members = [
     *web_sets.sample("000000000", 0, "a cat"),
     *web_sets.sample("000000002", 1, None),
