@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from grain_jax import textfiles
-from grain_jax.annotate import engine
+from grain_jax.annotate import block_files
 from grain_jax.data.sources import annotated
 
 BINS = 20  # of scores in [0, 1]
@@ -161,7 +161,7 @@ def asked(stages: Chain) -> Asked | None:
   if not detectors:
     return None
   found = Asked(detectors[-1]["settings"]["threshold"])
-  for path in sorted(engine.file_of(detectors[-1]["folder"], "raw", 0).parent.glob("*.jsonl")):
+  for path in sorted(block_files.file_of(detectors[-1]["folder"], "raw", 0).parent.glob("*.jsonl")):
     for line in _lines(path):
       found.add(line["raw"])
   return found

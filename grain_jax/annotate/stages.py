@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 # Command -> what it does, in a few words. The module has the command's name, and in it `FLAGS`
 # (`sources.base.Flag`), `settings(values of the flags) -> JSON`, which checks them, `make(settings)
-# -> Stage`, and, where they are needed, `check(settings, source, say=)`, called before anything is
-# spent; `ADDRESSES`, flags that are no paths; `NEUTRAL`, settings that change nothing in what is
-# written, so that a run goes on with others.
+# -> Stage`, and, where they are needed, `check(settings, source, say=)`, called before anything
+# else is spent, which gives what it spent; `ADDRESSES`, flags that are no paths; `NEUTRAL`,
+# settings that change nothing in what is written, so that a run goes on with others.
 STAGES: dict[str, str] = {
   "describe": "a language model that sees: descriptions of what is in a picture, and a caption",
   "ground": "a detector: a box for each description",
