@@ -116,9 +116,12 @@ def _picture(item: stages.Item, line: Mapping[str, Any], result: stages.Result) 
 def _item(checked: records.Checked, line: Mapping[str, Any]) -> stages.Item:
   record = checked.record
   assert record is not None
+  # A record's regions have what goes into shards alone.
+  of = {r["description"]: {"of": r["of"]} for r in line.get("regions", ()) if "of" in r}
   return stages.Item(
     key=record["key"], image=record["image"], captions=record["captions"],
-    descriptions=list(line.get("descriptions", ())), regions=record["regions"],
+    descriptions=list(line.get("descriptions", ())),
+    regions=[{**region, **of.get(region["description"], {})} for region in record["regions"]],
     negatives=record["negatives"],
   )  # fmt: skip
 

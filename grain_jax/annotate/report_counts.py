@@ -168,8 +168,8 @@ def asked(stages: Chain) -> Asked | None:
 
 
 def without_box(line: dict[str, Any]) -> set[str]:
-  """Descriptions of a line, without regard to case, that no region has."""
-  described = {region["description"].casefold() for region in line.get("regions", ())}
+  """Descriptions of a line, without regard to case, that no region has or had before a long one."""
+  described = {r.get("of", r["description"]).casefold() for r in line.get("regions", ())}
   return {description.casefold() for description in line.get("descriptions", ())} - described
 
 

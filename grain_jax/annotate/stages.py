@@ -26,7 +26,9 @@ class Item(NamedTuple):
   image: bytes  # a JPEG, upright
   captions: list[str]
   descriptions: list[str]
-  regions: list[dict[str, Any]]  # {description, box (ymin, xmin, ymax, xmax) in [0, 1], score}
+  # {description, box (ymin, xmin, ymax, xmax) in [0, 1], score, negatives}; and `of`, the short
+  # description, where a long one took its place
+  regions: list[dict[str, Any]]
   negatives: list[dict[str, str]]  # {caption, kind}
 
 

@@ -172,3 +172,14 @@ def test_the_time_left_is_that_of_the_blocks_of_this_start(stage, tmp_path, monk
   said = []
   run(source, tmp_path / "out", execute=execute, say=said.append)
   assert said[1:] == ["9 of 10 blocks, 5 s left", "10 of 10 blocks, 0 s left"]
+
+
+def test_what_a_long_description_is_of_goes_on_to_the_next_stage(stage, tmp_path, monkeypatch):
+  source = folder(tmp_path / "in", ["a"])
+  own = {"description": "A brown dog sleeps.", "of": "a dog", "box": [0.0, 0.0, 0.5, 0.5]}
+  monkeypatch.setattr(stage, "one", lambda item: stages.Result({"regions": [own]}))
+  run(source, tmp_path / "first")
+  seen = []
+  monkeypatch.setattr(stage, "one", lambda item: seen.append(item) or stages.Result({}))
+  run(options.apply(source, {"annotated": str(tmp_path / "first")}), tmp_path / "second")
+  assert seen[0].regions[0]["of"] == "a dog"
