@@ -155,9 +155,9 @@ def may_replace(
   new, old = word.casefold(), target.word.casefold()
   if not _is_word(word) or new in _UNTOUCHED:
     return False
-  if same_word(new, old) or any(
-    same_word(new, other) for words in (there, known) for other in words
-  ):
+  if same_word(new, old):
+    return False
+  if any(not _stems(new).isdisjoint(_stems_of(frozenset(words))) for words in (there, known)):
     return False
   if kind == "attribute" and not _excludes(old, new):
     return False
@@ -199,6 +199,12 @@ def _stems(word: str) -> frozenset[str]:
   if word.endswith("ves") and len(word) > 4:
     stems |= {word[:-3] + "f", word[:-3] + "fe"}
   return frozenset(stems | _IRREGULAR.get(word, set()))
+
+
+@functools.lru_cache(maxsize=1000)
+def _stems_of(words: frozenset[str]) -> frozenset[str]:
+  """What any of the words of a picture may be a form of: asked for hundreds of proposals."""
+  return frozenset().union(*map(_stems, words))
 
 
 def _irregular() -> dict[str, set[str]]:

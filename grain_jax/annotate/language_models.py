@@ -213,8 +213,11 @@ class TransformersChat:
     transformers.logging.disable_progress_bar()
     folder = str(pathlib.Path(folder).expanduser())
     try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-      self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+      local = {"local_files_only": True, "trust_remote_code": False}
+      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+      self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, **local, use_safetensors=True
+      )
     except Exception as error:  # KeyError, OSError, ValueError, by what is wrong
       reason = " ".join(str(error).split())[:200]
       raise ValueError(
