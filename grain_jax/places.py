@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import atexit
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
@@ -33,6 +35,8 @@ _HUB = re.compile(r"(hf:/+|https?:/+(www\.)?(huggingface\.co|hf\.co)/)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _BUCKET = re.compile(r"gs:/+([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)")
 _THREADS = 16  # requests to a bucket at a time
+_SETTINGS = (".json", ".txt", ".model")  # of weights: configurations and vocabularies
+_MOST_SETTINGS = 64 << 20  # bytes; Gemma's vocabulary has 33 MB
 _UPLOADS = 4  # files at a time; TensorFlow writes each to the temporary folder first
 
 
@@ -332,10 +336,11 @@ def temporary_folder() -> pathlib.Path:
   return pathlib.Path(tempfile.mkdtemp(dir=_scratch()))
 
 
-def fetch(path: str | os.PathLike) -> pathlib.Path:
+def fetch(path: str | os.PathLike, *, beside: bool = False) -> pathlib.Path:
   """A file or folder on the local disk: itself, or a copy of what is in a bucket.
 
-  The copy goes when the process ends. What is not there stays as it is named.
+  The copy goes when the process ends. What is not there stays as it is named. `beside`: with a file
+  of weights what it is read with: the configurations and vocabularies beside it, and its shards.
   """
   if not is_bucket(path):
     return pathlib.Path(path)
@@ -348,15 +353,33 @@ def fetch(path: str | os.PathLike) -> pathlib.Path:
     objects, root = buckets.walk(source), source
   else:
     return source
-  folder = temporary_folder() / source.name
+  folder = temporary_folder()
+  if source.is_dir():
+    folder /= source.name
+  elif beside:
+    objects += _beside(source)
   targets = [folder / path.relative_to(root).as_posix() for path in objects]
-  if source.is_file():
-    targets = [folder]
   for target in targets:
     target.parent.mkdir(parents=True, exist_ok=True)
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     list(pool.map(buckets.download, objects, targets))
-  return folder
+  return folder / source.name if objects[:1] == [source] else folder
+
+
+def _beside(weights: pathlib.Path) -> list[pathlib.Path]:
+  """The files of the same folder that a file of weights is read with."""
+  shards = set()
+  if weights.name.endswith(".index.json"):
+    with contextlib.suppress(
+      ValueError, KeyError, TypeError, AttributeError
+    ):  # whoever reads it says what is wrong
+      shards = set(json.loads(weights.read_text())["weight_map"].values())
+  near = [path for path in weights.parent.iterdir() if path != weights and not path.is_dir()]
+  return [
+    path
+    for path in near
+    if path.name in shards or (path.suffix in _SETTINGS and path.stat().st_size <= _MOST_SETTINGS)
+  ]
 
 
 def hub_name(path: str | os.PathLike) -> str | None:

@@ -310,6 +310,35 @@ def test_a_checkpoint_that_was_cut_off_is_none_and_a_damaged_one_is_set_aside(bu
   ]
 
 
+BESIDE = """
+import json, pathlib, tempfile
+from grain_jax import places
+here = pathlib.Path(tempfile.mkdtemp())
+texts = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "one.safetensors"}}),
+         "one.safetensors": "1", "two.safetensors": "2", "open_clip_config.json": "{}",
+         "spiece.model": "s", "more/config.json": "{}"}
+for name, text in texts.items():
+  (here / name).parent.mkdir(exist_ok=True)
+  (here / name).write_text(text)
+places.upload(here, places.at("gs://test/beside"))
+for name in ("model.safetensors.index.json", "two.safetensors"):
+  for beside in (True, False):
+    found = places.fetch(f"gs://test/beside/{name}", beside=beside)
+    assert found.read_text() == texts[name]
+    print(*sorted(path.name for path in found.parent.iterdir()))
+"""
+
+
+def test_with_a_file_of_weights_comes_what_it_is_read_with(bucket, environment):
+  settings = "model.safetensors.index.json"
+  assert run(BESIDE).splitlines() == [
+    f"{settings} one.safetensors open_clip_config.json spiece.model",
+    settings,
+    f"{settings} open_clip_config.json spiece.model two.safetensors",
+    "two.safetensors",
+  ]
+
+
 CONVERTED = """
 import json, numpy as np, grain_jax
 from grain_jax import embed, export

@@ -83,13 +83,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _executor(address: str, stage: str, settings: Mapping[str, Any], say: Any) -> engine.Executor:
   if address == NO_RAY:
     return engine.here
-  ray_tasks.start(address)
-  say(ray_tasks.describe())
-  num_gpus = stages.make(stage, settings).num_gpus
 
   def execute(
     job: Mapping[str, Any], todo: Iterator[tasks.Task], done: Callable[[tasks.Task], None]
   ) -> None:
+    ray_tasks.start(address)
+    say(ray_tasks.describe())
+    num_gpus = stages.make(stage, settings).num_gpus
     ray_tasks.run(Annotator, job, todo, done, num_gpus=num_gpus)
 
   return execute
@@ -111,8 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = module.settings({flag.name: getattr(flags, flag.name) for flag in module.FLAGS})
     source: base.Source = build_flags.source(flags)
     out = pathlib.Path(flags.out).expanduser()
-    if hasattr(module, "check"):
-      module.check(settings, source, say=say)
+
+    def check() -> Mapping[str, float] | None:
+      spent = module.check(settings, source, say=say) if hasattr(module, "check") else None
+      if flags.ray_address != NO_RAY:
+        ray_tasks.start(flags.ray_address)  # where that cannot be, before the source is read
+      return spent
+
     manifest = engine.run(
       source,
       flags.stage,
@@ -122,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       max_failures=flags.max_failures,
       retry_failed=flags.retry_failed,
       neutral=getattr(module, "NEUTRAL", ()),
+      check=check,
       say=say,
     )
   except (ValueError, ImportError, OSError, failures.TransientError) as error:

@@ -32,14 +32,14 @@ class AskedModel:
       [masked.Proposal(word, None, None) for word in _words(reply)][:top] for reply in replies
     ]
 
-  def _ask(self, place: masked.Place) -> language_models.Reply | None:
+  def _ask(self, place: masked.Place) -> language_models.Reply:
     text, start, end = place
     marked = f"{text[:start]}[{text[start:end]}]{text[end:]}"
     return self.chat.ask(self._prompt.replace("{text}", marked))
 
 
-def _words(reply: language_models.Reply | None) -> list[str]:
-  entries = [] if reply is None else language_models.listed(reply)
+def _words(reply: language_models.Reply) -> list[str]:
+  entries = language_models.listed(reply)
   return [entry.replace("**", "").strip(" .,;\"'").lower() for entry in entries]
 
 

@@ -107,10 +107,13 @@ def make(settings: Mapping[str, Any]) -> stages.Stage:
   return Describer(settings)
 
 
-def check(settings: Mapping[str, Any], source: base.Source, *, say: Callable[[str], None]) -> None:
-  """Asks the server before anything is spent; see `describe_check`."""
-  if settings["backend"] == SERVER:
-    describe_check.check(Describer(settings), settings, source, say=say)
+def check(
+  settings: Mapping[str, Any], source: base.Source, *, say: Callable[[str], None]
+) -> Mapping[str, float]:
+  """Asks the server before anything else is spent; what it spent. See `describe_check`."""
+  if settings["backend"] != SERVER:
+    return {}
+  return describe_check.check(Describer(settings), settings, source, say=say)
 
 
 class Describer:

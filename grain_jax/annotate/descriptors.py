@@ -35,7 +35,7 @@ _LONGEST = 100  # characters of a descriptor
 _REFUSAL = re.compile(
   r"\b(i'?m sorry|i am sorry|i cannot|i can'?t|as an ai|i'?m unable|i am unable)\b", re.IGNORECASE
 )
-NO_LIST, NO_REPLY, REFUSAL = "no_list", "no_reply", "refusal"
+NO_LIST, REFUSAL = "no_list", "refusal"
 
 
 class Parsed(NamedTuple):
@@ -212,7 +212,8 @@ def make(
         f"first: {out} is not written. Ask again by the same command, or give --allow_failed."
       )
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(found, indent=4, ensure_ascii=False) + "\n")
+    text = json.dumps(found, indent=4, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
   finally:
     replies.close()
@@ -224,13 +225,13 @@ def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
 
   stop = threading.Event()  # futures that are cancelled would never be told as completed
 
-  def ask(name: str) -> tuple[bool, language_models.Reply | None]:
-    """(whether it was asked, the reply)."""
+  def ask(name: str) -> language_models.Reply | None:
+    """None: it was not asked."""
     if stop.is_set():
-      return False, None
+      return None
     words = prompt.replace("{number}", str(most))
     try:
-      return True, chat.ask(words.replace("{class}", name.replace("_", " ")))
+      return chat.ask(words.replace("{class}", name.replace("_", " ")))
     except BaseException:
       stop.set()
       raise
@@ -244,11 +245,11 @@ def _ask_all(todo, chat, replies, *, prompt, most, say) -> None:
         if error is not None:
           failed = failed or error
           continue
-        was_asked, reply = future.result()
-        if not was_asked:
+        reply = future.result()
+        if reply is None:
           continue
-        parsed = Parsed([], [NO_REPLY]) if reply is None else parse(reply, name, most=most)
-        text = None if reply is None else reply.text
+        parsed = Parsed([], [reply.why]) if reply.why else parse(reply, name, most=most)
+        text = None if reply.why else reply.text
         replies.add({"class": name, "reply": text, **parsed._asdict()})
         if done % 50 == 0 or done == len(todo):
           say(f"{done:,} of {len(todo):,} classes asked")

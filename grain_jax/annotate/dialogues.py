@@ -49,7 +49,7 @@ class Dialogues:
       raw.append(said[0].told(request))
       found = self._lines(said[0], "descriptions", losses)
     if found is None:
-      why = next(reply.why for reply in said if reply.text is None)
+      why = said[0].why or replies.CUT_OFF
       return stages.Result(None, [*losses, ("pictures", why)], raw)
     line = {"descriptions": found}
     if caption is not None:
@@ -68,18 +68,20 @@ class Dialogues:
       requests.append(self._sentence("region", cut, values))
     said = yield requests
     raw = [reply.told(request) for reply, request in zip(said, requests, strict=True)]
-    regions = []
+    regions, failed = [], []
     for region, reply in zip(item.regions, said, strict=True):
       new = {**region, "box": list(region["box"])}
-      if reply.text is None:
-        losses.append(("long_descriptions", reply.why))
+      if reply.text is None or reply.cut:
+        failed.append(reply.why or replies.CUT_OFF)
+        losses.append(("long_descriptions", failed[-1]))
       else:
-        new["description"], _ = replies.sentence(reply.text, any_script=self.any_script)
+        new["of"] = region.get("of", region["description"])
+        new["description"] = self._found(reply.text, "long_descriptions", losses)
         losses += [("region_negatives", "description_replaced")] * len(region["negatives"])
         new["negatives"] = []
       regions.append(new)
-    if all(reply.text is None for reply in said):
-      return stages.Result(None, [*losses, ("pictures", said[0].why)], raw)
+    if len(failed) == len(said):
+      return stages.Result(None, [*losses, ("pictures", failed[0])], raw)
     return stages.Result({"regions": regions}, losses, raw)
 
   def _list(self, name: str, item: stages.Item, values: Mapping[str, Any]) -> asking.Request:
@@ -94,40 +96,37 @@ class Dialogues:
     prompt = prompt_files.fill(self.prompts[name], values)
 
     def failure(text: str) -> str | None:
-      return replies.sentence(text, any_script=self.any_script)[1]
+      return replies.sentence(text, any_script=self.any_script).why
 
     return asking.Request(name, prompt, image, failure)
 
-  def _parsed(self, text: str, name: str) -> replies.Lines:
-    return replies.lines(text, any_script=self.any_script, commas=name == "subjects")
+  def _parsed(self, text: str, name: str, *, cut: bool = False) -> replies.Lines:
+    return replies.lines(text, any_script=self.any_script, commas=name == "subjects", cut=cut)
 
   def _lines(self, reply: asking.Reply, what: str, losses: list) -> list[str] | None:
-    """What a reply lists, its losses counted; None: it failed."""
+    """What a reply lists, its losses counted; None: nothing."""
     if reply.text is None:
       return None
-    found = self._parsed(reply.text, what)
-    kept, dropped = found.kept, found.dropped
-    if reply.cut and len(kept) > 1 and replies.CUT_OFF not in dropped and not _is_closed(reply):
-      kept, dropped = kept[:-1], [*dropped, replies.CUT_OFF]  # its last line is half of one
-    losses += [(what, why) for why in dropped]
-    return kept
+    found = self._parsed(reply.text, what, cut=reply.cut)
+    losses += [(what, why) for why in found.dropped]
+    return found.kept or None
+
+  def _found(self, text: str, what: str, losses: list) -> str:
+    """The sentence in a reply that has one, what is beyond it counted."""
+    found = replies.sentence(text, any_script=self.any_script)
+    assert found.text is not None, "a reply with text was usable"
+    losses += [(what, replies.MORE_THAN_ASKED)] * found.left_out
+    return found.text
 
   def _add_caption(self, line: dict, item: stages.Item, reply: asking.Reply, losses: list) -> None:
-    if reply.text is None:
-      losses.append(("captions", reply.why))
+    if reply.text is None or reply.cut:
+      losses.append(("captions", reply.why or replies.CUT_OFF))
       return
-    found, _ = replies.sentence(reply.text, any_script=self.any_script)
-    assert found is not None, "a reply with text was usable"
-    if reply.cut:
-      losses.append(("captions", replies.CUT_OFF))
-    elif found.casefold() in {caption.casefold() for caption in item.captions}:
+    found = self._found(reply.text, "captions", losses)
+    if found.casefold() in {caption.casefold() for caption in item.captions}:
       losses.append(("captions", replies.DUPLICATE))
     else:
       line["captions"] = [found]
-
-
-def _is_closed(reply: asking.Reply) -> bool:
-  return (reply.text or "").rstrip()[-1:] in ("]", "}", "\n")
 
 
 def cut_out(image: bytes, box: Any, margin: float) -> bytes:

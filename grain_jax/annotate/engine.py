@@ -1,9 +1,8 @@
 """Runs a stage over a source, block by block: what is finished is never done again.
 
-OUT holds annotations/NNNNNN.jsonl, raw/NNNNNN.jsonl and facts/NNNNNN.json of each block, the facts
-last, each written aside and renamed; and, when all blocks are there, manifest.json. The blocks are
-those of `data.build`. Where failed pictures are to be done again, the facts of their block lie in
-again/ until it is: the other pictures keep what they have.
+The blocks are those of `data.build`; OUT holds the files of each (`block_files`), plan.json, which
+says what they are of, checks.jsonl, what was spent before the first, and, when all blocks are
+there, manifest.json.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from grain_jax import failures, textfiles
-from grain_jax.annotate import stages
+from grain_jax.annotate import block_files, stages
 from grain_jax.data import records, sources
 from grain_jax.data.building import block as block_lib
-from grain_jax.data.building import locks, tasks
+from grain_jax.data.building import inputs, locks, tally, tasks
 from grain_jax.data.sources import annotated, base
 
 _VERSION = 1  # of what a block's files are
-_EXAMPLES = 10  # keys of each kind of loss
+_PLAN, _CHECKS = "plan.json", "checks.jsonl"
 _HOPELESS = 3  # blocks after which a run ends of whose pictures more than half failed
 
 
@@ -47,40 +45,21 @@ class Job:
 
   def perform(self, task: tasks.Task) -> None:
     """Does a block, unless it is there: {'number', 'block'}."""
-    number, facts = task["number"], file_of(self.out, "facts", task["number"])
-    if facts.is_file():
+    number = task["number"]
+    if block_files.file_of(self.out, "facts", number).is_file():
       return
-    began, counts = time.monotonic(), collections.Counter[str]()
-    before = _Before(self.out, number)
-    losses, kept = _Losses(), before.losses  # of all, and of what would not be done again
-    lines, raws, failed = before.lines, before.raws, []
-    losses.add(kept.entries)
-    for items, known in self._batches(task["block"], losses.lose, counts, before.done):
-      for item, line, result in zip(items, known, self.stage.annotate(items), strict=True):
-        for what, why in result.losses:
-          losses.lose(item.key, what, why)
-          if result.line is not None:
-            kept.lose(item.key, what, why)
-        raws += [{"key": item.key, "raw": reply} for reply in result.raw]
-        if result.line is None:
-          failed.append(item.key)
-        whole = {"key": item.key, **line, **(result.line or {})}
-        captions = [*line.get("captions", ()), *(result.line or {}).get("captions", ())]
-        if captions:  # they come one after another, as those of a source and of a stage do
-          whole["captions"] = list(dict.fromkeys(captions))
-        lines.append(whole)
-    counts["failed"] = len(failed)
+    saved, counts = block_files.Saved(self.out, number), collections.Counter[str]()
+    losses = block_files.Losses()
+    try:
+      for items, known in self._batches(task["block"], losses.lose, counts, saved.done):
+        results = self.stage.annotate(items)
+        saved.add(list(map(_picture, items, known, results)), self.stage.totals())
+    finally:  # what was asked before something failed was spent too
+      saved.add([], {} if self._stage is None else self._stage.totals())
+    counts["failed"] = len(saved.failed)
     for what in ("descriptions", "regions", "negatives"):
-      counts[what] = sum(len(line.get(what, ())) for line in lines)
-    _write_lines(file_of(self.out, "annotations", number), lines)
-    _write_lines(file_of(self.out, "raw", number), raws)
-    told = {"counts": counts, "losses": losses.entries}
-    before.totals.update(self.stage.totals())  # `+` would leave out what is 0
-    told["totals"] = before.totals
-    told["seconds"] = before.seconds + time.monotonic() - began
-    told["failed"], told["kept"] = failed, kept.entries
-    _write_lines(facts, [told])
-    before.forget()
+      counts[what] = sum(len(line.get(what, ())) for line in saved.lines)
+    saved.finish(counts, losses)
 
   def _batches(
     self,
@@ -91,12 +70,13 @@ class Job:
   ) -> Iterator[tuple[list[stages.Item], list[dict[str, Any]]]]:
     """(pictures, what was known of each) of a block, as many as the stage takes at a time.
 
-    `done`: keys of those that are counted, and left out.
+    `done`: keys of those that are counted, and left out. A key is done once.
     """
     if self.source.annotated is not None and self._known is None:
       self._known = self.source.annotated.open(self.out / "scratch")
     items: list[stages.Item] = []
     known: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for _, key, _, checked in block_lib.checked_records(
       self.source, block, self.out / "scratch", threads=1, need_caption=False
     ):
@@ -105,6 +85,10 @@ class Job:
       counts["pictures"] += 1
       if checked.record is None:
         continue
+      if key in seen:
+        lose(key, "pictures", tally.DUPLICATE_KEY)
+        continue
+      seen.add(key)
       counts["read"] += 1
       if key in done:
         continue
@@ -119,72 +103,27 @@ class Job:
       yield items, known
 
 
-class _Losses:
-  """{'what/why': {'count', 'first': some keys}}."""
-
-  def __init__(self):
-    self.entries: dict[str, dict[str, Any]] = {}
-
-  def lose(self, key: str, what: str, why: str) -> None:
-    self.add({f"{what}/{why}": {"count": 1, "first": [key]}})
-
-  def add(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, entry in entries.items():
-      own = self.entries.setdefault(name, {"count": 0, "first": []})
-      own["count"] += entry["count"]
-      own["first"] = (own["first"] + entry["first"])[:_EXAMPLES]
-
-
-class _Before:
-  """What a block has whose failed pictures are done again; of another block nothing."""
-
-  def __init__(self, out: pathlib.Path, number: int):
-    self._file = file_of(out, "again", number)
-    self.lines: list[dict[str, Any]] = []
-    self.raws: list[dict[str, Any]] = []
-    self.done: set[str] = set()
-    self.losses, self.totals, self.seconds = _Losses(), collections.Counter[str](), 0.0
-    if not self._file.is_file():
-      return
-    told = json.loads(self._file.read_text())
-    if "failed" not in told:  # of before it was written down which: all again
-      return
-    failed = set(told["failed"])
-    self.lines, self.raws = (
-      [entry for entry in _read_lines(file_of(out, what, number)) if entry["key"] not in failed]
-      for what in ("annotations", "raw")
-    )
-    self.done = {line["key"] for line in self.lines}
-    self.losses.add(told["kept"])
-    self.totals, self.seconds = collections.Counter(told["totals"]), told["seconds"]
-
-  def forget(self) -> None:
-    self._file.unlink(missing_ok=True)
+def _picture(item: stages.Item, line: Mapping[str, Any], result: stages.Result) -> dict[str, Any]:
+  """What is kept of a picture: what was known of it, and what the stage says."""
+  whole = {"key": item.key, **line, **(result.line or {})}
+  captions = [*line.get("captions", ()), *(result.line or {}).get("captions", ())]
+  if captions:  # they come one after another, as those of a source and of a stage do
+    whole["captions"] = list(dict.fromkeys(captions))
+  told = {"key": item.key, "line": whole, "raw": result.raw, "losses": result.losses}
+  return {**told, "failed": result.line is None}
 
 
 def _item(checked: records.Checked, line: Mapping[str, Any]) -> stages.Item:
   record = checked.record
   assert record is not None
+  # A record's regions have what goes into shards alone.
+  of = {r["description"]: {"of": r["of"]} for r in line.get("regions", ()) if "of" in r}
   return stages.Item(
     key=record["key"], image=record["image"], captions=record["captions"],
-    descriptions=list(line.get("descriptions", ())), regions=record["regions"],
+    descriptions=list(line.get("descriptions", ())),
+    regions=[{**region, **of.get(region["description"], {})} for region in record["regions"]],
     negatives=record["negatives"],
   )  # fmt: skip
-
-
-def file_of(out: pathlib.Path, what: str, number: int) -> pathlib.Path:
-  return out / what / f"{number:06d}.{'json' if what in ('facts', 'again') else 'jsonl'}"
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  return [json.loads(line.data) for line in textfiles.iterate_lines(path)]
-
-
-def _write_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = block_lib.aside(path)
-  temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-  temporary.replace(path)
 
 
 # (job, tasks, function called with each that is done): does them
@@ -211,6 +150,7 @@ def run(
   max_failures: float = 0.05,
   retry_failed: bool = False,
   neutral: Sequence[str] = (),
+  check: Callable[[], Mapping[str, float] | None] = lambda: None,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Annotates what is not annotated yet; the manifest.
@@ -224,14 +164,18 @@ def run(
     max_failures: part of the pictures that may fail.
     retry_failed: do the pictures again that failed.
     neutral: settings with which what is there goes on, whatever they were (how fast, from where).
+    check: called before there is something to do; what it spent.
     say: takes lines of progress.
 
   Raises:
-    ValueError: OUT is of something else, or more pictures failed than may; one line.
+    ValueError: OUT is of something else or of pictures that changed, or more of them failed than
+      may; one line.
     failures.TransientError: storage or a worker failed; the same call goes on.
   """
   if source.recipe is None:
     raise ValueError(f"the source {source.name} can be read in one process alone.")
+  begun = (out / _PLAN).is_file()
+  spent = None if begun else check()  # before there is a folder
   with locks.held(out, say):
     what = {
       "version": _VERSION,
@@ -240,77 +184,105 @@ def run(
       "source": source.settings,
     }
     what = json.loads(json.dumps(what))
-    blocks = _plan(source, out, what)
+    if source.images is not None:
+      what["inputs"] = {"images": inputs.images(source.images())}
+    blocks = _plan(source, out, what, say=say)
     job = {"stage": stage, "settings": settings, "source": source.recipe}
     job["out"] = str(out.resolve())  # in a cluster, processes have other folders
     if retry_failed:
-      for number in range(len(blocks)):
-        facts = file_of(out, "facts", number)
-        if facts.is_file() and json.loads(facts.read_text())["counts"].get("failed"):
-          again = file_of(out, "again", number)
-          again.parent.mkdir(exist_ok=True)
-          (out / annotated.MANIFEST).unlink(missing_ok=True)  # not finished until all are there
-          facts.replace(again)
-    there = {n for n in range(len(blocks)) if file_of(out, "facts", n).is_file()}
+      block_files.redo_failed(out, len(blocks))
+    there = {n for n in range(len(blocks)) if block_files.file_of(out, "facts", n).is_file()}
     if there:
       say(f"goes on in {out}: {len(there):,} of {len(blocks):,} blocks are there")
+    if begun and len(there) < len(blocks):
+      spent = check()
+    if spent:
+      block_files.append_line(out / _CHECKS, spent)
     began, seen = time.monotonic(), collections.Counter[str]()
 
     def done(task: tasks.Task) -> None:
       there.add(task["number"])
-      seen.update(json.loads(file_of(out, "facts", task["number"]).read_text())["counts"])
+      seen.update(block_files.read_facts(out, task["number"])["counts"])
       seen["blocks"] += 1
       _check_hopeless(seen, out)
-      left = (time.monotonic() - began) * (len(blocks) / len(there) - 1)
+      left = (time.monotonic() - began) / seen["blocks"] * (len(blocks) - len(there))
       say(f"{len(there):,} of {len(blocks):,} blocks, {left:,.0f} s left")
 
     todo = ({"number": n, "block": b} for n, b in enumerate(blocks) if n not in there)
     execute(job, todo, done)
     manifest = {**what, **_summary(out, len(blocks))}
     _check_failures(manifest, max_failures, out)
-    _write_lines(out / annotated.MANIFEST, [manifest])
+    _write_manifest(out / annotated.MANIFEST, manifest)
     return manifest
 
 
-def _plan(source: base.Source, out: pathlib.Path, what: Mapping[str, Any]) -> list[Any]:
+def _write_manifest(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+  """Unless it is there: the next stage goes by the time of the file."""
+  if not path.is_file() or path.read_bytes() != block_files.text_of([manifest]).encode():
+    block_files.write_lines(path, [manifest])
+
+
+def _plan(
+  source: base.Source, out: pathlib.Path, what: Mapping[str, Any], *, say: Callable[[str], None]
+) -> list[Any]:
   """The blocks, those of before where it is the same."""
-  file, scratch = out / "plan.json", out / "scratch"
+  file, scratch = out / _PLAN, out / "scratch"
   if file.is_file():
-    known = json.loads(file.read_text())
-    if known["what"] != what:
-      changed = [key for key in what if known["what"].get(key) != what[key]]
-      raise ValueError(
-        f"--out={out} holds annotations of another {' and '.join(changed)}. Choose another folder, "
-        "or remove it."
-      )
+    known = json.loads(file.read_text(encoding="utf-8"))
+    _raise_if_other(known["what"], what, out)
+    if "inputs" in what and "inputs" not in known["what"]:
+      say(f"{out}: an older version began it, so whether its pictures have changed is not known")
     return known["blocks"]
   scratch.mkdir(exist_ok=True)
   if source.prepare is not None:
     source.prepare(scratch)
   blocks = list(source.blocks(scratch)) if source.blocks is not None else [None]
-  _write_lines(file, [{"what": what, "blocks": blocks}])
+  block_files.write_lines(file, [{"what": what, "blocks": blocks}])
   return blocks
+
+
+def _raise_if_other(known: Mapping[str, Any], what: Mapping[str, Any], out: pathlib.Path) -> None:
+  """`known`: what OUT is of; an older one does not hold all."""
+  changed = [key for key in what if known.get(key, what[key]) != what[key]]
+  if changed == ["inputs"]:
+    words = inputs.describe_images(known["inputs"]["images"], what["inputs"]["images"])
+    raise ValueError(
+      f"--out={out} is of pictures that have changed since ({words}). Choose another folder for "
+      "what is there now, or bring back what was there."
+    )
+  if changed:
+    raise ValueError(
+      f"--out={out} holds annotations of another {' and '.join(changed)}. Choose another folder, "
+      "or remove it."
+    )
 
 
 def _summary(out: pathlib.Path, blocks: int) -> dict[str, Any]:
   """{counts, losses, totals, seconds} over all blocks."""
   counts, totals = collections.Counter[str](), collections.Counter[str]()
-  losses, seconds = _Losses(), 0.0
+  losses, seconds = block_files.Losses(), 0.0
   for number in range(blocks):
-    facts = json.loads(file_of(out, "facts", number).read_text())
+    facts = block_files.read_facts(out, number)
     counts.update(facts["counts"])
     totals.update(facts["totals"])
     seconds += facts["seconds"]
     losses.add(facts["losses"])
+  if (out / _CHECKS).is_file():
+    for spent in block_files.read_lines(out / _CHECKS):
+      totals.update(spent)
   told = {"counts": counts, "losses": losses.entries, "totals": totals}
   return {**told, "seconds": round(seconds, 1)}
 
 
 def _check_hopeless(seen: Mapping[str, int], out: pathlib.Path) -> None:
-  """Ends a run of which so many pictures fail that the cause is none of theirs."""
+  """Ends a run of which so many pictures fail that the cause is none of theirs.
+
+  A ValueError: a new start would only spoil further blocks. A server that does not answer at all is
+  a `failures.TransientError` of the stage, which leaves its pictures undone.
+  """
   failed, read = seen.get("failed", 0), seen.get("read", 0)
   if seen["blocks"] >= _HOPELESS and failed > read / 2:
-    raise failures.TransientError(
+    raise ValueError(
       f"{failed:,} of the last {read:,} pictures failed: the model, or its server, does not answer "
       f"as it should (facts of {out}). Mend that, then the same command with --retry_failed."
     )

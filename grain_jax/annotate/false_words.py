@@ -6,6 +6,7 @@ They see a text as spaCy tagged it (`Doc`), and change whole words at their plac
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -73,6 +74,11 @@ _POSSESSIVES = _words("my your his her its our their")
 _JOINERS = frozenset(("'s", "’s", "'", "’"))
 _IN_PHRASE = frozenset(("DET", "ADJ", "NUM", "NOUN", "PROPN"))
 _VOWELS = frozenset("aeiou")
+# Words that sound otherwise than they are written: "a uniform", "an hour".
+_AS_CONSONANT = re.compile(
+  r"uni(?!n|m|d)|us[aeu]|ut[ei]|ub[io]|uk|ur(?:an|et|in)|eu|ew|once$|ones?$"
+)
+_AS_VOWEL = re.compile(r"hour|honou?r|honest|heir")
 
 
 class Target(NamedTuple):
@@ -144,17 +150,26 @@ def may_replace(
     word: that comes.
     kind: of the negative.
     there: `words_of` the text.
-    known: words, casefolded, that may be true of the picture.
+    known: words, casefolded, that may be true of the picture, as may their other forms.
   """
   new, old = word.casefold(), target.word.casefold()
-  if not _is_word(word) or new in _UNTOUCHED or new in known:
+  if not _is_word(word) or new in _UNTOUCHED:
     return False
-  if same_word(new, old) or any(same_word(new, other) for other in there):
+  if same_word(new, old):
+    return False
+  if any(not _stems(new).isdisjoint(_stems_of(frozenset(words))) for words in (there, known)):
     return False
   if kind == "attribute" and not _excludes(old, new):
     return False
   before = doc[target.index - 1].text.casefold() if target.index else ""
-  return before not in ("a", "an") or (new[0] in _VOWELS) == (before == "an")
+  return before not in ("a", "an") or _takes_an(new) == (before == "an")
+
+
+def _takes_an(word: str) -> bool:
+  """Whether a casefolded word begins with the sound of a vowel."""
+  if _AS_VOWEL.match(word):
+    return True
+  return word[0] in _VOWELS and not _AS_CONSONANT.match(word)
 
 
 def _excludes(old: str, new: str) -> bool:
@@ -184,6 +199,12 @@ def _stems(word: str) -> frozenset[str]:
   if word.endswith("ves") and len(word) > 4:
     stems |= {word[:-3] + "f", word[:-3] + "fe"}
   return frozenset(stems | _IRREGULAR.get(word, set()))
+
+
+@functools.lru_cache(maxsize=1000)
+def _stems_of(words: frozenset[str]) -> frozenset[str]:
+  """What any of the words of a picture may be a form of: asked for hundreds of proposals."""
+  return frozenset().union(*map(_stems, words))
 
 
 def _irregular() -> dict[str, set[str]]:

@@ -189,7 +189,7 @@ class _Asked:
     self.found: dict[int, list[Box]] = {}  # by index of `queries`
     self.best: dict[int, Box | None] = {}  # whatever its score
     self.known = 0  # descriptions that have a box already
-    has_box = {region["description"].casefold() for region in item.regions}
+    has_box = {r.get("of", r["description"]).casefold() for r in item.regions}
     met: set[str] = set()
     for description in item.descriptions:
       name = description.casefold()

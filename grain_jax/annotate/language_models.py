@@ -19,6 +19,8 @@ _TRIES = 5  # of a request
 _BASE = 1.0  # seconds before the second
 _BULLET = re.compile(r"^\s*(?:[-*•–—+]|\(?\d{1,2}[.):])\s+(.*)$")
 _EMPTY = "empty_reply"
+NO_REPLY = "no_reply"
+_PROBE = "Which colour has snow? Answer with one word."
 _NO_ANSWER = (
   chat.RATE_LIMITED, chat.SERVER_ERROR, chat.TIMEOUT, chat.NO_CONNECTION, chat.CUT_REPLY,
 )  # fmt: skip
@@ -29,8 +31,9 @@ _T = TypeVar("_T")
 class Reply(NamedTuple):
   """What a model said."""
 
-  text: str
+  text: str  # '': `why`
   is_cut: bool = False  # at the limit of tokens
+  why: str = ""  # there is none
 
 
 def listed(reply: Reply) -> list[str]:
@@ -69,8 +72,8 @@ class Chat(Protocol):
   def check(self) -> None:
     """Raises ValueError where it cannot answer; one line."""
 
-  def ask(self, prompt: str) -> Reply | None:
-    """Its answer; None where what came is none."""
+  def ask(self, prompt: str) -> Reply:
+    """Its answer, or why there is none."""
 
   def totals(self) -> Mapping[str, int]:
     """What was spent."""
@@ -105,6 +108,7 @@ class ServerChat:
     })  # fmt: skip
     self._client = self._chat.client()
     self._lock, self._spent = threading.Lock(), _nothing_spent()
+    self._answers = False  # so far
     ready: futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = futures.Future()
     threading.Thread(target=_hold_loop, args=(self._client, ready), daemon=True).start()
     self._loop, stop = ready.result()
@@ -136,29 +140,38 @@ class ServerChat:
   def check(self) -> None:
     self._wait_for(self._chat.check_model(self._client))
 
-  def ask(self, prompt: str) -> Reply | None:
-    """Its answer; None where it says nothing, or what is none, in several tries.
+  def ask(self, prompt: str) -> Reply:
+    """Its answer; none where it refuses this one, or says nothing, or what is none, several times.
 
     Raises:
-      ValueError: the key or the request is refused; one line.
+      ValueError: the key or every request is refused; one line.
       failures.TransientError: it does not answer in several tries; one line.
     """
-    request = asking.Request("text", prompt, None, lambda text: None if text.strip() else _EMPTY)
-    reply = self._wait_for(self._chat.ask(self._client, request))
+    reply = self._ask(prompt)
     if reply.text is not None:
+      self._answers = True
       return Reply(reply.text, reply.cut)
     if reply.why == chat.REQUEST_REFUSED:
-      said = " ".join((reply.raw or "").split())[:100]
-      raise ValueError(
-        f"--server={self._name} refuses the request ({said or reply.why}). Check --model and the "
-        "server's log."
-      )
+      if not self._answers and self._ask(_PROBE).why == chat.REQUEST_REFUSED:
+        said = " ".join((reply.raw or "").split())[:100]
+        raise ValueError(
+          f"--server={self._name} refuses the request ({said or reply.why}). Check --model and the "
+          "server's log."
+        )
+      with self._lock:  # a filter of contents, or too long
+        self._answers = True
+        self._spent[reply.why] = self._spent.get(reply.why, 0) + 1
+      return Reply("", why=reply.why)
     if reply.why in _NO_ANSWER:
       raise failures.TransientError(
         f"--server={self._name} gave no answer in {reply.attempts} tries ({reply.why}). The same "
         "command goes on."
       )
-    return None
+    return Reply("", why=NO_REPLY)
+
+  def _ask(self, prompt: str) -> asking.Reply:
+    request = asking.Request("text", prompt, None, lambda text: None if text.strip() else _EMPTY)
+    return self._wait_for(self._chat.ask(self._client, request))
 
   def _wait_for(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
     return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -200,8 +213,11 @@ class TransformersChat:
     transformers.logging.disable_progress_bar()
     folder = str(pathlib.Path(folder).expanduser())
     try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-      self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+      local = {"local_files_only": True, "trust_remote_code": False}
+      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+      self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, **local, use_safetensors=True
+      )
     except Exception as error:  # KeyError, OSError, ValueError, by what is wrong
       reason = " ".join(str(error).split())[:200]
       raise ValueError(
@@ -217,7 +233,7 @@ class TransformersChat:
   def check(self) -> None:
     """It was loaded."""
 
-  def ask(self, prompt: str) -> Reply | None:
+  def ask(self, prompt: str) -> Reply:
     tokenizer = self._tokenizer
     if tokenizer.chat_template:
       prompt = tokenizer.apply_chat_template(

@@ -12,6 +12,7 @@ from typing import Any
 from grain_jax import failures
 from grain_jax.annotate import asking, stages
 
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # code of a folder is not run
 _NO_TORCH = "--backend=transformers needs torch: pip install -r requirements-annotate.txt."
 MODEL_ERROR, OUT_OF_MEMORY = "model_error", "out_of_memory"
 
@@ -45,10 +46,10 @@ def load_processor(folder: str):
   _, transformers = _import()
   from transformers.models.auto import processing_auto
 
-  config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+  config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
   kind = processing_auto.PROCESSOR_MAPPING.get(type(config), None)
   if kind is None or "video_processor" not in kind.get_attributes():
-    return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoProcessor.from_pretrained(folder, **_LOCAL)
 
   class Still(kind):
     @classmethod
@@ -56,7 +57,7 @@ def load_processor(folder: str):
       return [name for name in kind.get_attributes() if name != "video_processor"]
 
   Still.__name__ = kind.__name__  # which transformers compares with what the folder says
-  return Still.from_pretrained(folder, local_files_only=True)
+  return Still.from_pretrained(folder, **_LOCAL)
 
 
 class Local:
@@ -102,7 +103,7 @@ class Local:
     try:
       self._processor = load_processor(folder)
       model = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype="auto" if cuda else torch.float32
+        folder, **_LOCAL, use_safetensors=True, dtype="auto" if cuda else torch.float32
       )
     except Exception as error:  # of the file, the class, the weights: each library has its own
       raise ValueError(

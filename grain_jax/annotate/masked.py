@@ -45,9 +45,10 @@ class MaskedModel:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+      local = {"local_files_only": True, "trust_remote_code": False}
+      self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
       self._model = transformers.AutoModelForMaskedLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
+        folder, **local, use_safetensors=True, dtype=torch.float32
       )
     except Exception as error:  # KeyError, OSError, ValueError, by what is wrong
       reason = " ".join(str(error).split())[:200]

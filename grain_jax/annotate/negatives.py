@@ -322,8 +322,7 @@ def _words(item: stages.Item) -> frozenset[str]:
   """The words, casefolded, of all that is said of a picture."""
   texts = [*item.captions, *item.descriptions, *(r["description"] for r in item.regions)]
   cut = "".join(c if c.isalpha() else " " for c in " ".join(texts).casefold())
-  words = cut.split()
-  return frozenset(words) | {word.removesuffix("s") for word in words}
+  return frozenset(cut.split())
 
 
 def _plain(text: str) -> str:

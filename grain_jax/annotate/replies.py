@@ -20,18 +20,28 @@ _SHOWN = 50_000  # characters of a reply that are read at all
 # Why a line is dropped.
 REFUSAL, TOO_LONG, DUPLICATE, TOO_MANY = "refusal", "too_long", "duplicate", "too_many"
 EMPTY, HEADING, NOT_TEXT, CUT_OFF = "empty", "heading", "not_text", "cut_off"
+MORE_THAN_ASKED = "more_than_asked"  # lines beyond the one paragraph of a caption
 OTHER_SCRIPT = "other_script"  # most of its letters are not Latin ones
 # Why a whole reply cannot be used.
 EMPTY_REPLY, NOTHING_USABLE = "empty_reply", "nothing_usable"
 REPEATS_ITSELF = "repeats_itself"
 
-_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)  # its opening tag may stand in the prompt
+_THINKING = re.compile(r"<think(?:ing)?>.*", re.DOTALL)  # that came to no end
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _BULLET = re.compile(
-  r"^(?:[-*+•‣◦▪–—·>#]+\s+|[•‣◦▪·]+\s*|\(?\d{1,3}(?:[.)]+(?!\d)\s*|:\s+)|\(?[a-zA-Z][.)]\s+)+"
+  r"^(?:[-*+•‣◦▪–—·>#]+\s+|[•‣◦▪·]+\s*|\(?\d{1,3}(?:[.)]+(?!\d)\s*|:\s+)|\(?[a-zA-Z]\)\s+)+"
 )
+_LETTER = re.compile(r"\s*([a-zA-Z])\.\s+")  # of a list, or of a name: "T. rex"
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?', re.DOTALL)
 _OPEN = re.compile(r'"(?:[^"\\]|\\.)*\Z', re.DOTALL)
+# As Python writes a list: in either quotes, with an apostrophe here and there.
+_PYTHON = re.compile(
+  r"""(?:"((?:[^"\\]|\\.)*)"|(?<=[\[{,:\s])'((?:[^'\\]|\\.|'(?!\s*[,\]}:])){0,1000})'(?=\s*[,\]}:]))"""
+  r"(\s*:)?",
+  re.DOTALL,
+)
+_ESCAPES = re.compile(r'\\.|"', re.DOTALL)
 _EMPHASIS = re.compile(r"\*\*|__|`")
 _WRAPS = ('""', "''", "“”", "‘’", "«»", "**", "__")
 _REFUSAL = re.compile(
@@ -45,6 +55,25 @@ _REFUSAL = re.compile(
   re.IGNORECASE,
 )
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
+# Between paragraphs, and before each entry of a list.
+_PARAGRAPHS = re.compile(r"(?:\r?\n[ \t]*){2,}|\n(?=[ \t]*(?:[-*•]|\(?\d{1,2}[.)])[ \t])")
+# What a model says around its answer.
+_TITLE = re.compile(
+  r"(?:(?:the|main|visual|short|long|brief|detailed|image|picture)\s+)*"
+  r"(?:caption|description|answer|sentence|subject|feature)s?",
+  re.IGNORECASE,
+)
+_AGREES = re.compile(
+  r"^(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|no problem|got it|"
+  r"understood)(?:[!.,:]+\s*|$)",
+  re.IGNORECASE,
+)
+_INTRODUCES = re.compile(r"^here(?:['’]s|\s+(?:is|are|you go))\b", re.IGNORECASE)
+_INTRODUCED = re.compile(r"^here(?:['’]s|\s+(?:is|are))\b[^:]{0,80}:\s+", re.IGNORECASE)
+_OFFERS = re.compile(
+  r"^(?:here you go\b|let me know\b|i hope th|hope th|feel free\b|is there anything\b|note:)",
+  re.IGNORECASE,
+)
 
 
 class Lines(NamedTuple):
@@ -54,7 +83,14 @@ class Lines(NamedTuple):
   dropped: list[str]  # why, of each line that was
 
 
-def lines(text: str, *, most: int = MOST, any_script: bool = False, commas: bool = False) -> Lines:
+def lines(
+  text: str,
+  *,
+  most: int = MOST,
+  any_script: bool = False,
+  commas: bool = False,
+  cut: bool = False,
+) -> Lines:
   """The descriptions in a reply, in their order.
 
   Args:
@@ -62,10 +98,13 @@ def lines(text: str, *, most: int = MOST, any_script: bool = False, commas: bool
     most: of them.
     any_script: keep what is not in Latin letters.
     commas: a single line is a list with commas (of short names).
+    cut: the reply ended at the most tokens that it might have, maybe within a line.
   """
   kept, dropped = [], []
   seen: set[str] = set()
-  for given in _candidates(_without_thinking(text), commas=commas):
+  answer = _without_thinking(text)
+  cut = len(answer) > _SHOWN or (cut and not text.rstrip(" \t").endswith("\n"))
+  for given in _candidates(answer[:_SHOWN], commas=commas, cut=cut):
     found = given if isinstance(given, _Dropped) else _one(given, any_script=any_script)
     if isinstance(found, _Dropped):
       dropped.append(found.why)
@@ -89,27 +128,57 @@ def failure_of_lines(found: Lines) -> str | None:
   return reasons.pop() if len(reasons) == 1 else (NOTHING_USABLE if reasons else EMPTY_REPLY)
 
 
-def sentence(text: str, *, any_script: bool = False) -> tuple[str | None, str | None]:
-  """(the caption in a reply, None) or (None, why there is none)."""
-  text = _without_thinking(text)
+class Sentence(NamedTuple):
+  """A caption, or the description of a region."""
+
+  text: str | None  # in a line
+  why: str | None  # there is none
+  left_out: int = 0  # lines of the reply beyond it
+
+
+def sentence(text: str, *, any_script: bool = False) -> Sentence:
+  """The caption in a reply: its first paragraph, without what the model says around it."""
+  text = _without_thinking(text)[:_SHOWN]
   given = text
   if _json_of(text) is not None or text[:1] in ("[", "{", "`"):
     given = next((t for t in _candidates(text, commas=False) if isinstance(t, str)), "")
-  rows = [_plain(row) for row in re.split(r"[\r\n]+", given)]
-  rows = [_LABEL.sub("", row) for row in rows if row and not row.endswith(":")]
-  found = _plain(rows[0]) if rows else ""
+  paragraphs = [_answer_rows(part) for part in _PARAGRAPHS.split(given)]
+  paragraphs = [rows for rows in paragraphs if rows]
+  # "Here is a dog." is a caption where nothing comes after it.
+  if sum(map(len, paragraphs)) > 1 and _INTRODUCES.match(paragraphs[0][0]):
+    paragraphs[0].pop(0)
+    paragraphs = [rows for rows in paragraphs if rows]
+  rows = paragraphs[0] if paragraphs else []
+  found = _plain(" ".join(rows))
+  why = _fault_of_sentence(found, any_script=any_script)
+  if why:
+    return Sentence(None, why)
+  return Sentence(found, None, sum(map(len, paragraphs)) - len(rows))
+
+
+def _answer_rows(paragraph: str) -> list[str]:
+  """The lines of a paragraph that are no heading, agreement or offer."""
+  rows = []
+  for given in re.split(r"[\r\n]+", paragraph):
+    row = _plain(given)
+    row = _LABEL.sub("", _INTRODUCED.sub("", _AGREES.sub("", row)))
+    if row and not row.endswith(":") and not _TITLE.fullmatch(row.rstrip(".")):
+      rows += [] if _OFFERS.match(row) else [row]
+  return rows
+
+
+def _fault_of_sentence(found: str, *, any_script: bool) -> str | None:
+  """Why a line is no caption; None: it is one."""
   if not any(letter.isalnum() for letter in found):
-    return None, EMPTY_REPLY
+    return EMPTY_REPLY
   if _REFUSAL.match(found):
-    return None, REFUSAL
+    return REFUSAL
   words = found.casefold().split()
   if len(found) > LONGEST_CAPTION or max(map(len, words)) > LONGEST_WORD:
-    return None, TOO_LONG
+    return TOO_LONG
   if len(words) > 12 and len(set(words)) * 3 < len(words):
-    return None, REPEATS_ITSELF
-  if not any_script and not _is_latin(found):
-    return None, OTHER_SCRIPT
-  return found, None
+    return REPEATS_ITSELF
+  return None if any_script or _is_latin(found) else OTHER_SCRIPT
 
 
 class _Dropped(NamedTuple):
@@ -118,10 +187,12 @@ class _Dropped(NamedTuple):
 
 def _one(given: str, *, any_script: bool) -> str | _Dropped:
   text = _plain(given)
-  if text.endswith(":"):
+  if text.endswith(":") or _AGREES.match(text) or _INTRODUCES.match(text) or _OFFERS.match(text):
     return _Dropped(HEADING)
   while (found := _plain(text.rstrip("."))) != text:
     text = found
+  if _TITLE.fullmatch(text):
+    return _Dropped(HEADING)
   if not any(letter.isalnum() for letter in text):
     return _Dropped(EMPTY)
   if _REFUSAL.match(text):
@@ -155,7 +226,7 @@ def _is_latin(text: str) -> bool:
 
 
 def _without_thinking(text: str) -> str:
-  return _THINKING.sub("", text[:_SHOWN]).strip()
+  return _THINKING.sub("", _THOUGHT.sub("", text)).strip()
 
 
 def _json_of(text: str) -> Any:
@@ -170,29 +241,57 @@ def _json_of(text: str) -> Any:
   return None
 
 
-def _candidates(text: str, *, commas: bool) -> Iterator[str | _Dropped]:
+def _candidates(text: str, *, commas: bool, cut: bool = False) -> Iterator[str | _Dropped]:
+  """What a reply lists; `cut`: the last line of text is half of one."""
   value = _json_of(text)
   if value is not None:
     yield from _texts(value)
     return
   fenced = _FENCE.search(text)
   body = fenced[1].strip() if fenced else text
-  if body[:1] in ("[", "{") and '"' in body:  # JSON that is cut off, or almost JSON
-    for found in _STRING.finditer(body):
-      if not found[2]:
-        yield _unescaped(found[1])
-    if _OPEN.search(_STRING.sub("", body)):
-      yield _Dropped(CUT_OFF)
+  if _is_of_python(body):
+    yield from _strings(body, _PYTHON, r"""(?<=[\[{,:\s])['"]""")
     return
-  rows = [row for row in re.split(r"[\r\n]+", body) if row.strip()]
+  if body[:1] in ("[", "{") and '"' in body:  # JSON that is cut off, or almost JSON
+    yield from _strings(body, _STRING, _OPEN)
+    return
+  rows = _without_letters([row for row in re.split(r"[\r\n]+", body) if row.strip()])
   if commas and len(rows) == 1:
     rows = rows[0].split(",")
+  if cut and rows and not (fenced and fenced[0].endswith("```")):
+    rows[-1:] = [_Dropped(CUT_OFF)]
   yield from rows
 
 
+def _is_of_python(body: str) -> bool:
+  """Whether it is a list as Python prints one, with single quotes."""
+  whole = body[:1] in ("[", "{") and body[-1:] in ("]", "}")
+  return bool(re.match(r"[\[{]\s*'", body) or (whole and re.search(r"[\[,:]\s*'", body)))
+
+
+def _strings(
+  body: str, string: re.Pattern[str], opening: str | re.Pattern[str]
+) -> Iterator[str | _Dropped]:
+  """The strings of a list that is no JSON, keys left out, and whether it ends within one."""
+  for found in string.finditer(body):
+    *texts, colon = found.groups()
+    if not colon:
+      yield _unescaped(next(text for text in texts if text is not None))
+  if re.search(opening, string.sub("", body)):
+    yield _Dropped(CUT_OFF)
+
+
+def _without_letters(rows: list[str]) -> list[str]:
+  """Lines without A., B., C. before them; a single "T. rex" keeps its own."""
+  found = [match[1].lower() for row in rows if (match := _LETTER.match(row))]
+  is_list = len(found) > 1 and found == list("abcdefghijklmnopqrstuvwxyz"[: len(found)])
+  return [_LETTER.sub("", row, count=1) for row in rows] if is_list else rows
+
+
 def _unescaped(text: str) -> str:
+  of_json = {"\\'": "'", '"': '\\"'}  # from Python
   try:
-    return json.loads(f'"{text}"')
+    return json.loads(f'"{_ESCAPES.sub(lambda found: of_json.get(found[0], found[0]), text)}"')
   except ValueError:
     return text
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from grain_jax import textfiles
-from grain_jax.annotate import engine
+from grain_jax.annotate import block_files
 from grain_jax.data.sources import annotated
 
 BINS = 20  # of scores in [0, 1]
@@ -161,15 +161,15 @@ def asked(stages: Chain) -> Asked | None:
   if not detectors:
     return None
   found = Asked(detectors[-1]["settings"]["threshold"])
-  for path in sorted(engine.file_of(detectors[-1]["folder"], "raw", 0).parent.glob("*.jsonl")):
+  for path in sorted(block_files.file_of(detectors[-1]["folder"], "raw", 0).parent.glob("*.jsonl")):
     for line in _lines(path):
       found.add(line["raw"])
   return found
 
 
 def without_box(line: dict[str, Any]) -> set[str]:
-  """Descriptions of a line, without regard to case, that no region has."""
-  described = {region["description"].casefold() for region in line.get("regions", ())}
+  """Descriptions of a line, without regard to case, that no region has or had before a long one."""
+  described = {r.get("of", r["description"]).casefold() for r in line.get("regions", ())}
   return {description.casefold() for description in line.get("descriptions", ())} - described
 
 

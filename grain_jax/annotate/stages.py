@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 # Command -> what it does, in a few words. The module has the command's name, and in it `FLAGS`
 # (`sources.base.Flag`), `settings(values of the flags) -> JSON`, which checks them, `make(settings)
-# -> Stage`, and, where they are needed, `check(settings, source, say=)`, called before anything is
-# spent; `ADDRESSES`, flags that are no paths; `NEUTRAL`, settings that change nothing in what is
-# written, so that a run goes on with others.
+# -> Stage`, and, where they are needed, `check(settings, source, say=)`, called before anything
+# else is spent, which gives what it spent; `ADDRESSES`, flags that are no paths; `NEUTRAL`,
+# settings that change nothing in what is written, so that a run goes on with others.
 STAGES: dict[str, str] = {
   "describe": "a language model that sees: descriptions of what is in a picture, and a caption",
   "ground": "a detector: a box for each description",
@@ -26,7 +26,9 @@ class Item(NamedTuple):
   image: bytes  # a JPEG, upright
   captions: list[str]
   descriptions: list[str]
-  regions: list[dict[str, Any]]  # {description, box (ymin, xmin, ymax, xmax) in [0, 1], score}
+  # {description, box (ymin, xmin, ymax, xmax) in [0, 1], score, negatives}; and `of`, the short
+  # description, where a long one took its place
+  regions: list[dict[str, Any]]
   negatives: list[dict[str, str]]  # {caption, kind}
 
 

@@ -3,12 +3,13 @@
 Attention's kernels are [D, heads, D / heads] and [heads, D / heads, D] there. The blocks of a tower
 are `encoderblock_{i}`, or, scanned, one `encoderblock` whose arrays have a leading layer axis. The
 file says how many patches there are, not what the image has beyond them (So400m/14 at 384 pixels:
-27 patches of 14 are 378).
+27 patches of 14 are 378): what is read of them is said in a warning.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import numpy as np
 from grain_jax.convert import foreign, layout, state_dicts
 
 SCALAR = layout.Form(lambda x: x.reshape(()), lambda x: x.reshape(1))  # [1] and []
+_SIZES = (224, 256, 384, 512)  # pixels of published models
 _TOWERS = {"image": "img/Transformer", "text": "txt/Encoder_0"}
 
 
@@ -46,6 +48,7 @@ def read(path: pathlib.Path) -> Found:
   side = round(positions**0.5)
   if side**2 != positions:
     raise ValueError(f"{path}: {positions} positions of patches are no square.")
+  _warn_of_size(path, side, patch)
   vocabulary, text_width = shapes.shape_of("txt/Embed_0/embedding", 2)
   facts = {
     "model.embed_dim": shapes.shape_of("txt/head/kernel", 2)[1],
@@ -65,6 +68,17 @@ def read(path: pathlib.Path) -> Found:
   for name in _TOWERS:
     facts |= _tower_facts(shapes, name, scanned=scanned[name])
   return Found(state, facts, functools.partial(_rules, scanned=scanned))
+
+
+def _warn_of_size(path: pathlib.Path, side: int, patch: int) -> None:
+  """Warns where the patches are those of a published size that they do not fill."""
+  likely = [size for size in _SIZES if size // patch == side and size % patch]
+  if likely:
+    logging.getLogger(__name__).warning(
+      "%s has %d patches of %d a side and is taken as a model of %d pixels. One of %d has as many, "
+      "and leaves the last %d out: images are then shown to it a little smaller than it knows.",
+      path, side, patch, side * patch, likely[0], likely[0] % patch,
+    )  # fmt: skip
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:

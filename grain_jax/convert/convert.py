@@ -72,7 +72,7 @@ def read(
     recipe: FILE or FILE:argument that describes the model of the checkpoint; without one its sizes
       come from the file, and what is not there (heads, activations) by the format's convention.
     image_size: pixels; the position embedding is resized.
-    quick_gelu: for 'open_clip', whose files do not say it; its own default is false.
+    quick_gelu: for 'open_clip', whose files may not say it; its own default is false.
     tokenizer: folder of a SentencePiece tokenizer, for formats whose files may lack it.
 
   Raises:
@@ -119,7 +119,7 @@ def _read(
         f"--tokenizer is for --from={' and --from='.join(_WITH_TOKENIZER)}; {source} has its own."
       )
     load = functools.partial(load, tokenizer=tokenizer)
-  file = places.fetch(path)
+  file = places.fetch(path, beside=True)
   try:
     found = load(file)
   except ValueError as error:

@@ -3,8 +3,9 @@
 A state dict, plain or in a training checkpoint under 'state_dict'. What it does not say stands in
 open_clip_config.json beside it, where there is one. Else it is by convention: OpenAI's mean,
 deviation and crop, the number of heads (OpenCLIP's: width / 64, and 16 for ViT-H, -g and -bigG) and
-the activation: GELU, unless `quick_gelu` or "quickgelu" in the name says otherwise (OpenAI's
-weights have QuickGELU and all that is trained from them, but not OpenCLIP's own models).
+the activation: GELU, unless `quick_gelu`, "quickgelu" in the name or what OpenAI notes beside its
+weights says otherwise (they have QuickGELU and all that is trained from them, but not OpenCLIP's
+own models).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import ml_collections
 
 from grain_jax.convert import clip_blocks, foreign, layout, open_clip_config, state_dicts
 
-# Buffers, and what OpenAI's archives note beside the weights.
-_IGNORED = r"(visual\.)?attn_mask|input_resolution|context_length|vocab_size"
+# What OpenAI's archives note beside the weights, and nobody else.
+_OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
+_IGNORED = "|".join([r"(visual\.)?attn_mask", *_OF_OPENAI])
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
 # As OpenCLIP names them on the hub.
 _WEIGHTS = (
@@ -51,7 +53,7 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
   Args:
     path: .pt, .bin or .safetensors, or a folder as OpenCLIP has it on the hub.
     quick_gelu: whether both towers were trained with QuickGELU instead of GELU; None: as the
-      configuration or the name says, else GELU, as OpenCLIP does.
+      configuration, the name or OpenAI's notes say, else GELU, as OpenCLIP does.
 
   Raises:
     ValueError: not such a model, or one whose image tower is not a plain vision transformer.
@@ -68,6 +70,7 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
   if isinstance(weights.get("state_dict"), Mapping):
     weights = weights["state_dict"]
   state = _flat_text(state_dicts.arrays(weights, where=where))
+  of_openai = all(name in state for name in _OF_OPENAI)
   state = state_dicts.without(state, _IGNORED)
   if any(key.startswith("visual.trunk.") for key in state):
     raise ValueError(
@@ -102,7 +105,8 @@ def load(path: pathlib.Path, *, quick_gelu: bool | None = None) -> foreign.Forei
     settings.check_weights(facts)
     said = _agreed(quick_gelu, settings, path.name)
     facts |= settings.facts
-  name = "quick_gelu" if said or (said is None and _named_quick(path.name, run_name)) else "gelu"
+  quick = said if said is not None else of_openai or _named_quick(path.name, run_name)
+  name = "quick_gelu" if quick else "gelu"
   activation = {"model.image.activation": name, "model.text.activation": name}
   if said is not None:
     facts |= activation

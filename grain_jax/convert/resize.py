@@ -10,6 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from grain_jax import trees
+
+# Parameters that have a position for each patch.
+POSITIONS = ("image_tower/position_embedding", "query_decoder/memory_positions")
+
 
 def position_embedding(embedding: np.ndarray, side: int) -> np.ndarray:
   """The class token's position, if any, and those of the patches on a grid of `side` x `side`.
@@ -44,6 +49,9 @@ def images(params: Any, config: ml_collections.ConfigDict, *, size: int) -> None
   patch = config.model.image.patch
   if size < patch or size % patch:
     raise ValueError(f"--image_size={size} does not divide into patches of {patch} pixels.")
-  tower = params["image_tower"]
-  tower["position_embedding"] = position_embedding(tower["position_embedding"], size // patch)
+  named = dict(trees.named_leaves(params))
+  for name in POSITIONS:
+    if name in named:
+      module, leaf = name.split("/")
+      params[module][leaf] = position_embedding(named[name], size // patch)
   config.model.image.size = size

@@ -21,6 +21,7 @@ _WEIGHTS = (
   "pytorch_model.bin.index.json",
 )
 _FILES = (".safetensors", ".bin", ".json")  # of weights that stand beside their config.json
+_PADDING = 128  # rows of the text tower that no token has
 _IGNORED = r".*\.embeddings\.position_ids"  # a buffer of older versions
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 _FIXED = {
@@ -59,8 +60,8 @@ def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignChe
     found = big_vision.read(path)
     if tokenizer is None:
       foreign.warn_without_tokenizer(f"{path} has none, as all files of big_vision")
-    chosen = tokenizing.NONE if tokenizer is None else _check_tokenizer(tokenizer)
-    facts = {**found.facts, **_FIXED, "model.text.tokenizer": chosen}
+    facts = {**found.facts, **_FIXED, "model.text.tokenizer": tokenizer or tokenizing.NONE}
+    _check_tokenizer(facts, where=path)
     return foreign.ForeignCheckpoint(str(path), found.state, found.rules, facts, _ASSUMED)
   if path.is_file() and path.suffix not in _FILES:
     raise ValueError(
@@ -70,15 +71,24 @@ def load(path: pathlib.Path, tokenizer: str | None = None) -> foreign.ForeignChe
   return _load_folder(path, tokenizer)
 
 
-def _check_tokenizer(folder: str) -> str:
-  """The folder, of which the tokenizer is SigLIP's or Gemma's."""
+def _check_tokenizer(facts: dict[str, Any], *, where: pathlib.Path) -> None:
+  """Raises where a tokenizer is neither SigLIP's nor Gemma's, or of another text tower."""
+  folder, rows = facts["model.text.tokenizer"], facts["model.text.vocab_size"]
+  if folder == tokenizing.NONE:
+    return
   sentencepiece.find_file(folder)
   if sentencepiece.read_kind(folder).name == "t5":
     raise ValueError(
       f"{folder}: {sentencepiece.SETTINGS[0]} names neither SiglipTokenizer (SigLIP) nor "
       "GemmaTokenizer (SigLIP 2) as tokenizer_class. Fetch it from where the weights come from."
     )
-  return folder
+  context = facts["model.text.context"]
+  size = sentencepiece.SentencePiece(folder, context).vocabulary_size
+  if not rows - _PADDING < size <= rows:
+    raise ValueError(
+      f"{folder} has a tokenizer of {size} tokens and the text tower of {where} {rows}, of which "
+      f"fewer than {_PADDING} may be padding. Give the tokenizer that it was trained with."
+    )
 
 
 def _load_folder(path: pathlib.Path, tokenizer: str | None) -> foreign.ForeignCheckpoint:
@@ -89,8 +99,8 @@ def _load_folder(path: pathlib.Path, tokenizer: str | None) -> foreign.ForeignCh
     if not found:
       raise ValueError(f"--input={path} has none of {', '.join(_WEIGHTS)}.")
     path = path / found[0]
-  chosen = tokenizer or foreign.tokenizer_in(folder)
-  facts["model.text.tokenizer"] = chosen if chosen == tokenizing.NONE else _check_tokenizer(chosen)
+  facts["model.text.tokenizer"] = tokenizer or foreign.tokenizer_in(folder)
+  _check_tokenizer(facts, where=path)
   pixels = hf_processor.read(folder, size=facts["model.image.size"], kind=hf_processor.SIGLIP)
   state = state_dicts.arrays(state_dicts.load(path), where=str(path))
   return foreign.ForeignCheckpoint(

@@ -39,7 +39,6 @@ _NO_SHAPE = frozenset(
     "model.image.variant",
   }
 )
-_POSITIONS = ("image_tower/position_embedding", "query_decoder/memory_positions")
 
 
 def chosen(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -220,7 +219,7 @@ def _take(
     if name not in named:
       raise ValueError(f"{where}: {name} is missing there and {list(fresh.shape)} here.")
     value = meshes.to_host(named[name]).astype(fresh.dtype)
-    if name in _POSITIONS and value.shape != fresh.shape:
+    if name in resize.POSITIONS and value.shape != fresh.shape:
       value = resize.position_embedding(value, side).astype(fresh.dtype)
       resized.append(name)
     if value.shape != fresh.shape:

@@ -72,10 +72,11 @@ def test_the_whole_command_and_a_build_and_nothing_secret_anywhere(
   manifest = json.loads((out / "manifest.json").read_text())
   assert manifest["counts"]["failed"] == 1
   assert manifest["losses"]["pictures/server_error"] == {"count": 1, "first": ["7.jpg"]}
-  # 20 captions, 20 subjects of which one twice, 19 features
-  assert manifest["totals"]["requests"] == 60 and manifest["totals"]["retries"] == 1
-  assert manifest["totals"]["tokens_in"] == 58_000 and manifest["totals"]["tokens_out"] == 58 * 20
-  assert manifest["totals"]["cost"] == pytest.approx(58 * 1020 * 10e-6)
+  # The colour, three samples; 20 captions, 20 subjects of which one twice, 19 features.
+  assert manifest["totals"]["requests"] == 10 + 60 == len(server.bodies)
+  assert manifest["totals"]["retries"] == 1
+  assert manifest["totals"]["tokens_in"] == 68_000 and manifest["totals"]["tokens_out"] == 68 * 20
+  assert manifest["totals"]["cost"] == pytest.approx(68 * 1020 * 10e-6)
   printed = capfd.readouterr()
   assert (
     "estimated of 3 pictures, each 1,000: 3,000,000 tokens in, 60,000 out, $30.60" in printed.out
@@ -176,6 +177,47 @@ def test_what_goes_wrong_once_at_the_first_question_is_asked_again(kind, picture
   with chat_server.serve(answer) as server:
     assert command(server, pictures, tmp_path / "out", "--timeout=0.5") == 0
   assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["failed"] == 0
+
+
+def test_max_cost_holds_or_nothing_is_begun(pictures, tmp_path, capfd):
+  """Where the server tells no tokens, and where the first pictures have nothing to ask."""
+
+  def silent(body, number):
+    return chat_server.Reply(text=chat_server.sensible(body, number), usage=None)
+
+  priced = ("--price_in=1000", "--max_cost=0.5")
+  with chat_server.serve(silent) as server:
+    assert command(server, pictures, tmp_path / "out", *priced) == 2
+    assert len(server.bodies) == 10
+  assert "--max_cost=0.5 cannot be held: the server does not tell" in capfd.readouterr().err
+  boxes = [{"description": "a dog", "box": [0.1, 0.1, 0.9, 0.9]}] * 3
+  lines = [{"image": f"{i}.jpg", "captions": ["x"], "regions": boxes * (i > 4)} for i in range(20)]
+  (pictures / "annotations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  with chat_server.serve(chat_server.sensible) as server:
+    regions = ("--region_captions", "--price_in=10")
+    assert command(server, pictures, tmp_path / "out", *regions, "--max_cost=0.4") == 2
+    captured = capfd.readouterr()
+    assert "estimated of 9 boxes, all 45: 45,000 tokens in" in captured.out
+    assert "estimated $0.45 is more than --max_cost=0.4" in captured.err
+    assert command(server, pictures, tmp_path / "out", *regions, "--max_cost=0.5") == 0
+
+
+def test_what_a_stopped_run_spent_is_in_the_totals(pictures, tmp_path):
+  stop = [True]
+
+  def answer(body, number):
+    if stop[0] and number >= 40:
+      return chat_server.Reply(401)
+    return chat_server.sensible(body, number)
+
+  flags = ("--concurrency=1", "--price_in=1")
+  with chat_server.serve(answer) as server:
+    assert command(server, pictures, tmp_path / "out", *flags) == 2
+    stop[0] = False
+    for _ in range(2):  # the second time there is nothing to do, and nothing is asked
+      assert command(server, pictures, tmp_path / "out", *flags) == 0
+      manifest = (tmp_path / "out" / "manifest.json").read_text()
+      assert json.loads(manifest)["totals"]["requests"] == len(server.bodies)
 
 
 def test_packages_that_are_missing_are_one_line(pictures, tmp_path, capfd, monkeypatch):

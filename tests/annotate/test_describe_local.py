@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tiny_language
 import tiny_models
 import torch
 import toy_data
@@ -13,7 +14,7 @@ import transformers
 from PIL import Image
 
 from grain_jax.annotate import __main__ as annotate
-from grain_jax.annotate import asking, describe, local_models, stages
+from grain_jax.annotate import asking, describe, language_models, local_models, masked, stages
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,3 +207,33 @@ def test_a_model_without_eyes_is_one_line(tmp_path):
   tiny_models._tokenizer()[0].save_pretrained(tmp_path)
   with pytest.raises(ValueError, match="cannot be loaded as a model of pictures and texts"):
     local_models.Local(settings(tmp_path)).ask(requests()[:1])
+
+
+@pytest.mark.parametrize(
+  "load",
+  [
+    language_models.TransformersChat,
+    masked.MaskedModel,
+    lambda folder: local_models.Local({"model": folder, "batch_size": 1})._load(),
+  ],
+  ids=["causal", "masked", "sees"],
+)
+def test_code_of_a_folder_is_not_run_whatever_one_types(load, tmp_path, monkeypatch):
+  names = ("Config", "ModelForCausalLM", "ModelForMaskedLM", "ModelForImageTextToText", "Processor")
+  own = {f"Auto{name}": "own.Own" for name in names} | {"AutoTokenizer": ["own.Own", None]}
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": own}))
+  (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+  monkeypatch.setattr("builtins.input", lambda *a: "y")
+  with pytest.raises(ValueError, match="contains custom code") as error:
+    load(str(tmp_path))
+  assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_pickled_are_not_read(tmp_path):
+  folder = tiny_language.make_masked(tmp_path / "masked")
+  model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+  (folder / "model.safetensors").unlink()
+  torch.save(model.state_dict(), folder / "pytorch_model.bin")
+  with pytest.raises(ValueError, match="safetensors"):
+    masked.MaskedModel(str(folder))

@@ -156,6 +156,22 @@ def test_the_last_line_of_a_reply_that_ended_at_max_tokens_is_half_of_one():
   assert result.losses == [("descriptions", "cut_off")]
 
 
+@pytest.mark.parametrize("what", ("features", "region"))
+def test_a_reply_of_nothing_but_half_a_line_is_none(what):
+  region = {"description": "a dog", "box": (0.0, 0.0, 1.0, 1.0), "score": 0.5, "negatives": []}
+
+  def answer(body, number):
+    cut = chat_server.Reply(text="A brown dog with a", finish="length")
+    return cut if chat_server.asked(body) == what else chat_server.sensible(body, number)
+
+  with chat_server.serve(answer) as server:
+    changes = {"region_captions": what == "region", "no_caption": True}
+    result, _ = annotate_one(server, item(regions=[region]), **changes)
+  assert result.line is None
+  lost = "long_descriptions" if what == "region" else "descriptions"
+  assert result.losses == [(lost, "cut_off"), ("pictures", "cut_off")]
+
+
 def test_it_waits_as_long_as_the_server_asks_and_longer_each_time():
   replies = [
     chat_server.Reply(429, headers={"Retry-After": "1"}), chat_server.Reply(503),
@@ -250,10 +266,11 @@ def test_long_descriptions_of_boxes():
   long = "A brown dog with a white paw, asleep on a green sofa."
   assert result.line == {
     "regions": [
-      {"description": long, "box": [0.25, 0.5, 0.75, 1.0], "score": 0.5, "negatives": []},
+      {"description": long, "of": "a dog", "box": [0.25, 0.5, 0.75, 1.0], "score": 0.5,
+       "negatives": []},
       {**other, "box": [0.0, 0.0, 0.5, 0.5]},
     ]
-  }
+  }  # fmt: skip
   assert sorted(result.losses) == [
     ("long_descriptions", "server_error"),
     *[("region_negatives", "description_replaced")] * 2,

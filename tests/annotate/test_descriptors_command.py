@@ -184,6 +184,18 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, capsys, change
     assert match in told and told.count("\n") == 1 and not server.asked and KEY not in told
 
 
+def test_a_class_that_a_filter_refuses_fails_alone(tmp_path, capsys):
+  def answer(body, number):
+    refused = "a gun in a photo" in chat_server.prompt(body)
+    return chat_server.Reply(400, b"content_filter") if refused else "- legs"
+
+  with chat_server.serve(answer) as server:
+    assert run(tmp_path, server, ["gun", "hen"], "--concurrency=1") == 2
+    assert "(request_refused 1), 'gun' first" in capsys.readouterr().err
+    assert run(tmp_path, server, ["gun", "hen"], "--allow_failed") == 0  # it is the only one left
+  assert json.loads((tmp_path / "d.json").read_text()) == {"gun": [], "hen": ["legs"]}
+
+
 def test_a_key_that_is_refused_ends_it_at_once(tmp_path, capsys):
   with chat_server.serve(chat_server.Told({"hen": [401]})) as server:
     assert run(tmp_path, server, ["hen"]) == 2

@@ -201,23 +201,24 @@ def captions(folder):
 
 
 def test_a_run_goes_on_with_other_settings_that_change_nothing(lengths, source, tmp_path):
-  out, quiet = tmp_path / "out", lambda line: None
+  out, said = tmp_path / "out", []
   for seconds in (1, 2):
     engine.run(
       source, "lengths", {"a": 1, "timeout": seconds}, out, execute=engine.here,
-      neutral=("timeout",), say=quiet,
+      neutral=("timeout",), say=said.append,
     )  # fmt: skip
+  assert [line for line in said if "goes on" in line] == [said[-1]]  # and had nothing to do
 
 
 def test_a_run_of_which_all_fails_ends_early(source, tmp_path, monkeypatch):
-  """A server that is down is no fault of 12 million pictures."""
+  """A model that is no use is no fault of 12 million pictures, nor mended by a new start."""
 
   class Nothing(Lengths):
     def one(self, item):
       return stages.Result(None, [("pictures", "no_reply")])
 
   monkeypatch.setattr(stages, "make", lambda name, settings: Nothing(settings))
-  with pytest.raises(failures.TransientError, match="2,499 of the last 2,499 pictures failed"):
+  with pytest.raises(ValueError, match="2,499 of the last 2,499 pictures failed"):
     run(source, tmp_path / "out", max_failures=1.0)
 
 

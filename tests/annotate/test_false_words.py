@@ -84,7 +84,21 @@ def test_what_may_take_a_words_place():
   assert not may("a dog", "thing") and not may("a dog", "animal")
   for part in ("", "x", "do-g", "2", "'s"):
     assert not may("the dog", part)
-  assert not may("a dog", "cat", known=("cat",))
+  for form in ("cat", "cats"):  # of another text
+    assert not may("a dog", "cat", known=(form,))
+  assert not may("the dog", "mouse", known=("two", "mice"))
+  assert not may("the dog", "child", known=("children",))
+  assert not may("a dog sleeps", "sits", kind="action", known=("sitting",))
+
+
+@pytest.mark.parametrize("word", ["uniform", "unicorn", "euro", "used", "utensil", "ewe"])
+def test_articles_go_by_the_sound(word):
+  assert may("a dog", word) and not may("an owl", word)
+
+
+@pytest.mark.parametrize("word", ["umbrella", "urn", "usher", "hour", "heirloom", "undershirt"])
+def test_articles_before_the_sound_of_a_vowel(word):
+  assert may("an owl", word) and not may("a dog", word)
 
 
 def test_an_attribute_is_changed_into_one_that_it_excludes():

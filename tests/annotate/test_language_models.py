@@ -74,7 +74,7 @@ def test_what_a_server_needs_otherwise_is_found_out():
 
   with chat_server.serve(answer) as server:
     own = language_models.ServerChat(server.url, "tiny", max_tokens=7)
-    assert own.ask("a hen") == ("- wings", True)
+    assert own.ask("a hen") == ("- wings", True, "")
     assert server.bodies[-1]["max_completion_tokens"] == 7
   assert own.totals() == own.totals() == {
     "requests": 7, "prompt_tokens": 0, "completion_tokens": 0, "retries": 4, "without_usage": 1,
@@ -101,13 +101,28 @@ def test_failures_mean_what_they_did_and_show_no_key(reply, error, match):
     timeout = 0.2 if reply.wait else 30.0
     own = language_models.ServerChat(server.url, "m", api_key_env="OWN_KEY", timeout=timeout)
     if error is None:
-      assert own.ask("a hen") is None
+      assert own.ask("a hen") == ("", False, "no_reply")
     else:
       with pytest.raises(error, match=match) as raised:
         own.ask("a hen")
       assert KEY not in str(raised.value) and "\n" not in str(raised.value)
     assert server.keys == {f"Bearer {KEY}"}
-    assert len(server.bodies) == (1 if error is ValueError else 5)
+    # Whether the server refuses this one or all is asked once.
+    assert len(server.bodies) == {401: 1, 404: 2}.get(reply.status, 5)
+
+
+def test_a_request_that_is_refused_does_not_end_the_others():
+  """As by a filter of contents, though it is the first."""
+
+  def answer(body, number):
+    refused = chat_server.prompt(body) == "a revolver"
+    return chat_server.Reply(400, b"content_filter") if refused else "- legs"
+
+  with chat_server.serve(answer) as server:
+    own = language_models.ServerChat(server.url, "m")
+    words = [own.ask(text).why for text in ("a revolver", "a hen", "a revolver")]
+    assert words == ["request_refused", "", "request_refused"] and len(server.bodies) == 4
+    assert own.take_totals()["request_refused"] == 2
 
 
 def test_its_thread_ends_with_it():
@@ -136,9 +151,12 @@ def test_a_run_of_negatives_goes_on_by_another_server_and_key(tmp_path, capsys):
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert manifest["totals"]["requests"] == len(server.bodies)
   assert manifest["totals"]["prompt_tokens"] == 1000 * len(server.bodies)
-  with chat_server.serve(lambda body, number: "- black") as server:
-    assert run(server, "--api_key_env=OWN_KEY", "--batch_size=2") == 0
-    assert not server.bodies and server.keys == {f"Bearer {KEY}"}  # the check alone
-    assert run(server, f"--api_key_env={KEY}") == 2
+  (tmp_path / "out" / "facts" / "000002.json").unlink()
+  with chat_server.serve(lambda body, number: "- black") as other:
+    assert run(other, "--api_key_env=OWN_KEY", "--batch_size=2") == 0
+    assert other.bodies and other.keys == {f"Bearer {KEY}"}
+    asked = len(other.bodies)
+    assert run(other) == 0 and len(other.bodies) == asked and len(other.keys) == 1  # nor a check
+    assert run(other, f"--api_key_env={KEY}") == 2
   told = capsys.readouterr()
   assert "not the name of an environment variable" in told.err and KEY not in told.err + told.out

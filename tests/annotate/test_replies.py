@@ -41,6 +41,16 @@ DESCRIPTIONS = st.lists(WORDS.map(" ".join), min_size=1, max_size=10, unique=Tru
      ["too_long"] * 2),
     ("a dog\n---\n***", ["a dog"], ["empty", "empty"]),
     ("<think>a cat? no\n</think>a dog", ["a dog"], []),
+    ("A dog? Let me see.\n</think>\n\na dog", ["a dog"], []),
+    ("Sure! Here are the subjects\na dog\nHope this helps!", ["a dog"], ["heading"] * 2),
+    ("**Main subjects**\n- a dog", ["a dog"], ["heading"]),
+    ("['a brown dog', 'a man\\'s hat', \"a cat's tail\"]",
+     ["a brown dog", "a man's hat", "a cat's tail"], []),
+    ("[\"a man's hat\", 'a dog']", ["a man's hat", "a dog"], []),
+    ("{'list': ['a dog', 'a man's h", ["a dog"], ["cut_off"]),
+    ("A. a dog\nB. a cat", ["a dog", "a cat"], []),
+    ("T. rex skeleton\nA. Lincoln statue", ["T. rex skeleton", "A. Lincoln statue"], []),
+    ("a dog\n" * 9000, ["a dog"], ["duplicate"] * 8332 + ["cut_off"]),
     ("一只棕色的狗\na dog\nсобака", ["a dog"], ["other_script", "other_script"]),
     ("ein Bär in der Höhle", ["ein Bär in der Höhle"], []),
     ("\n".join(f"{i}. thing {i}" for i in range(1, 15)), [f"thing {i}" for i in range(1, 11)],
@@ -58,6 +68,24 @@ def test_a_single_line_of_subjects_is_a_list():
   assert replies.lines("dog, a cat, sofa.", commas=True).kept == ["dog", "a cat", "sofa"]
   assert replies.lines("a cat, asleep").kept == ["a cat, asleep"]
   assert replies.lines("собака", any_script=True).kept == ["собака"]
+
+
+@pytest.mark.parametrize(
+  ("text", "kept", "dropped"),
+  [
+    ("a dog\na ca", ["a dog"], ["cut_off"]),
+    ("a brown dog with a", [], ["cut_off"]),
+    ("a dog\na cat\n", ["a dog", "a cat"], []),
+    ("a dog\na cat\na dog", ["a dog", "a cat"], ["cut_off"]),
+    ("\n".join(f"thing {i}" for i in range(12)) + "\na th", [f"thing {i}" for i in range(10)],
+     ["too_many"] * 2 + ["cut_off"]),
+    ('["a dog", "a cat",', ["a dog", "a cat"], []),
+    ('["a dog", "a cat"]', ["a dog", "a cat"], []),
+    ("```\na dog\na cat\n```", ["a dog", "a cat"], []),
+  ],
+)  # fmt: skip
+def test_lines_of_a_reply_that_ended_at_the_most_tokens(text, kept, dropped):
+  assert replies.lines(text, cut=True) == (kept, dropped)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +114,25 @@ def test_why_a_reply_cannot_be_used(text, why):
     ("x" * 10_000, (None, "too_long")),
     ("a dog and " * 20, (None, "repeats_itself")),
     ("собака спит", (None, "other_script")),
+    ("The user wants a sentence.\n</think>\n\nA dog sleeps.", ("A dog sleeps.", None)),
+    ("Sure, here you go!\n\nA dog sleeps.", ("A dog sleeps.", None)),
+    ("Certainly! A dog sleeps.", ("A dog sleeps.", None)),
+    ("Sure, here is a caption: A dog.", ("A dog.", None)),
+    ("Here is a dog.", ("Here is a dog.", None)),
+    ("Here is your caption.\nA dog.", ("A dog.", None)),
+    ("**Description**\nA dog sleeps.", ("A dog sleeps.", None)),
+    ("Sure, here you go!", (None, "empty_reply")),
+    ("A dog lies on a sofa.\nIt sleeps.", ("A dog lies on a sofa. It sleeps.", None)),
+    ("T. rex stands.", ("T. rex stands.", None)),
   ],
 )
 def test_a_sentence_of_a_reply(text, expected):
-  assert replies.sentence(text) == expected
+  assert replies.sentence(text) == (*expected, 0)
+
+
+@pytest.mark.parametrize("text", ["A dog.\n\nIt shows a pet.", "1. A dog.\n2. A hound."])
+def test_lines_beyond_a_sentence_are_counted(text):
+  assert replies.sentence(text) == ("A dog.", None, 1)
 
 
 @hypothesis.given(ANY_TEXT, st.booleans(), st.booleans())
@@ -103,7 +146,7 @@ def test_of_any_text_at_most_ten_different_short_lines(text, any_script, commas)
     line.encode("utf-8")
     again = replies.lines(json.dumps([line]), any_script=any_script)
     assert again == ([line], [])  # what was taken would be taken as it is
-  caption, why = replies.sentence(text, any_script=any_script)
+  caption, why, _ = replies.sentence(text, any_script=any_script)
   assert (caption is None) != (why is None)
 
 
@@ -117,6 +160,23 @@ def test_however_a_list_is_written_its_lines_come_back(texts, form):
   assert replies.lines("Here they are:\n\n" + written).kept == texts
   assert replies.lines(json.dumps({"list": texts})) == (texts, [])
   assert replies.lines(f"```json\n{json.dumps(texts, indent=1)}\n```") == (texts, [])
+
+
+@hypothesis.given(DESCRIPTIONS, st.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_lines_cut_anywhere_give_no_part_of_one(texts, data):
+  whole = "\n".join(f"- {text}" for text in texts)
+  cut = data.draw(st.integers(1, len(whole)))
+  found = replies.lines(whole[:cut], cut=True)
+  assert found.kept == texts[: len(found.kept)] and len(found.kept) >= whole[:cut].count("\n")
+
+
+@hypothesis.given(
+  st.lists(st.text("ab' \\\"", min_size=3, max_size=9).map("a{}b".format), min_size=1, max_size=8)
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_a_list_of_python_is_one_of_json(texts):
+  assert replies.lines(repr(texts)) == replies.lines(json.dumps(texts))
 
 
 @hypothesis.given(DESCRIPTIONS, st.data())

@@ -215,3 +215,9 @@ def test_what_cannot_be_is_told_in_one_line(folders, capsys):
   assert "is not that of a stage" in told()
   (folders / "grounded" / "manifest.json").unlink()
   assert "not finished" in told()
+
+
+def test_a_region_of_a_long_description_has_the_short_one_still():
+  line = {"key": "a", "descriptions": ["a dog", "a sofa"],
+          "regions": [{**region("A brown dog sleeps.", 0.8), "of": "A dog"}]}  # fmt: skip
+  assert report_counts.without_box(line) == {"a sofa"}

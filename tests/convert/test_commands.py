@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from grain_jax import config as configs
 from grain_jax import export, keys, trees
-from grain_jax.convert import convert, run_folder, staging
+from grain_jax.convert import convert, run_folder, staging, weights
 
 
 @pytest.fixture
@@ -144,6 +144,17 @@ def test_safetensors_of_another_model_are_refused(run, tmp_path):
   ):
     (out / "config.json").write_text(text.replace(old, new, 1))
     stock.fails_in_one_line(call, tmp_path / "x", word)
+
+
+def test_positions_of_the_decoder_are_resized_with_those_of_the_tower(tiny, tmp_path, rng):
+  tiny.model.decoder.memory_positions = True
+  stock.random_run(tmp_path / "run", tiny, rng)
+  out = tmp_path / "weights"
+  export.export(str(tmp_path / "run"), format="safetensors", out=str(out))
+  convert.convert("safetensors", str(out), out=str(tmp_path / "large"), image_size=64)
+  params = weights.load(tmp_path / "large")[1]
+  patches = (64 // tiny.model.image.patch) ** 2
+  assert params["query_decoder"]["memory_positions"].shape[0] in (patches, patches + 1)
 
 
 def test_default_configuration_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):

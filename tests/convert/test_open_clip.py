@@ -49,6 +49,16 @@ def test_ce_clips_training_checkpoint_in_half_precision_has_quick_gelu(tmp_path,
   assert config.model.text.activation == config.model.image.activation == "quick_gelu"
 
 
+@pytest.mark.parametrize(("flag", "expected"), [(None, "quick_gelu"), (False, "gelu")])
+def test_openais_own_state_dict_has_quick_gelu(model, tmp_path, flag, expected):
+  """As of its archive, which notes three sizes beside the weights."""
+  sizes = {"input_resolution": 24, "context_length": 16, "vocab_size": 49408}
+  notes = {name: torch.tensor(size) for name, size in sizes.items()}
+  path = save({**model.state_dict(), **notes}, tmp_path / "ViT-B-32.pt")
+  config, _ = convert.read("open_clip", path, quick_gelu=flag)
+  assert config.model.image.activation == config.model.text.activation == expected
+
+
 def test_through_transformers_and_back_is_bit_equal(model, tmp_path):
   """OpenCLIP has no export: out as CLIPModel and as safetensors, and in again."""
   path = save(model.state_dict(), tmp_path / "clip.pt")

@@ -20,7 +20,7 @@ from torch.nn import functional
 import grain_jax
 from grain_jax import config as configs
 from grain_jax import export, tokenizing, trees
-from grain_jax.convert import convert, start
+from grain_jax.convert import big_vision, convert, start
 from grain_jax.models import grain
 from grain_jax.training import optim
 
@@ -269,7 +269,7 @@ def other_vocabulary(folder):
     (edit("tokenizer_config.json", padding_side="left"), "padding_side = 'left'"),
     (edit("tokenizer_config.json", do_lower_case=False), "do_lower_case"),
     (edit("tokenizer_config.json", pad_token="<none>"), "has no token <none>, which pads"),
-    (other_vocabulary, "vocab_size = 20 is fewer than"),
+    (other_vocabulary, "a tokenizer of 33 tokens"),
     (edit_weights(lambda s: {**s, "extra": s["logit_bias"]}), "has the unknown extra"),
     (
       edit_weights(lambda s: {k: v for k, v in s.items() if "probe" not in k}),
@@ -328,6 +328,25 @@ def test_bfloat16_differs_by_its_rounding_alone(run, rng):
   config.model.dtype = "bfloat16"
   got = grain.build(config).apply({"params": params}, image, method="encode_image")
   assert np.abs(np.asarray(got) - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_an_npz_of_another_vocabulary_is_refused(folder, tmp_path):
+  """The tokenizer is SigLIP's too, of 33 tokens."""
+  np.savez(tmp_path / "x.npz", **siglip.big_vision(siglip.make(vocabulary=400), scanned=False))
+  call = lambda: convert.convert(  # noqa: E731
+    "siglip", str(tmp_path / "x.npz"), out=str(tmp_path / "out"), tokenizer=str(folder)
+  )
+  stock.fails_in_one_line(call, tmp_path / "out", "of 33 tokens", "400")
+
+
+@pytest.mark.parametrize(("size", "said"), [(384, "One of 384 has as many"), (224, "")])
+def test_a_size_that_its_patches_do_not_fill_is_told(size, said, tmp_path, caplog):
+  """So400m/14: an .npz does not say that 27 patches of 14 are of 384 pixels."""
+  model = siglip.make(image_size=size, patch_size=14)
+  np.savez(tmp_path / "x.npz", **siglip.big_vision(model, scanned=False))
+  facts = big_vision.read(tmp_path / "x.npz").facts
+  assert facts["model.image.size"] == size // 14 * 14
+  assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 def test_without_its_tokenizer_it_takes_token_ids(copy, folder, run, tmp_path, caplog):

@@ -93,13 +93,17 @@ def describe_changes(
   new = find_images()
   if new is None or new == inputs["images"]:
     return []
+  return [f"images: {describe_images(inputs['images'], new)}"]
+
+
+def describe_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  """What of two different results of `images` differs, in words."""
   parts = [
-    f"{what} {inputs['images'][what]:,} -> {new[what]:,}"
+    f"{what} {old[what]:,} -> {new[what]:,}"
     for what in ("files", "missing", "bytes")
-    if inputs["images"][what] != new[what]
+    if old[what] != new[what]
   ]
-  words = ", ".join(parts) or f"the time or name of some of {new['files']:,} files"
-  return [f"images: {words}"]
+  return ", ".join(parts) or f"the time or name of some of {new['files']:,} files"
 
 
 def _changed_tokens(manifest: Mapping[str, Any], new: Mapping[str, Any] | None) -> list[str]:
