@@ -38,7 +38,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grain_jax import cli, places, schema, tokenizing
+from grain_jax import cli, local_files, places, schema, tokenizing
 from grain_jax import encoders as encoders_lib
 from grain_jax.convert import weights
 from grain_jax.evals import retrieval
@@ -151,7 +151,7 @@ def output(path: str, *, overwrite: bool) -> Iterator[Callable[..., None]]:
     if remote:
       temporary.write_text("")  # the right to write is tried
       temporary.unlink()
-      temporary = places.temporary_folder() / out.name
+      temporary = local_files.temporary_folder() / out.name
     temporary.touch()
   except OSError as error:
     line = f"--out={out} cannot be written ({error.strerror}). Name another place."

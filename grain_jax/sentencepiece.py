@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax import places, textfiles, tokenizer
+from grain_jax import local_files, places, textfiles, tokenizer
 
 FILES = ("tokenizer.json", "spiece.model")  # either holds the vocabulary; the first is preferred
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -158,7 +158,7 @@ class SentencePiece(tokenizer.Tokenizer):
   def __init__(self, folder: str | os.PathLike, context: int = 256, *, pads: bool = False):
     super().__init__(context, pads=pads)
     self.folder = places.at(folder)
-    folder = places.fetch(folder)  # which `transformers` opens itself
+    folder = local_files.fetch(folder)  # which `transformers` opens itself
     path = find_file(folder)
     self._kind = kind = read_kind(folder)
     digest = hashlib.sha256(path.read_bytes())

@@ -323,7 +323,7 @@ for name, text in texts.items():
 places.upload(here, places.at("gs://test/beside"))
 for name in ("model.safetensors.index.json", "two.safetensors"):
   for beside in (True, False):
-    found = places.fetch(f"gs://test/beside/{name}", beside=beside)
+    found = local_files.fetch(f"gs://test/beside/{name}", beside=beside)
     assert found.read_text() == texts[name]
     print(*sorted(path.name for path in found.parent.iterdir()))
 """

@@ -27,6 +27,7 @@ LEVELS = (
     "cli",
     "helptext",
     "jsonfiles",
+    "local_files",
     "recipes",
     "places",
     "schema",

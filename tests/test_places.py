@@ -41,7 +41,8 @@ def test_what_a_killed_process_left_goes_with_the_next_and_a_live_one_s_stays(tm
   """Copies of weights, which would fill the disk start by start."""
   (tmp_path / "grain_jax-data").mkdir()  # a user's
   program = (
-    "import os, sys; from grain_jax import places; print(places.temporary_folder(), flush=True)\n"
+    "import os, sys\nfrom grain_jax import local_files\n"
+    "print(local_files.temporary_folder(), flush=True)\n"
     "sys.stdin.read() if sys.argv[1] == 'live' else os._exit(9)"
   )
 

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import places
+from grain_jax import local_files, places
 from grain_jax.convert import (
   clippy,
   dino,
@@ -119,7 +119,7 @@ def _read(
         f"--tokenizer is for --from={' and --from='.join(_WITH_TOKENIZER)}; {source} has its own."
       )
     load = functools.partial(load, tokenizer=tokenizer)
-  file = places.fetch(path, beside=True)
+  file = local_files.fetch(path, beside=True)
   try:
     found = load(file)
   except ValueError as error:

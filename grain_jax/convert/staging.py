@@ -8,7 +8,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from grain_jax import places
+from grain_jax import local_files, places
 
 
 def refuse_existing(out: pathlib.Path) -> None:
@@ -26,7 +26,7 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   refuse_existing(out)
   if places.is_bucket(out):
-    temporary = places.temporary_folder() / out.name
+    temporary = local_files.temporary_folder() / out.name
     yield temporary
     refuse_existing(out)
     places.upload(temporary, out, last=("config.json",))

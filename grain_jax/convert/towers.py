@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from grain_jax import config as configs
-from grain_jax import places, tokenizing, trees
+from grain_jax import local_files, places, tokenizing, trees
 from grain_jax.convert import staging
 
 # Parameters of a part, by the start of their names.
@@ -90,7 +90,7 @@ def load(folder: str | os.PathLike) -> tuple[str, ml_collections.ConfigDict, Any
   assert part is not None, f"{folder} holds no tower: ask `find` first"
   path = places.at(folder) / file_name(part)
   try:
-    state = safetensors.numpy.load_file(places.fetch(path))
+    state = safetensors.numpy.load_file(local_files.fetch(path))
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path} is truncated or not a safetensors file ({error}).") from error
   params = flax.traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in state.items()})

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
-from grain_jax import cli, failures, places
+from grain_jax import cli, failures, local_files
 from grain_jax.failures import EXIT_RESTART as RESTART
 from grain_jax.runtime import addresses, memory, preemption
 from grain_jax.runtime.watchdog import Watchdog
@@ -142,7 +142,7 @@ def session(address: addresses.Address | None, *, limit: float = 0.0) -> Iterato
 
 def _leave(code: int) -> None:
   """Ends this process at once; its copies of what lies in buckets go, if the disk lets them."""
-  removing = threading.Thread(target=places.remove_temporary, daemon=True)
+  removing = threading.Thread(target=local_files.remove_temporary, daemon=True)
   removing.start()
   removing.join(10)
   os._exit(code)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from grain_jax import places, textfiles
+from grain_jax import local_files, places, textfiles
 
 Pairs = Mapping[str, tuple[Any, Any]]
 
@@ -141,7 +141,7 @@ class Profiler:
     self._folder = folder
     # The profiler of JAX writes to a disk.
     bucket = bool(self._first) and places.is_bucket(folder)
-    self._local = places.temporary_folder() if bucket else folder
+    self._local = local_files.temporary_folder() if bucket else folder
     self._running = False
 
   def before(self, step: int) -> None:

@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from clu import metric_writers
 
-from grain_jax import failures, places
+from grain_jax import failures, local_files, places
 from grain_jax.data import host_tensorflow  # noqa: F401  hides the GPUs before a writer is made
 from grain_jax.runtime.metrics import read_jsonl
 
@@ -130,7 +130,7 @@ def create_writer(workdir: pathlib.Path, *, start_step: int) -> metric_writers.M
   if jax.process_index() != 0:
     return metric_writers.MultiWriter([])
   if places.is_bucket(workdir):
-    folder = places.temporary_folder()
+    folder = local_files.temporary_folder()
     if (workdir / METRICS).is_file():
       (folder / METRICS).write_bytes((workdir / METRICS).read_bytes())
     return _Mirrored(folder, workdir, start_step=start_step)

@@ -18,7 +18,6 @@ from absl import logging
 
 from grain_jax import encoders as encoders_lib
 from grain_jax import evaluate, schema, trees
-from grain_jax.convert import start
 from grain_jax.data import local_copy, pipeline
 from grain_jax.evals.inputs import attempts
 from grain_jax.evals.page import results as results_lib
@@ -26,7 +25,7 @@ from grain_jax.models import attention, grain
 from grain_jax.runtime import checkpoint, distributed, memory, metrics, preemption, workdirs
 from grain_jax.runtime import mesh as meshes
 from grain_jax.training import (
-  continuation,
+  first_state,
   notices,
   optim,
   provenance,
@@ -88,9 +87,10 @@ def train(
     meta = {"config": config.to_dict(), **run.fingerprints, "batch_shards": batch_shards}
     failed = FailedEvaluations(folder)
     with jax.set_mesh(mesh):
-      state = _start(
-        config, init, abstract, checkpoints, folder=folder, meta=meta, changing=continue_as
-      )
+      state = first_state.make(
+        config, init, abstract, checkpoints, folder=folder, meta=meta, changing=continue_as,
+        say=_say,
+      )  # fmt: skip
       provenance.write_config(folder, config)
       step, total_steps = int(state.step), run.total_steps
       train_step = steps.make_train_step(
@@ -155,42 +155,6 @@ def train(
   if error := attempts.error_of(failed.take(), kept=f"{folder}, and so is the model"):
     raise error
   return results
-
-
-def _start(
-  config: ml_collections.ConfigDict,
-  init: Any,
-  abstract: Any,
-  checkpoints: checkpoint.Checkpoints,
-  *,
-  folder: pathlib.Path,
-  meta: dict[str, Any],
-  changing: Sequence[str],
-) -> steps.TrainState:
-  """The fresh state, or that of the newest checkpoint; the workdir has taken a checkpoint of it."""
-  if checkpoints.agree_on_latest() is not None:
-    state, found = checkpoints.restore(abstract)
-    others = {name: value for name, value in meta.items() if name != "config"}
-    provenance.check_checkpoint(folder, found, config, others, changing=changing)
-    continuation.check_step(config, int(state.step), folder)
-    workdirs.prove_saving(folder, lambda: workdirs.save_probe(folder, state))
-    return state
-  state = init()
-  if start.chosen(config):
-    state = state.replace(params=start.start_from(config, state.params, say=_say))
-    if state.ema is not None:
-      state = state.replace(ema=jax.tree.map(jax.numpy.copy, state.params))
-    if state.teacher is not None:
-      state = state.replace(teacher=jax.tree.map(jax.numpy.copy, state.params))
-
-  def save() -> None:
-    distributed.report_progress("saving", 0)  # a bucket that does not answer is asked for long
-    checkpoints.save(0, state, {**meta, "step": 0})
-    checkpoints.wait()
-    distributed.report_progress("starting", 0)
-
-  workdirs.prove_saving(folder, save)
-  return state
 
 
 def _evaluate_last(

@@ -216,9 +216,9 @@ def test_a_link_that_fails_while_processes_join_may_hold_the_next_time(monkeypat
 )
 def test_copies_from_buckets_go_with_a_process_that_ends_at_once(tmp_path, end, code):
   program = (
-    "from absl import flags\nfrom grain_jax import places\n"
+    "from absl import flags\nfrom grain_jax import local_files\n"
     "from grain_jax.runtime import distributed, preemption\nflags.FLAGS(['x'])\n"
-    "(places.temporary_folder() / 'weights.bin').write_bytes(b'x')\n"
+    "(local_files.temporary_folder() / 'weights.bin').write_bytes(b'x')\n"
     f"with distributed.session(None):\n  {end}\n"
   )
   environ = {**os.environ, "TMPDIR": str(tmp_path)}
