@@ -156,15 +156,12 @@ def _parts(out: pathlib.Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _read_parts(file: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The whole lines of a file; what follows one that was not written to its end is not there."""
-  for line in file.read_bytes().splitlines(keepends=True):
+  """The lines of a file, but for those that were not written to their end."""
+  for line in file.read_bytes().split(b"\n")[:-1]:
     try:
-      part = json.loads(line) if line.endswith(b"\n") else None
+      yield json.loads(line)
     except ValueError:
-      part = None
-    if part is None:
-      return
-    yield part
+      continue
 
 
 def _remove_parts(out: pathlib.Path, number: int) -> None:
@@ -211,7 +208,11 @@ def write_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
 
 
 def append_line(path: pathlib.Path, value: Any) -> None:
-  """Adds a line to a file of this process."""
+  """Adds a line to a file of this process, or of a killed one of the same number (in a pod: 1)."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a", encoding="utf-8") as file:
-    file.write(text_of([value]))
+  with path.open("ab+") as file:
+    if file.tell():
+      file.seek(-1, os.SEEK_END)
+      cut = file.read() != b"\n"
+      file.write(b"\n" * cut)
+    file.write(text_of([value]).encode())

@@ -64,6 +64,16 @@ def test_whatever_text_is_written_comes_back(tmp_path):
   assert block_files.read_lines(tmp_path / "x.jsonl") == values
 
 
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+  """In a pod the process that goes on has the number of the one that was killed."""
+  file = tmp_path / "parts" / "000000.vm-1.jsonl"
+  for value in ({"n": 1}, {"n": 2}):
+    block_files.append_line(file, value)
+  file.write_bytes(file.read_bytes()[:-3])
+  block_files.append_line(file, {"n": 3})
+  assert list(block_files._read_parts(file)) == [{"n": 1}, {"n": 3}]
+
+
 def test_pictures_that_changed_are_refused(stage, tmp_path):
   add_tar(tmp_path / "tars", 0)
   run(webdataset.source(tmp_path / "tars"), tmp_path / "of_tars")
