@@ -312,7 +312,7 @@ def test_a_checkpoint_that_was_cut_off_is_none_and_a_damaged_one_is_set_aside(bu
 
 BESIDE = """
 import json, pathlib, tempfile
-from grain_jax import places
+from grain_jax import local_files, places
 here = pathlib.Path(tempfile.mkdtemp())
 texts = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "one.safetensors"}}),
          "one.safetensors": "1", "two.safetensors": "2", "open_clip_config.json": "{}",
