@@ -52,7 +52,8 @@ ARMS: dict[str, dict[str, Any]] = {
   "grain_spoilt": {"data": "spoilt_regions"},
   "grain_plus": {
     "data.negatives": 4, "data.negatives_of": "caption", "data.negatives_per_region": 1,
-    "data.row_length": 160, "loss.rank": 0.2, "loss.intra": 0.3, "model.auxiliary_pool": "max",
+    "data.row_length": 160, "loss.rank": 0.2, "loss.intra": 0.3, "model.pool": "class",
+    "model.auxiliary_pool": "max",
   },
 }  # fmt: skip
 METRICS = {  # name in results.json -> heading

@@ -181,15 +181,15 @@ class Grain(nn.Module):
   def encode_patches(self, image: Array) -> Array:
     """u8 [B, H, W, 3] -> patches in the space of the texts [B, H / patch, W / patch, E].
 
-    Of GRAIN a patch is what a region query makes of an image of which it sees that token alone;
-    so it is of attention pooling. Where else the image's embedding, or its auxiliary one, is pooled
-    from tokens, a patch's token takes the projection that the pooled one takes (as CLIPpy, arXiv
-    2210.09996, reads patches).
+    With a query decoder a patch is what a region query makes of an image of which it sees that
+    token alone; so it is with attention pooling. Where else the image's embedding, or its auxiliary
+    one, is pooled from tokens, a patch's token takes the projection that the pooled one takes (as
+    CLIPpy, arXiv 2210.09996, reads patches).
     """
     side = self.image_tower.size // self.image_tower.patch
     tokens = self.encode_tokens(image)
     first = int(self.image_tower.class_token)
-    if self.pool == "query":
+    if self.query_decoder is not None:
       x = self.query_decoder(tokens, alone=True)[-1, :, 0]
       patches = self.region_projection(x).reshape(*tokens.shape[:2], -1)[:, first:]
     elif self.auxiliary_pool != "none":

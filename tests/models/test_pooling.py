@@ -52,13 +52,18 @@ def test_without_a_projection_patches_are_in_the_space_of_the_pooled_token(tiny_
   assert_allclose(got, torch.nn.functional.normalize(best, dim=-1), atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", ["query", "class"])
-def test_patches_are_read_by_region_queries_or_else_by_the_auxiliary_embedding(tiny, images, pool):
+@pytest.mark.parametrize(
+  ("method", "pool"), [("grain", "class"), ("grain", "max"), ("clip", "class")]
+)
+def test_patches_are_read_by_region_queries_or_else_by_the_auxiliary_embedding(
+  tiny, images, method, pool
+):
+  tiny.method = method
   tiny.model.update(pool=pool, auxiliary_pool="max")
   got, params = apply(tiny, "encode_patches", images)
-  if pool == "query":
+  if method == "grain":
     alone = {k: v for k, v in params.items() if k != "auxiliary_projection"}
-    tiny.model.auxiliary_pool = "none"
+    tiny.model.update(pool="query", auxiliary_pool="none")  # as GRAIN is
     want = grain.build(tiny).apply({"params": alone}, images, method="encode_patches")
   else:
     tokens, _ = apply(tiny, "encode_tokens", images)
