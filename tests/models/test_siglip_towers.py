@@ -104,6 +104,8 @@ def test_attention_pooling_of_any_tower_is_torchs(tiny, rng, method, class_token
 
   want = project(torch_pooling(params["pooling"], tokens, 2))
   assert_allclose(model.apply({"params": params}, images, method="encode_image"), want, atol=1e-5)
+  if method == "grain":  # whose region queries read the patches
+    return
   alone = np.asarray(tokens)[:, int(class_token) :].reshape(12, 1, 32)
   want = project(torch_pooling(params["pooling"], alone, 2)).reshape(3, 2, 2, 16)
   assert_allclose(model.apply({"params": params}, images, method="encode_patches"), want, atol=1e-5)
