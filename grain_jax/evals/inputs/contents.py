@@ -29,13 +29,13 @@ def describe(contents: Sequence[Any], root: pathlib.Path | None = None) -> str:
 def _pieces(value: Any, root: pathlib.Path | None) -> Iterator[bytes]:
   """Bytes that tell values apart, each with the kind of what it is a part of."""
   if isinstance(value, str):
-    yield b"s" + value.encode("utf-8", "surrogateescape")
+    yield b"s" + value.encode("utf-8", "surrogatepass")
   elif isinstance(value, bytes):
     yield b"b" + value
   elif isinstance(value, pathlib.PurePath):
     below = root is not None and value.is_relative_to(root)
     name = value.relative_to(root).as_posix() if below else value.as_posix()
-    yield b"p" + name.encode("utf-8", "surrogateescape")
+    yield b"p" + name.encode("utf-8", "surrogatepass")
   elif isinstance(value, np.ndarray):
     yield f"a{value.dtype}{value.shape}".encode()
     yield np.ascontiguousarray(value).tobytes()

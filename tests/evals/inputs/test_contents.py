@@ -44,6 +44,7 @@ def test_paths_count_from_the_root_and_arrays_by_every_number():
   assert of("/a/x/1.jpg", [0.5], "/a") == of("/b/c/x/1.jpg", [0.5], "/b/c")
   assert of("/a/x/1.jpg", [0.5], "/a") != of("/a/x/1.jpg", [0.25], "/a")
   assert of("/a/x/1.jpg", [0.5], "/a") != of("/a/y/1.jpg", [0.5], "/a")
+  assert len({of(name, [], "/a") for name in ("/a/\ud83d", "/a/\udce9", "/a/x")}) == 3
   assert contents.describe((range(0, 1000),)).startswith("1,000 items, digest ")
   with pytest.raises(TypeError, match="contents hold a object"):
     contents.describe(([object()],))
