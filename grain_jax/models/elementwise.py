@@ -29,16 +29,21 @@ def quick_gelu(x: Array) -> Array:
 
 
 _written_out = contextvars.ContextVar("written_out", default=False)
+_rematerialized = contextvars.ContextVar("rematerialized", default=False)
 
 
 @contextlib.contextmanager
-def layers_written_out() -> Iterator[None]:
-  """Around the trace of layers that are no body of a loop: see `compute_again`."""
-  token = _written_out.set(True)
+def layers_written_out(*, rematerialized: bool = False) -> Iterator[None]:
+  """Around the trace of layers that are no body of a loop: see `compute_again`.
+
+  `rematerialized`: a layer as a whole is under `jax.checkpoint`, which has a barrier of its own.
+  """
+  tokens = _written_out.set(True), _rematerialized.set(rematerialized)
   try:
     yield
   finally:
-    _written_out.reset(token)
+    _written_out.reset(tokens[0])
+    _rematerialized.reset(tokens[1])
 
 
 def are_layers_written_out() -> bool:
@@ -106,7 +111,10 @@ def activate(name: str, x: Array, bias: Array | None = None) -> Array:
     [..., D], in the dtype of x.
   """
   bias = jnp.zeros(x.shape[-1:], x.dtype) if bias is None else bias
-  return _activate(name, are_layers_written_out(), x, bias)
+  # Under a checkpoint the activation is computed again beside its derivative: with a barrier
+  # between the two, x would be read once for each.
+  written_out = are_layers_written_out() and not _rematerialized.get()
+  return _activate(name, written_out, x, bias)
 
 
 def _apply(name: str, x: Array, bias: Array) -> Array:

@@ -357,7 +357,7 @@ class Stack:
 
     @jax.jit  # traced and lowered once and not once a layer; the compiler writes the calls out
     def run_layer(params: Any, key: Array | None, carry: Array, *inputs: Any) -> tuple[Array, Any]:
-      with elementwise.layers_written_out():
+      with elementwise.layers_written_out(rematerialized=self.remat != "none"):
         return self.apply_block(params, carry, *inputs, dropout_key=key)
 
     outputs = []

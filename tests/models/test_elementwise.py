@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from grain_jax.models import elementwise
+from grain_jax.models import elementwise, layers
 
 SHAPES = ((2, 7, 48), (3, 16), (1, 2, 3, 64))
 TORCH = {
@@ -116,3 +116,36 @@ def test_bfloat16_is_rounded_once():
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-7, atol=1e-6)
   for ours, exact in zip(half[2:], whole[2:], strict=True):
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rematerialized", "barriers"), [(False, 1), (True, 0)])
+def test_an_activation_is_hidden_from_the_forward_pass_once(rematerialized, barriers):
+  """In its own backward pass, or by the checkpoint around the whole layer."""
+
+  def loss(x):
+    with elementwise.layers_written_out(rematerialized=rematerialized):
+      return elementwise.activate("gelu", x).sum()
+
+  text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 3))))
+  assert text.count("optimization_barrier") == barriers
+
+
+def test_stacks_say_whether_their_layers_are_rematerialized(monkeypatch):
+  told = []
+  within = elementwise.layers_written_out
+
+  def note(**given):
+    told.append(given)
+    return within(**given)
+
+  monkeypatch.setattr(elementwise, "layers_written_out", note)
+  params = {"mlp": {"kernel": jnp.ones((2, 3, 3))}}
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3, use_bias=False, name="mlp")(x), None
+
+  for remat in ("none", "elementwise"):
+    layers.Stack(Block, {}, unroll=-1, remat=remat).apply(params, jnp.ones((2, 3)))
+  assert told == [{"rematerialized": False}, {"rematerialized": True}]
