@@ -10,7 +10,7 @@
 # are gs:// paths: a mounted bucket cannot rename folders, as a checkpoint needs. Variables
 # (docs/launching.md): PROJECT, REPOSITORY (grain_jax, in the home folder), SOURCE (a git URL; by
 # default the files of this repository are copied) and REVISION, PREPARE (a command before setup),
-# PYTHON, RUN (grain), RESTARTS (20), RESTART_SECONDS (10). DRY_RUN=1 prints the commands instead.
+# PYTHON, RUN (grain), RESTARTS (20), RESTART_SECONDS (40). DRY_RUN=1 prints the commands instead.
 set -euo pipefail
 : "${TPU_NAME:?is the name of the TPU slice}" "${ZONE:?is the zone of the TPU slice}"
 cd "$(dirname "$0")/.."
@@ -38,7 +38,7 @@ at_host() {
   local text
   printf -v text ' %q' "$@"
   printf 'cd %q && RUN=%q RESTARTS=%q RESTART_SECONDS=%q bash launch/tpu_host.sh%s' \
-    "$repository" "${RUN:-grain}" "${RESTARTS:-20}" "${RESTART_SECONDS:-10}" "$text"
+    "$repository" "${RUN:-grain}" "${RESTARTS:-20}" "${RESTART_SECONDS:-40}" "$text"
 }
 
 setup() {
