@@ -1,7 +1,7 @@
 """Every key of a configuration, with its default, unit and reason; recipes state what differs.
 
-The defaults are the published GRAIN run (arXiv 2412.04429): ViT-B/16, 35 epochs, batch 2,048; but for
-what README's table of recipes names.
+The defaults are the published GRAIN run (arXiv 2412.04429), ViT-B/16, 35 epochs, batch 2,048, but
+for what README's table of recipes names.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ def test_a_switch_is_turned_off_by_no(parse):
     (("--config=configs/quikstart.py", "--workdir=w"), ["configs/quikstart.py", "=quickstart?"]),
     (("--config", "configs/quikstart.py", "--workdir=w"), ["no file", "--config=quickstart?"]),
     ((f"--config={CONFIG}:optimizer.rate=1", "--workdir=w"), ["config.optimizer.rate"]),
-    ((f"--config={CONFIG}:runlocale", "--workdir=w"), ["'runlocale'", "runlocal"]),
+    (
+      (f"--config={CONFIG}:runlocale", "--workdir=w"),
+      ["'runlocale' is neither 'runlocal' nor"],
+    ),
     ((*FULL, "--wrokdir=x"), ["wrokdir", "Did you mean --workdir?"]),
     ((*FULL, "--output_dir=x"), ["output_dir", "Did you mean --workdir?"]),
     ((*FULL, "--lr=1e-3"), ["--lr", "Did you mean --config.optimizer.lr?"]),

@@ -180,10 +180,10 @@ def test_modules_take_the_choices_of_a_key_from_one_list(monkeypatch):
   ("key", "nearest"),
   [
     ("optimzer.lr", "config.optimizer.lr"),
-    ("optimizer.learning_rate", "config.optimizer"),
+    ("optimizer.learning_rate", "Did you mean config.optimizer.lr?"),
     ("max_regions", "config.data.max_regions"),
     ("model.image.widht", "config.model.image.width"),
-    ("seed.of", "config.seed"),
+    ("seed.of", "Did you mean config.seed?"),
   ],
 )
 def test_unknown_key_names_the_nearest(key, nearest):

@@ -184,7 +184,7 @@ def test_it_waits_as_long_as_the_server_asks_and_longer_each_time():
   with chat_server.serve(answer) as server:
     result, _ = annotate_one(server, stages=1, no_caption=True, backoff=0.1)
   waits = np.diff(server.times)
-  assert result.line and waits[0] >= 1.0 and 0.2 <= waits[1] < 1.0 and waits[2] >= 0.4
+  assert result.line and waits[0] >= 1.0 and waits[1] >= 0.2 and waits[2] >= 0.4
 
 
 def test_retry_after_as_a_date():

@@ -88,7 +88,7 @@ def test_what_evaluation_reads_is_written(tmp_path, capsys):
   if REAL.is_dir():  # of the same make as a published one
     real = json.loads((REAL / "food101.json").read_text())
     assert type(real) is dict and {type(v) for v in real.values()} == {list}
-    assert out.read_text().startswith('{\n    "hen": [\n        "two legs",')
+  assert out.read_text().startswith('{\n    "hen": [\n        "two legs",')
   assert server.keys == {f"Bearer {KEY}"}
   body = server.bodies[0]
   assert body["model"] == "tiny" and body["temperature"] == 0 and "10" in json.dumps(body)

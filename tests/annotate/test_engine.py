@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import toy_data
@@ -235,12 +234,14 @@ def test_captions_of_two_stages_stand_one_after_another(source, tmp_path, monkey
 
 
 PROGRAM = """
-import sys
+import os, signal, sys, threading
 sys.path[:0] = {paths!r}
 import test_engine
 from grain_jax.annotate import engine, stages
 from grain_jax.data.sources import folder
 stages.make = lambda name, settings: test_engine.Lengths(settings)
+if {after}:
+  threading.Timer({after}, os.kill, (os.getpid(), signal.SIGKILL)).start()
 engine.run(folder.source({root!r}), "lengths", {{"a": 1}}, __import__("pathlib").Path({out!r}),
            execute=engine.here)
 """
@@ -252,14 +253,13 @@ def test_killed_at_any_moment_it_goes_on(lengths, source, tmp_path, seed):
   """By SIGKILL: the same annotations, none twice, none lost."""
   run(source, tmp_path / "whole")
   out, random_ = tmp_path / "out", random.Random(seed)
-  program = PROGRAM.format(paths=PATHS, root=source.recipe["arguments"]["input"], out=str(out))
+  values = {"paths": PATHS, "root": source.recipe["arguments"]["input"], "out": str(out)}
+  codes = []
   for _ in range(2):
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + random_.uniform(0.3, 3.0)
-    while process.poll() is None and time.monotonic() < deadline:
-      time.sleep(0.01)
-    process.kill()
-    process.wait()
+    program = PROGRAM.format(**values, after=random_.uniform(0.01, 0.3))
+    codes.append(subprocess.run([sys.executable, "-c", program], capture_output=True).returncode)
+  assert -signal.SIGKILL in codes
+  program = PROGRAM.format(**values, after=0)
   subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
   assert annotations(out) == annotations(tmp_path / "whole")
 

@@ -79,7 +79,7 @@ def test_what_is_damaged_is_what_pillow_makes_of_it(data):
   np.testing.assert_array_equal(decoded(file), by_pillow(file))
 
 
-def test_a_file_cut_anywhere_is_no_image():
+def test_a_file_cut_before_its_pixels_is_no_image():
   data = encode(0, 16, 16)
   for end in range(data.index(b"\xff\xda") + 2):
     with pytest.raises(ValueError):

@@ -94,11 +94,11 @@ def test_useful_is_less_than_executed_and_causes_are_part_of_the_traffic(found):
 
 
 def test_scanned_and_unrolled_counts_agree(small, found):
-  """Products alone, exactly, against XLA's count, which has element-wise work on top."""
+  """Products alone against XLA's count, which has element-wise work on top: 15 % in this model."""
   options = plan_estimate.Options(examples=1000, count="scanned")
   scanned = plan_estimate.Planner(small, plan_chips.parse("cpu:8"), options).plan(4)
   assert (found["counted"], scanned["counted"]) == ("unrolled", "scanned")
-  assert scanned["flops_per_chip"] <= found["flops_per_chip"]
+  assert 0.8 * found["flops_per_chip"] < scanned["flops_per_chip"] <= found["flops_per_chip"]
   assert_allclose(
     scanned["collective_bytes_per_chip"]["all-reduce"],
     found["collective_bytes_per_chip"]["all-reduce"],

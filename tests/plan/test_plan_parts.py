@@ -39,7 +39,8 @@ def test_published_figures_of_the_chips():
 
 
 def test_a_plan_for_gpus_has_the_memory_that_a_run_takes(tiny, monkeypatch):
-  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # so that what `prepare` sets goes again
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
   distributed.prepare(tiny)
   fraction = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
   monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")

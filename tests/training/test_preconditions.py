@@ -67,17 +67,19 @@ def test_allowed_it_says_so_and_trains(config, tmp_path, caplog):
     {"data.max_regions": 0},
   ],
 )
-def test_nothing_is_said_where_no_region_is_asked_for(config, captions_only, change):
+def test_nothing_is_said_where_no_region_is_asked_for(config, captions_only, change, caplog):
   config.update_from_flattened_dict(change)
   preconditions.check_regions(config, dataset.open_dataset(captions_only))
+  assert not caplog.records
 
 
-def test_nothing_is_said_of_data_with_regions_or_without_the_count(config, scenes_dir, tmp_path):
+def test_nothing_is_said_of_data_with_regions_or_without_the_count(config, scenes_dir, caplog):
   preconditions.check_regions(config, dataset.open_dataset(scenes_dir))
   opened = dataset.open_dataset(config.data.dir)
   manifest = json.loads(json.dumps(opened.manifest))
   assert manifest["splits"]["train"].pop("regions") == 0
   preconditions.check_regions(config, dataset.Dataset(opened.directory, manifest))
+  assert not caplog.records
 
 
 def test_a_config_of_before_the_key_goes_on(config, captions_only):
