@@ -276,7 +276,7 @@ class RayLengths(annotate.Annotator):
     super().perform(made, task)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_of_which_a_worker_is_killed(lengths, source, tmp_path):
   """Two workers, the same annotations: none twice, none lost."""
   ray = pytest.importorskip("ray")

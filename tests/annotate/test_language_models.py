@@ -135,6 +135,7 @@ def test_its_thread_ends_with_it():
   assert not thread.is_alive()
 
 
+@pytest.mark.long
 def test_a_run_of_negatives_goes_on_by_another_server_and_key(tmp_path, capsys):
   """The address is no path, and what is done is not done again."""
   tiny_language.make_tagger(tmp_path / "tagger")

@@ -149,7 +149,7 @@ def test_the_best_metric_may_be_of_any_evaluation_that_the_run_will_have(scenes_
     configs.check(config, settled=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_validation_is_the_loss_of_the_model_without_dropout(scenes_dir, tmp_path):
   """Worked out once more by hand: the same batches, through the model and the objective."""
   import jax

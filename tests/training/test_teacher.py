@@ -155,7 +155,7 @@ def test_bad_records_of_a_validation_are_counted_and_end_nothing(
   assert "2 records of split 'val' are bad" in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_goes_on_keeps_its_teacher(data, tmp_path, capsys):
   """Bit for bit what the run comes to that is never stopped."""
   c = configs.load(f"configs/quickstart.py:{kills.TINY}")
