@@ -57,10 +57,11 @@ def check_found() -> None:
 
 
 def _tpu_chips() -> int:
-  """TPU chips on this machine's bus, whether JAX can use them or not."""
+  """TPU chips on this machine's bus, whether JAX can use them or not; 0 where it does not count."""
   from jax._src import hardware_utils
 
-  return hardware_utils.num_available_tpu_chips_and_device_id()[0]
+  count = getattr(hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (0, None))
+  return count()[0]
 
 
 def _asked() -> str:
