@@ -18,6 +18,7 @@ _SETTINGS = (".json", ".txt", ".model")  # of weights: configurations and vocabu
 _MOST_SETTINGS = 64 << 20  # bytes; Gemma's vocabulary has 33 MB
 # A name that no folder of a user has: what dead processes left is removed by it.
 _SCRATCH = ".grain_jax-process-"
+_TRIES = 5
 
 
 @functools.cache
@@ -27,11 +28,14 @@ def _scratch() -> pathlib.Path:
     if (descriptor := _lock(left)) is not None:
       shutil.rmtree(left, ignore_errors=True)
       os.close(descriptor)
-  while True:
+  for _ in range(_TRIES):
     folder = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH))
-    _lock(folder)
-    if folder.is_dir():  # else another process has just taken it for one that was left
+    # A process that starts in this moment may take it for one that was left.
+    if _lock(folder) is not None and folder.is_dir():
       break
+    shutil.rmtree(folder, ignore_errors=True)
+  else:  # a file system without locks, where none is removed either
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   return folder
 

@@ -12,7 +12,7 @@ import pytest
 import grain_jax
 from bench import kills
 from grain_jax import config as configs
-from grain_jax import embed, export, places
+from grain_jax import embed, export, local_files, places
 from grain_jax.convert import convert, weights
 from grain_jax.data import build, dataset
 from grain_jax.data.sources import folder as folder_source
@@ -62,6 +62,23 @@ def test_what_a_killed_process_left_goes_with_the_next_and_a_live_one_s_stays(tm
   live.communicate()
   assert live.returncode == 0 and not living.parent.exists()
   assert (tmp_path / "grain_jax-data").is_dir()
+
+
+def test_a_folder_that_another_process_took_for_a_left_one_is_not_used(tmp_path, monkeypatch):
+  monkeypatch.setattr(local_files.tempfile, "tempdir", str(tmp_path))
+  lock, taken = local_files._lock, []
+
+  def once_taken(folder):
+    if taken:
+      return lock(folder)
+    taken.append(folder)
+    return None  # the other has it, and has not removed it yet
+
+  monkeypatch.setattr(local_files, "_lock", once_taken)
+  folder = local_files._scratch.__wrapped__()
+  assert folder.is_dir() and folder != taken[0] and not taken[0].exists()
+  monkeypatch.setattr(local_files, "_lock", lambda folder: None)
+  assert local_files._scratch.__wrapped__().is_dir()  # without locks
 
 
 def test_the_user_s_folder_is_meant_by_a_tilde(monkeypatch):

@@ -171,12 +171,20 @@ def test_storage_that_fails_under_the_note_does_not_end_the_job(house, tmp_path)
   assert code == 0 and (tmp_path / "scontrol.txt").read_text() == "requeue\n7\n--\n"
 
 
+def answer(folder, cases):
+  """A stand-in for the Python that looks into a bucket; it notes what it is asked."""
+  python = folder / ".venv" / "bin" / "python"
+  python.write_text(
+    f'#!/usr/bin/env bash\necho "$3 $4" >> {folder}/asked\ncase $3 in {cases} esac\n'
+  )
+
+
 def test_a_listing_that_fails_at_the_start_leaves_the_count(house, tmp_path):
   job = slurm(house, tmp_path)
-  python = tmp_path / ".venv" / "bin" / "python"
-  python.write_text(
-    f"#!/usr/bin/env bash\ncase $3 in read) echo 2 ;; write) cat > {tmp_path}/note ;;\n"
-    f"list) [ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; exit 1; }}; echo 100 ;; esac\n"
+  answer(
+    tmp_path,
+    f"read) echo 2 ;; write) cat > {tmp_path}/note ;; "
+    f"list) [ $(wc -l < {tmp_path}/asked) -gt 1 ] || exit 1; echo 100 ;;",
   )
   code, _, _ = house(f"exit {RESTART}", "--workdir=gs://b/x", SLURM_RESTART_COUNT="3", **job)
   assert (code, (tmp_path / "note").read_text().strip()) == (0, "2")
@@ -184,11 +192,7 @@ def test_a_listing_that_fails_at_the_start_leaves_the_count(house, tmp_path):
 
 def test_a_job_with_its_workdir_in_a_bucket_leaves_its_count_there(house, tmp_path):
   job = slurm(house, tmp_path)
-  python = tmp_path / ".venv" / "bin" / "python"
-  python.write_text(
-    f'#!/usr/bin/env bash\necho "$3 $4" >> {tmp_path}/asked\n'
-    f"case $3 in read) cat {tmp_path}/note ;; write) cat > {tmp_path}/note ;; esac\n"
-  )
+  answer(tmp_path, f"read) cat {tmp_path}/note ;; write) cat > {tmp_path}/note ;;")
   waits = []
   for number in range(4):
     code, _, _ = house(
