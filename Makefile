@@ -10,14 +10,15 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 # Large pages where glibc allocates make training steps on a CPU shorter (docs/performance.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help quickstart test test-all lint scenes clean
+.PHONY: help quickstart test test-all test-plan lint scenes clean
 
 help:
 	@echo "make quickstart  draw the scenes, train GRAIN on them, evaluate (12 minutes on 2 CPU cores)"
 	@echo "make test        the tests, in about a quarter of an hour on 2 CPU cores"
 	@echo "make test-all    the long ones too"
+	@echo "make test-plan   those that need the compilers of requirements-plan.txt, in .venv-plan"
 	@echo "make lint        ruff"
-	@echo "make clean       takes away the environment and the caches; data and runs stay"
+	@echo "make clean       takes away the environments and the caches; data and runs stay"
 	@echo "make scenes      the embedded data alone, into data/scenes"
 
 .venv/installed: requirements.txt
@@ -51,5 +52,14 @@ test: .venv/installed-tests lint  # one process more than cores: tests wait for 
 test-all: .venv/installed-tests lint
 	GRAIN_JAX_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+.venv-plan/installed: requirements-plan.txt requirements.txt requirements-test.txt
+	@test -x .venv-plan/bin/python || $(PYTHON) -m venv .venv-plan
+	@.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-plan.txt $$(grep -E '^(pytest|hypothesis)' requirements-test.txt)
+	@touch $@
+
+test-plan: .venv-plan/installed
+	.venv-plan/bin/python -m pytest -m plan tests/plan/test_plan.py tests/runtime/test_mesh.py
+
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plan .cache .pytest_cache .ruff_cache

@@ -1,31 +1,27 @@
-"""Sentence-T5 and CLIPpy's text against `encode` of sentence-transformers, where there is one."""
+"""Sentence-T5 and CLIPpy's text against `encode` of sentence-transformers."""
 
 import numpy as np
 import pieces
-import pytest
+import sentence_transformers
 import stock_models as stock
 import torch
 from numpy.testing import assert_allclose
+from sentence_transformers.sentence_transformer import modules as parts
 from test_clippy import published
 from test_sentence_t5 import our_encode
 
 import grain_jax
 from grain_jax.convert import convert
 
-library = pytest.importorskip(
-  "sentence_transformers", reason="sentence-transformers is not installed: a check against it"
-)
 TEXTS = [*pieces.TEXTS, "the cat " * 30, "", "Garden"]
 
 
 def build(folder, *, width, outputs, context, t5=None):
   """SentenceTransformer of random weights, as the library itself puts it together."""
-  from sentence_transformers import models
-
-  transformer = models.Transformer(str(folder), max_seq_length=context)
-  dense = models.Dense(width, outputs, bias=False, activation_function=torch.nn.Identity())
-  modules = [transformer, models.Pooling(width, pooling_mode="mean"), dense, models.Normalize()]
-  model = library.SentenceTransformer(modules=modules, device="cpu")
+  transformer = parts.Transformer(str(folder), max_seq_length=context)
+  dense = parts.Dense(width, outputs, bias=False, activation_function=torch.nn.Identity())
+  layers = [transformer, parts.Pooling(width, pooling_mode="mean"), dense, parts.Normalize()]
+  model = sentence_transformers.SentenceTransformer(modules=layers, device="cpu")
   if t5 is not None:
     (tower,) = [m for m in transformer.modules() if type(m) is type(t5)]
     tower.load_state_dict(t5.state_dict())

@@ -128,9 +128,10 @@ print(json.dumps([
 """
 
 
+@pytest.mark.plan
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason="libtpu is not installed: see requirements-plan.txt",
+  reason="libtpu is not installed: make test-plan",
 )
 @pytest.mark.parametrize(
   ("shape", "accelerator", "bounds", "kind", "slices"),
