@@ -12,9 +12,9 @@ from typing import Any
 
 from grain_jax import jsonfiles
 from grain_jax.data import records
-from grain_jax.data.sources import base, frames, image_index, indexed
+from grain_jax.data.sources import base, frames, image_index, indexed, mapping
 
-CROWD = "crowd"  # a box around many, of COCO's iscrowd
+CROWD = mapping.CROWD  # of COCO's iscrowd
 UNKNOWN_CATEGORY = "unknown_category"
 NO_SPAN = "no_span"  # of the caption, that a box is of
 SPAN_OUTSIDE = "span_outside_caption"

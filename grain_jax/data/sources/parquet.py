@@ -12,6 +12,7 @@ of --key_column. Read are
   regions   --boxes_column and --labels_column (objects.bbox and objects.category, say), with
             --box_format and --box_units, and --scores_column; else GRIT's noun_chunks and ref_exps.
             Labels that are numbers become the names that the Hugging Face hub's metadata has.
+            Boxes beside which iscrowd or is_crowd is set are around many: left out, counted.
   status    of img2dataset: what was not downloaded is counted by why.
 
 A file in whose path stands val, valid, validation, dev or test is of that split.
@@ -93,6 +94,7 @@ def source(
   image, captions = _choose(paths, settings)
   names = functools.cache(parquet_files.class_names)
   columns = [*captions, *filter(None, (key_column, boxes_column, labels_column, scores_column))]
+  columns += mapping.crowd_paths(boxes_column, separator=".") if boxes_column else []
   columns = [column.partition(".")[0] for column in (image, *columns)] + columns
   columns += [*_OTHERS, *(() if boxes_column else (*grit_lists.NAMES, "caption"))]
 
@@ -154,7 +156,14 @@ def source(
       mapping.look_up(values, column, separator=".") if column else None
       for column in (boxes_column, labels_column, scores_column)
     )
-    return mapping.regions(key, boxes, labels, scores, names=names(path, labels_column))
+    return mapping.regions(
+      key,
+      boxes,
+      labels,
+      scores,
+      around_many=mapping.crowds(values, boxes_column, separator="."),
+      names=names(path, labels_column),
+    )
 
   return base.Source(
     "parquet",

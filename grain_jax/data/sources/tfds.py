@@ -11,7 +11,8 @@ needed. A record's key is SPLIT/INDEX, or the value of --id_key. The split valid
             text
   regions   --boxes_key and --labels_key, by default objects/bbox and objects/label where these
             are: boxes are (ymin, xmin, ymax, xmax) in [0, 1], as TFDS has them, unless --box_format
-            and --box_units say otherwise; labels are texts or classes. --scores_key
+            and --box_units say otherwise; labels are texts or classes. --scores_key. Those of
+            which is_crowd or is_group_of stands beside the boxes are around many: left out, counted
 
 A "/" leads into features of features: objects/bbox.
 """
@@ -89,6 +90,9 @@ def source(
     raise ValueError("--boxes_key and --labels_key: each needs the other. Give both.")
   image, captions, boxes, labels = _choose(folder, builder, flags)
   read_keys = [key for key in (*captions, id_key, boxes, labels, scores_key) if key]
+  if boxes:
+    beside = mapping.crowd_paths(boxes, separator="/")
+    read_keys += [key for key in beside if key in builder.features()]
 
   def blocks(scratch: pathlib.Path) -> Iterator[base.Block]:
     for own in wanted:
@@ -121,6 +125,7 @@ def source(
           _of(values, boxes),
           _of(values, labels),
           _of(values, scores_key),
+          around_many=mapping.crowds(values, boxes, separator="/"),
           names=builder.names(labels),
         )
         for refused in lost:

@@ -93,8 +93,12 @@ def test_boxes_and_classes_by_flag(tmp_path):
     "label": classes["feature"],
   }
   objects = [
-    {"bbox": [[12.0, 24.0, 24.0, 12.0], [0.0, 0.0, 48.0, 48.0]], "category": [1, 0]},
-    {"bbox": [[0.0, 0.0, 4.0, 4.0]], "category": []},
+    {
+      "bbox": [[12.0, 24.0, 24.0, 12.0], [0.0, 0.0, 48.0, 48.0], [0.0, 0.0, 9.0, 9.0]],
+      "category": [1, 0, 0],
+      "iscrowd": [0, 0, 1],
+    },
+    {"bbox": [[0.0, 0.0, 4.0, 4.0]], "category": [], "iscrowd": [0]},
   ]
   write(
     tmp_path / "x.parquet",
@@ -110,7 +114,7 @@ def test_boxes_and_classes_by_flag(tmp_path):
   assert found["x/0"].captions == [b"fire truck"] and found["x/1"].captions == [b"dog"]
   assert found["x/0"].descriptions == [b"dog", b"fire truck"]
   assert found["x/0"].boxes.tolist() == [[0.5, 0.25, 0.75, 0.75], [0, 0, 1, 1]]
-  assert web_sets.dropped(opened) == {"regions": {"malformed": 1}}
+  assert web_sets.dropped(opened) == {"regions": {"malformed": 1, "crowd": 1}}
 
 
 def test_a_damaged_file_or_row_group_is_counted_row_by_row(tmp_path):

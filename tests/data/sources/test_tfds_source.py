@@ -20,6 +20,7 @@ def prepare(folder, *, file_format="tfrecord", count=7):
   objects = {
     "bbox": features.BBoxFeature(),
     "label": features.ClassLabel(names=["dog", "fire_hat"]),
+    "is_crowd": np.bool_,
   }
   spec = features.FeaturesDict(
     {
@@ -40,7 +41,9 @@ def prepare(folder, *, file_format="tfrecord", count=7):
       "captions": [{"text": f"first {i}", "id": i}, {"text": "second", "id": 0}],
       "raw_caption": f"raw {i} é",
       "label": i % 2,
-      "objects": [{"bbox": boxes, "label": n % 2} for n in range(i % 3)],
+      "objects": [
+        {"bbox": boxes, "label": n % 2, "is_crowd": n == 2} for n in range(i % 3 + (i == 5))
+      ],
     }
 
   library.dataset_builders.store_as_tfds_dataset(
@@ -75,7 +78,7 @@ def test_a_prepared_dataset(tmp_path, file_format, monkeypatch):
   error = np.asarray(decoding.decode(last.image)).astype(int) - images[5]
   assert np.abs(error).mean() < 3  # a PNG, stored as JPEG
   assert list(web_sets.parsed(opened, "val")) == ["validation/0", "validation/1"]
-  assert web_sets.dropped(opened) == {}
+  assert web_sets.dropped(opened) == {"regions": {"crowd": 1}}
 
 
 def test_the_mapping_by_flags(tmp_path):
