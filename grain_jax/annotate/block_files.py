@@ -22,6 +22,7 @@ from grain_jax.data.building import block as block_lib
 from grain_jax.data.building import tally
 from grain_jax.data.sources import annotated
 
+CUT = "cut_lines"  # of pictures that were done, were lost with the process and are done again
 _EXAMPLES = 10  # keys of each kind of loss
 
 
@@ -156,12 +157,14 @@ def _parts(out: pathlib.Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _read_parts(file: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The lines of a file, but for those that were not written to their end."""
-  for line in file.read_bytes().split(b"\n")[:-1]:
+  """The lines of a file; one not written to its end counts as `CUT` in the totals."""
+  *lines, rest = file.read_bytes().split(b"\n")
+  for line in [*lines, *filter(None, [rest])]:
     try:
-      yield json.loads(line)
+      part = json.loads(line) if line is not rest else None
     except ValueError:
-      continue
+      part = None
+    yield part or {"pictures": [], "totals": {CUT: 1}, "seconds": 0.0}
 
 
 def _remove_parts(out: pathlib.Path, number: int) -> None:

@@ -71,7 +71,11 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
     block_files.append_line(file, value)
   file.write_bytes(file.read_bytes()[:-3])
   block_files.append_line(file, {"n": 3})
-  assert list(block_files._read_parts(file)) == [{"n": 1}, {"n": 3}]
+  cut = {"pictures": [], "totals": {"cut_lines": 1}, "seconds": 0.0}
+  assert list(block_files._read_parts(file)) == [{"n": 1}, cut, {"n": 3}]
+  file.write_bytes(file.read_bytes()[:-3])
+  assert list(block_files._read_parts(file)) == [{"n": 1}, cut, cut]
+  assert block_files.Saved(tmp_path / "none", 0).totals == {}
 
 
 def test_pictures_that_changed_are_refused(stage, tmp_path):
@@ -114,7 +118,7 @@ def test_a_picture_that_a_block_has_twice_is_done_once(stage, tmp_path):
 
 
 def test_what_was_done_of_a_block_is_not_done_again(stage, tmp_path, monkeypatch):
-  """Nor lost what it cost. A line that was cut by the kill is none."""
+  """Nor lost what it cost. A line that was cut by the kill is counted, and none."""
   source = folder(tmp_path / "in", ["a"] * 4 + ["bad"] + ["a"] * 8)
   whole = run(source, tmp_path / "whole", max_failures=1.0)
   left = [7]
@@ -136,7 +140,7 @@ def test_what_was_done_of_a_block_is_not_done_again(stage, tmp_path, monkeypatch
   assert left == [0]  # the first two of three at a time were there
   for name in ("counts", "losses"):
     assert found[name] == whole[name]
-  assert found["totals"] == {"asked": 13 + 3, "never": 0}
+  assert found["totals"] == {"asked": 13 + 3, "never": 0, "cut_lines": 1}
   assert annotations(tmp_path / "out") == annotations(tmp_path / "whole")
   assert not list((tmp_path / "out" / "parts").iterdir())
 
