@@ -67,6 +67,9 @@ METRICS = {  # name in results.json -> heading
   "composition/swap_obj": "places exchanged",
   "grounding/mean_iou": "mean IoU",
   "segmentation/miou": "mIoU",
+  # Of the objects' pixels alone: the scenes' captions never speak of a background.
+  "segmentation/miou_foreground": "mIoU on objects",
+  "segmentation/pixel_accuracy_foreground": "objects' pixels named",
 }
 
 
