@@ -56,6 +56,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "model.auxiliary_pool": "max",
   },
 }  # fmt: skip
+# Asked afterwards, of what the arms left open; by `--arms` only, and set against `grain_plus`.
+FOLLOW_UPS: dict[str, dict[str, Any]] = {
+  "grain_plus_7_queries": {**ARMS["grain_plus"], "model.num_queries": 7},
+  "grain_plus_no_auxiliary": {**ARMS["grain_plus"], "model.auxiliary_pool": "none"},
+  "grain_plus_contrast": {**ARMS["grain_plus"], "loss.rank": 0.0, "loss.intra": 0.0},
+  "grain_plus_no_false_captions": {
+    **ARMS["grain_plus"], "data.negatives": 0, "data.row_length": 96, "loss.rank": 0.0,
+    "loss.intra": 0.0,
+  },
+}  # fmt: skip
+_ALL = ARMS | FOLLOW_UPS
 METRICS = {  # name in results.json -> heading
   "zero_shot/unseen/top1": "unseen top-1",
   "zero_shot/top1": "zero-shot top-1",
@@ -80,12 +91,17 @@ def say(line: str) -> None:
 
 def family(arm: str) -> str:
   """Whose learning rate an arm takes: that of `clip` or of `grain`."""
-  return "clip" if ARMS[arm].get("method") == "clip" else "grain"
+  return "clip" if _ALL[arm].get("method") == "clip" else "grain"
+
+
+def head(arm: str) -> str:
+  """What an arm is set against: `clip` or `grain`; `grain_plus` where it was asked afterwards."""
+  return "grain_plus" if arm in FOLLOW_UPS else family(arm)
 
 
 def overrides(arm: str) -> dict[str, Any]:
   """Config keys in which an arm differs from the recipe."""
-  return {key: value for key, value in ARMS[arm].items() if key != "data"} | {"evals": _EVALS}
+  return {key: value for key, value in _ALL[arm].items() if key != "data"} | {"evals": _EVALS}
 
 
 def learning_rates(tuned: comparisons.Store) -> dict[str, float]:
@@ -111,7 +127,7 @@ def learning_rates(tuned: comparisons.Store) -> dict[str, float]:
 
 def config_of(arm: str, *, recipe: str, data: pathlib.Path) -> ml_collections.ConfigDict:
   """The configuration of an arm, whole but for seed, length and learning rate."""
-  where = data / ARMS[arm].get("data", "plain")
+  where = data / _ALL[arm].get("data", "plain")
   return protocol.recipe_config(recipe, overrides(arm), data=str(where))
 
 
@@ -120,7 +136,8 @@ def check_protocol(store: comparisons.Store, *, recipe: str, steps: int) -> None
   flat = dict(configs.flatten(configs.resolve(configs.load(recipe))))
   free = {"seed", "steps", "epochs", "optimizer.lr", "data.dir", *configs.FREE_KEYS}
   values = {k: v for k, v in flat.items() if k not in free and not k.startswith("mesh.")}
-  now = {"config": values, "arms": ARMS, "steps": steps, "model": {"initial": initial.VERSION}}
+  now = {"config": values, "arms": ARMS, "follow_ups": FOLLOW_UPS, "steps": steps}
+  now["model"] = {"initial": initial.VERSION}
   now = json.loads(json.dumps(now))  # as it will be read back
   old = store.read("protocol")
   if old is None:
@@ -166,6 +183,11 @@ def flops(
   return known
 
 
+def _arms_of(table: Mapping[str, Any]) -> dict[str, Any]:
+  """Without what was asked afterwards: nothing was expected of it."""
+  return {arm: of for arm, of in table.items() if arm in ARMS}
+
+
 def tables(
   table: Mapping[str, Mapping[int, Mapping[str, float]]],
   *,
@@ -179,14 +201,14 @@ def tables(
     summary = statistics.summarize({arm: of}, metrics=list(METRICS), treated="")[arm]
     values = [statistics.percent(summary.get(metric)) for metric in METRICS]
     rows.append([arm, str(len(of)), spent, *values])
-    if arm != (head := family(arm)):
-      found = [statistics.difference(table, arm, head, metric) for metric in METRICS]
-      differences.append([f"{arm} − {head}", *(statistics.percent(x, sign=True) for x in found)])
+    if arm != (other := head(arm)):
+      found = [statistics.difference(table, arm, other, metric) for metric in METRICS]
+      differences.append([f"{arm} − {other}", *(statistics.percent(x, sign=True) for x in found)])
   parts = [
     f"### Equal images: {steps} steps",
     statistics.markdown(["arm", "seeds", "TFLOP", *METRICS.values()], rows),
     statistics.markdown(["paired difference, points", *METRICS.values()], differences),
-    "\n".join(f"* {line}" for line in expectations.lines(table)),
+    "\n".join(f"* {line}" for line in expectations.lines(_arms_of(table))),
     "Percent, with 95 % Student t intervals over seeds. Synthetic scenes with exact boxes are "
     "evidence for the mechanisms, not for CC12M.",
   ]
@@ -205,26 +227,26 @@ def to_json(
     for arm, of in table.items()
   }
   pairs = {
-    f"{arm} - {family(arm)}": {
+    f"{arm} - {head(arm)}": {
       metric: found
       for metric in METRICS
-      if (found := statistics.difference(table, arm, family(arm), metric)) is not None
+      if (found := statistics.difference(table, arm, head(arm), metric)) is not None
     }
     for arm in table
-    if arm != family(arm)
+    if arm != head(arm)
   }
   return {
     "steps": steps,
     "flops": {arm: steps * costs[arm] for arm in table if arm in costs},
     "arms": statistics.to_json(own),
     "differences": statistics.to_json(pairs),
-    "expected": expectations.to_json(table),
+    "expected": expectations.to_json(_arms_of(table)),
   }
 
 
 def main() -> None:
   flag = flags.FLAGS
-  arms = protocol.parse_names("arms", flag.arms, list(ARMS))
+  arms = protocol.parse_names("arms", flag.arms, list(_ALL))
   seeds = protocol.parse_seeds(flag.seeds)
   if flag.steps < 1:
     raise ValueError(f"--steps={flag.steps}: the length of a run must be positive. Set it.")
@@ -259,7 +281,7 @@ def train(
   workdir: str,
 ) -> dict[str, float]:
   """A `comparisons.Runner` of these arms."""
-  where = data / ARMS[run.arm].get("data", "plain")
+  where = data / _ALL[run.arm].get("data", "plain")
   return comparisons.train(
     run, cores, recipe=recipe, data=str(where), workdir=pathlib.Path(workdir),
     arms={run.arm: overrides(run.arm)},
@@ -267,7 +289,7 @@ def train(
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("arms", list(ARMS), f"Which of {', '.join(ARMS)}.")
+  flags.DEFINE_list("arms", list(ARMS), f"Which of {', '.join(_ALL)}.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, of parameters and data alike.")
   flags.DEFINE_integer("steps", 1300, "Length of every run.")
   flags.DEFINE_string("recipe", "configs/quickstart.py", "Recipe, FILE or FILE:argument.")

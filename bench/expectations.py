@@ -53,7 +53,7 @@ def _plus(table: statistics.Measured, metrics: tuple[str, ...]) -> Expectation:
       return Expectation(sentence, "not measured yet", None)
     if found.high < 0:
       below.append(f"{metric} {statistics.percent(found, sign=True)} to {best}")
-  return Expectation(sentence, "; ".join(below) or "below none", not below)
+  return Expectation(sentence, "; ".join(below) or f"below none of {len(table) - 1}", not below)
 
 
 def _spoilt(table: statistics.Measured) -> Expectation:

@@ -13,11 +13,12 @@ from grain_jax.data.scenes import scenes
 from grain_jax.data.sources import scenes as scenes_source
 
 
-@pytest.mark.parametrize("arm", ablation.ARMS)
+@pytest.mark.parametrize("arm", ablation.ARMS | ablation.FOLLOW_UPS)
 def test_every_arm_is_a_configuration_that_can_run(arm, tmp_path):
   config = ablation.config_of(arm, recipe="configs/quickstart.py", data=tmp_path)
   configs.check(configs.resolve(config))
-  assert config.data.dir == str(tmp_path / ablation.ARMS[arm].get("data", "plain"))
+  differs = (ablation.ARMS | ablation.FOLLOW_UPS)[arm]
+  assert config.data.dir == str(tmp_path / differs.get("data", "plain"))
 
 
 @pytest.fixture(scope="module")
