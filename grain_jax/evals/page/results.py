@@ -68,7 +68,7 @@ def write(
     results,
     title=f"{folder.resolve().name}: evaluation",
     facts=facts,
-    figures=[path for name in figures if (path := folder / "figures" / name).is_file()],
+    figures=[p for p in (folder / "figures" / name for name in figures) if p.is_file()],
     warnings=written.left_out,
     links={CONFIGURATION: _relative(config, folder)} if config.is_file() else None,
     sets=outcome.sets,

@@ -85,6 +85,16 @@ def test_a_figure_is_of_the_results_that_it_stands_beside(tmp_path, write):
   assert not shown() and (tmp_path / "figures" / "masks.png").exists()
 
 
+def test_the_last_line_names_every_file_once(tmp_path, capsys):
+  mask, image = np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)
+  example = segmentation.Example("k", image, mask, mask, mask.astype(np.uint16), {0: "background"})
+  outcome = built.Outcome({"segmentation/miou": 0.5}, segmented=[example])
+  results_lib.write(tmp_path, outcome, step=1)
+  names = ("results.json", "figures/masks.png", "report.html")
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last == "wrote " + ", ".join(str(tmp_path / name) for name in names)
+
+
 def pets(value, count, **more):
   counts = {"zero_shot/pets/examples": count, "zero_shot/pets/rows": 100}
   return {"zero_shot/pets/top1": value, **counts, **more}
