@@ -175,7 +175,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.b2 = 0.98  # decay of its second moment
   c.optimizer.eps = 1e-8  # added to the root of the second moment
   c.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
-  c.optimizer.decay_mask = "clean"  # clean (no norm, bias, scale) | published (decoder's norms too)
+  c.optimizer.decay_mask = "clean"  # clean (no norm, bias, scale) | published (some of the decoder)
   c.optimizer.clip_norm = 0.0  # largest global gradient norm; 0: no clipping, as published
   c.optimizer.ema_decay = 0.0  # of a running mean of the parameters, to evaluate; 0: none is kept
   c.optimizer.freeze = ()  # regexes of parameter names that stay as they are

@@ -18,7 +18,8 @@ LEVELS = (
   ("evals.sets", "evals.page", "convert"),
   ("evals",),  # the measures
   ("evals.inputs",),
-  ("data", "runtime", "objectives"),
+  ("runtime",),
+  ("data", "objectives"),
   ("models",),
   (
     "buckets",

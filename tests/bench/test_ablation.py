@@ -1,11 +1,12 @@
 """The ablation: its arms exist, its data are what they say, its expectations decide rightly."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from bench import ablation, ablation_data, expectations
+from bench import ablation, ablation_data, expectations, statistics
 from bench import comparison as runs
 from grain_jax import config as configs
 from grain_jax.data import dataset
@@ -152,3 +153,51 @@ def test_scenes_without_negatives_are_no_plain_variant(tmp_path):
       tmp_path,
       say=print,
     )
+
+
+def rows_of(text):
+  """Rows of Markdown tables as tuples of cells, without the backticks."""
+  lines = (line for line in text.splitlines() if line.startswith("| "))
+  return {tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in lines}
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+  root = pathlib.Path(__file__).parents[2]
+  store = runs.Store(root / "bench/results/ablation")
+  lrs = ablation.learning_rates(runs.Store(root / "bench/results/grain_vs_clip"))
+  costs = store.read("flops")
+
+  def measured(arms):
+    planned = ablation.runs_of(arms, seeds=(0, 1, 2), steps=1300, lrs=lrs)
+    found = ablation.measured(store, planned)
+    assert {arm: len(of) for arm, of in found.items()} == dict.fromkeys(arms, 3)
+    return found
+
+  whole = measured(list(ablation.ARMS))
+  told = (root / "docs/ablation.md").read_text()
+  documented = rows_of(told)
+  made = ablation.tables(whole, costs=costs, steps=1300)
+  assert rows_of(made) <= documented
+  for line in made.splitlines():
+    assert not line.startswith("* expected") or line in told
+  later = measured(["grain_plus", *ablation.FOLLOW_UPS])
+  assert rows_of(ablation.tables(later, costs=costs, steps=1300)) <= documented
+  start = runs.Store(root / "bench/results/ablation_from_grain")
+  pooled = {
+    arm: {seed: start.metrics(runs.Run(arm, 1e-3, seed, 600)) for seed in range(3)}
+    for arm in ("clip", "clippy")
+  }
+  for metric in ("segmentation/miou", "segmentation/pixel_accuracy_foreground"):
+    found = statistics.difference(pooled, "clippy", "clip", metric)
+    assert statistics.percent(found, sign=True) in told
+
+  metrics = (
+    "zero_shot/unseen/top1", "zero_shot/top1", "retrieval/image_to_text/r1",
+    "composition/average", "grounding/mean_iou", "segmentation/miou",
+  )  # fmt: skip
+  short = (root / "README.md").read_text().splitlines()
+  for arm, of in whole.items():
+    values = [[seed[m] for seed in of.values() if m in seed] for m in metrics]
+    cells = [f"{100 * statistics.mean_interval(v).mean:.1f}" if v else "–" for v in values]
+    end = f" | {1300 * costs[arm] / 1e12:.1f} | " + " | ".join(cells) + " |"
+    assert [line for line in short if line.startswith(f"| `{arm}`") and line.endswith(end)], arm

@@ -16,7 +16,8 @@ The annotations are FOLDER/annotations.jsonl or FOLDER/annotations.csv, or the f
             (optional, 1): training takes the regions of highest score. Boxes written otherwise:
             --box_format=xyxy (xmin, ymin, xmax, ymax), xywh (xmin, ymin, width, height) or cxcywh
             (the centre's x and y, width, height), and --box_units=pixels, of the image as it is
-            shown. One format holds for the whole file.
+            shown. One format holds for the whole file. negatives (optional): [false description,
+            ...], for data.negatives_per_region.
   split     optional, "train": or any other name. --val_fraction moves a part of train to val.
   negatives optional: [{"caption": str, "kind": relation | attribute | object | action}].
 
