@@ -171,6 +171,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.warmup_steps = 0  # if positive: instead of warmup_epochs; -1: a tenth of the run
   c.optimizer.start_step = 0  # of the schedule; set by --continue_as
   c.optimizer.start_lr = 0.0  # the rate at start_step; set by --continue_as
+  c.optimizer.start_skipped = 0  # steps before it that changed nothing; set by --continue_as
+  c.optimizer.start_clip_norm = -1.0  # clip_norm of its beginning, -1: of now; by --continue_as
   c.optimizer.b1 = 0.9  # decay of AdamW's first moment
   c.optimizer.b2 = 0.98  # decay of its second moment
   c.optimizer.eps = 1e-8  # added to the root of the second moment

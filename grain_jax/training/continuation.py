@@ -55,7 +55,8 @@ KEYS = frozenset(
   }
 )
 # What a run keeps, whatever is asked for: set by a continuation, or past since its first step.
-_OWN = ("optimizer.start_step", "optimizer.start_lr", "model.decoder.init")
+STARTS = tuple(f"optimizer.start_{what}" for what in ("step", "lr", "skipped", "clip_norm"))
+_OWN = (*STARTS, "model.decoder.init")
 
 
 def check_keys(keys: Sequence[str]) -> None:
@@ -87,7 +88,8 @@ def continue_as(
 
   Returns:
     The configuration with what the run keeps (`_OWN`), or, where one of the keys changes now, with
-    its newest step and the learning rate there as `optimizer.start_step` and `start_lr`.
+    its newest step and the learning rate there as `optimizer.start_step` and `start_lr`
+    (`start_skipped`, `start_clip_norm`: what the optimiser's state at that step needs).
 
   Raises:
     ValueError: a key that cannot change, or there is no run in the workdir; one line.
@@ -113,9 +115,10 @@ def continue_as(
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
   meta = checkpoints.read_newest_meta()
   checkpoints.close()
-  if meta is None:  # it has not begun: nothing is to be continued
+  if meta is None or not meta["step"]:  # it has not begun: nothing is to be continued
+    what = "checkpoint" if meta is None else "checkpoint of a step after 0"
     raise ValueError(
-      f"--continue_as={','.join(keys)}: {folder} holds no checkpoint. Use a new workdir."
+      f"--continue_as={','.join(keys)}: {folder} holds no {what}. Use a new workdir."
     )
   step, rate = meta["step"], meta.get("learning_rate", old.optimizer.lr_end)
   if "data.dir" in keys and "data.dir" not in changes:  # other data may lie where the old lay
@@ -126,7 +129,10 @@ def continue_as(
     changes["optimizer.start_step"] = (begun, step)
   if not changes:
     return config
-  config.optimizer.update(start_step=step, start_lr=float(rate))
+  skipped = meta.get("skipped", 0)
+  config.optimizer.update(start_step=step, start_lr=float(rate), start_skipped=skipped)
+  if "optimizer.clip_norm" in changes and config.optimizer.start_clip_norm < 0:
+    config.optimizer.start_clip_norm = old.optimizer.clip_norm
   said = ", ".join(f"config.{key} {was!r} -> {now!r}" for key, (was, now) in changes.items())
   say(
     f"goes on at step {step} with {said}; the learning rate starts a schedule of its own there, "

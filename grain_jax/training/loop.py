@@ -252,7 +252,8 @@ def _loop(
     progress.pause(time.monotonic() - began)
 
   def describe(step: int) -> dict[str, Any]:
-    return {**meta, "step": step, "learning_rate": float(learning_rate(step - skipped))}
+    rate = float(learning_rate(step - skipped))
+    return {**meta, "step": step, "learning_rate": rate, "skipped": skipped}
 
   def stop(step: int, state: steps.TrainState, *, saved: bool) -> NoReturn:
     distributed.report_progress("saving", step)

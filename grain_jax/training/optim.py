@@ -27,7 +27,8 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
   """Learning rate by step: linear from `lr_init` to `lr`, then a cosine to `lr_end`.
 
   In a run that goes on otherwise than it began (`continuation`) the same over the steps from
-  `start_step` on, from the rate `start_lr` that it had there.
+  `start_step` on, from the rate `start_lr` that it had there. Steps are those that the optimiser
+  counts, which leaves out those that changed nothing.
   """
   o = config.optimizer
   if o.warmup_steps < 0:
@@ -54,7 +55,8 @@ def schedule(config: ml_collections.ConfigDict, *, total_steps: int, steps_per_e
     decay_steps=steps,
     end_value=o.lr_end,
   )
-  return (lambda step: rate(jnp.maximum(step - o.start_step, 0))) if o.start_step else rate
+  start = o.start_step - o.start_skipped
+  return (lambda step: rate(jnp.maximum(step - start, 0))) if o.start_step else rate
 
 
 def updates_done(opt_state: Any) -> int:
@@ -139,14 +141,12 @@ def _create(
 ) -> optax.GradientTransformation:
   """As if nothing were frozen; leaves that are masked out do not count."""
   o = config.optimizer
-  steps = []
-  if o.clip_norm:
-    steps.append(optax.clip_by_global_norm(o.clip_norm))
   if o.name == "muon":
-    steps.append(scale_by_muon(o))
+    moments = scale_by_muon(o)
   else:
-    steps.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps))
-  steps += [
+    moments = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+  steps = [
+    *_clipping(o, moments),
     optax.add_decayed_weights(o.weight_decay, mask=lambda p: decay_mask(p, o.decay_mask)),
     optax.scale_by_learning_rate(
       schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -158,6 +158,28 @@ def _create(
     scale = functools.partial(trees.map_with_name, lambda name, x: x * by_name[name])
     steps.append(optax.stateless(lambda updates, _: scale(updates)))
   return optax.chain(*steps)
+
+
+def _clipping(
+  o: ml_collections.ConfigDict, moments: optax.GradientTransformation
+) -> list[optax.GradientTransformation]:
+  """Clipping by `clip_norm` and the moments, their state named as when the run began.
+
+  A run may be continued with clipping that it did not have, or without: the state of the moments
+  stays at its place in the chain, behind that of clipping where the run began with it.
+  """
+  clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+  if o.clip_norm if o.start_clip_norm < 0 else o.start_clip_norm:
+    return [clip, moments]
+  if not o.clip_norm:
+    return [moments]
+  inner = optax.with_extra_args_support(moments)
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    updates, _ = clip.update(updates, optax.EmptyState(), params)
+    return inner.update(updates, state, params, **extra)
+
+  return [optax.GradientTransformationExtraArgs(inner.init, update)]
 
 
 def apply_updates(

@@ -37,7 +37,7 @@ def _check_config(
   config: ml_collections.ConfigDict,
   changing: Collection[str],
 ) -> None:
-  free = {*changing, "optimizer.start_step", "optimizer.start_lr"} if changing else ()
+  free = {*changing, *continuation.STARTS} if changing else ()
   difference = configs.first_difference(old, config, free=free)
   if difference:
     key, was, now = difference
@@ -64,7 +64,7 @@ def check_checkpoint(
   """That a checkpoint's `meta` is of this config, tokenizer and data; older ones lack some.
 
   One from before the run went on otherwise may differ in what a run may change, and in the data
-  where `changing` has 'data.dir'.
+  where `changing` has a key that says which they are.
 
   With local region negatives the loss depends on how many devices share the batch, so that stays.
   """
@@ -72,7 +72,7 @@ def check_checkpoint(
   free = continuation.KEYS if before_change else ()
   _check_config(folder, configs.from_json(json.dumps(meta["config"])), config, free)
   fingerprints = dict(now)
-  if before_change and {"data.dir", "data.sources"} & set(changing):
+  if before_change and {"data.dir", "data.sources", "data.split"} & set(changing):
     del fingerprints["data"]
   shards = fingerprints.pop("batch_shards")
   before = meta.get("batch_shards", shards)

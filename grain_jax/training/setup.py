@@ -99,7 +99,7 @@ def settle(
   configs.check(config, settled=True)
   steps_per_epoch = sampler.steps_per_epoch(records, config.batch_size)
   options = Options(
-    root=pathlib.Path(config.datasets) if config.datasets else None,
+    root=places.at(config.datasets) if config.datasets else None,
     limit=config.eval_limit,
     cache=folder / "prompts",
     warn=warn,

@@ -1,6 +1,7 @@
 """Token ids in the shards: those of transformers, and the same batches with them as without."""
 
 import json
+import shutil
 
 import numpy as np
 import pieces
@@ -182,9 +183,15 @@ def test_a_build_of_another_tokenizer_is_another_build(tmp_path, folders):
     built(folders[0], "", context=32)
   with pytest.raises(ValueError, match=r"\(tokenizer: CLIP's -> none\)"):
     built(folders[0], "none")
-  before = (folders[1] / "manifest.json").read_bytes()
-  built(folders[1], "")  # that which holds none may stay: as older ones do
-  assert (folders[1] / "manifest.json").read_bytes() == before
+  with pytest.raises(ValueError, match=r"\(tokenizer: none -> CLIP's\)"):
+    built(folders[1], "")
+  built(folders[1], "none")
+  older = shutil.copytree(folders[1], tmp_path / "older") / "manifest.json"
+  manifest = json.loads(older.read_text())
+  del manifest[token_ids.KEY]
+  older.write_text(json.dumps(manifest))
+  built(older.parent, "")  # one from before ids were written may stay
+  assert json.loads(older.read_text()) == manifest
   assert inputs._changed_tokens({}, None) == []
 
 

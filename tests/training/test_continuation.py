@@ -3,12 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench import kills
 from grain_jax import config as configs
+from grain_jax import trees
 from grain_jax.training import continuation, optim
 from grain_jax.training import loop as train
 
@@ -24,6 +26,67 @@ def test_schedule_starts_anew_where_the_run_goes_on(tiny):
   assert float(rate(jnp.int32(102))) == 1.125  # as the step sees it
   with pytest.raises(ValueError, match="takes 4 steps of a run of 3 after step 100"):
     optim.schedule(tiny, total_steps=103, steps_per_epoch=10)
+
+
+def test_steps_that_changed_nothing_do_not_move_the_new_schedule(tiny):
+  """The optimiser has counted 95 of 100 steps: the schedule starts where it is."""
+  tiny.optimizer.update(lr=2.0, lr_end=0.5, warmup_steps=4, start_step=100, start_lr=0.25)
+  tiny.optimizer.start_skipped = 5
+  rate = optim.schedule(tiny, total_steps=124, steps_per_epoch=10)
+  assert [float(rate(s)) for s in (90, 95, 97, 99)] == [0.25, 0.25, 1.125, 2.0]
+  assert float(rate(119)) == 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(("began", "now"), [(0.0, 0.5), (0.5, 0.0), (0.5, 0.25)])
+def test_clipping_that_is_switched_finds_the_state_of_the_moments(tiny, name, began, now):
+  params = {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+  gradients = {"layer": {"kernel": jnp.full((3, 2), 3.0), "bias": jnp.array([4.0, -2.0])}}
+  tiny.optimizer.update(name=name, eps=1e-3, clip_norm=began, warmup_steps=0, warmup_epochs=0.0)
+
+  def create():
+    return optim.create(tiny, params, total_steps=9, steps_per_epoch=1)
+
+  first = create().init(params)
+  names = [path for path, _ in trees.named_leaves(first)]
+  tiny.optimizer.clip_norm = now
+  fresh = create()
+  want, _ = fresh.update(gradients, fresh.init(params), params)
+  tiny.optimizer.start_clip_norm = began
+  switched = create()
+  got, after = switched.update(gradients, first, params)
+  assert [path for path, _ in trees.named_leaves(after)] == names
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def newest(monkeypatch, **meta):
+  monkeypatch.setattr(
+    continuation.checkpoint, "Checkpoints",
+    lambda *_, **__: SimpleNamespace(
+      close=lambda: None, read_newest_meta=lambda: {"learning_rate": 0.25, **meta}
+    ),
+  )  # fmt: skip
+
+
+def test_what_the_optimiser_needs_to_go_on_is_kept(tiny, tmp_path, monkeypatch):
+  def go_on(config, *keys):
+    (tmp_path / "config.json").write_text(configs.to_json(tiny))
+    return continuation.continue_as(config, tmp_path, keys, say=lambda line: None)
+
+  asked = tiny.copy_and_resolve_references()
+  asked.optimizer.update(clip_norm=0.5, lr=0.125)
+  newest(monkeypatch, step=0)
+  with pytest.raises(ValueError, match="holds no checkpoint of a step after 0. Use a new workdir"):
+    go_on(asked, "optimizer.clip_norm", "optimizer.lr")
+  newest(monkeypatch, step=8, skipped=3)
+  got = go_on(asked, "optimizer.clip_norm", "optimizer.lr").optimizer
+  assert (got.start_step, got.start_skipped, got.start_clip_norm) == (8, 3, 0.0)
+  tiny.optimizer.update(got)
+  asked.optimizer.clip_norm = 2.0
+  newest(monkeypatch, step=9)
+  got = go_on(asked, "optimizer.clip_norm").optimizer
+  assert (got.start_step, got.start_skipped, got.start_clip_norm) == (9, 0, 0.0)
 
 
 @pytest.mark.parametrize(

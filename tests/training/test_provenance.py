@@ -33,3 +33,13 @@ def test_other_data_are_named(tiny, tmp_path):
   meta = {"config": tiny.to_dict(), **now, "data": "c" * 20}
   with pytest.raises(ValueError, match="not trained with this data .cccccccccccc, not bbbbbbbb"):
     provenance.check_checkpoint(tmp_path, meta, tiny, now)
+
+
+@pytest.mark.parametrize("key", ["data.dir", "data.sources", "data.split"])
+def test_other_data_on_purpose(tiny, tmp_path, key):
+  now = {"tokenizer": "a" * 20, "data": "b" * 20, "batch_shards": 8}
+  meta = {"config": tiny.to_dict(), **now, "data": "c" * 20, "step": 4}
+  tiny.optimizer.start_step = 4
+  provenance.check_checkpoint(tmp_path, meta, tiny, now, changing=[key])
+  with pytest.raises(ValueError, match="not trained with this data"):
+    provenance.check_checkpoint(tmp_path, meta, tiny, now, changing=["optimizer.lr"])

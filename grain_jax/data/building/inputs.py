@@ -17,6 +17,7 @@ from typing import Any
 from grain_jax import failures, places
 from grain_jax.data import token_ids
 
+_CLIPS = "CLIP's"  # its vocabulary, which comes with the package, in words
 _THREADS = 16  # a file system over a network takes a millisecond a file
 _CHUNK = 1000
 
@@ -108,12 +109,16 @@ def describe_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _changed_tokens(manifest: Mapping[str, Any], new: Mapping[str, Any] | None) -> list[str]:
   """What differs in the tokenizer of the ids in the shards, which older ones do not hold."""
-  old = manifest.get(token_ids.KEY)
-  if old is None or (new and new["hash"] == old["hash"]):
+  if token_ids.KEY not in manifest:
+    return []
+  old = manifest[token_ids.KEY]
+  if old is None:
+    return [f"tokenizer: none -> {new['tokenizer'] or _CLIPS}"] if new else []
+  if new and new["hash"] == old["hash"]:
     return []
   if new and new["vocabulary"] == old["vocabulary"]:
     return [f"context: {old['context']} -> {new['context']}"]
-  names = (old["tokenizer"] or "CLIP's", "none" if new is None else new["tokenizer"] or "CLIP's")
+  names = (old["tokenizer"] or _CLIPS, "none" if new is None else new["tokenizer"] or _CLIPS)
   return [f"tokenizer: {' -> '.join(names)}"]
 
 

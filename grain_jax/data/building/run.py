@@ -277,7 +277,7 @@ class Build:
       "inputs": {"images": images, "shard_size": self.shard_size},
       "splits": splits,
       **source.about,
-      **({token_ids.KEY: dict(self.writer.about)} if self.writer else {}),
+      token_ids.KEY: dict(self.writer.about) if self.writer else None,
       "versions": _versions(),
     }
     if dropped:
