@@ -38,16 +38,7 @@ def create(
       slices of a TPU do not go with the axes.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [config.mesh[axis] for axis in AXES]
-  known = math.prod(s for s in sizes if s > 0)
-  if sizes.count(-1) == 1 and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if -1 in sizes or math.prod(sizes) != len(devices):
-    asked = ", ".join(f"{axis}={config.mesh[axis]}" for axis in AXES)
-    raise ValueError(
-      f"config.mesh ({asked}) does not multiply to the {len(devices)} devices there are. "
-      "Set one axis to -1 to let it take what is left."
-    )
+  sizes = shape(config, len(devices))
   shards = sizes[0] * sizes[1]
   for key in batches:
     if config[key] % shards:
@@ -61,7 +52,26 @@ def create(
       f"config.accumulate = {config.accumulate} does not divide the {config.batch_size // shards} "
       f"examples a device of config.batch_size = {config.batch_size}."
     )
-  return Mesh(arrange(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shape(config: ml_collections.ConfigDict, devices: int) -> tuple[int, int, int]:
+  """Sizes of the axes of `config.mesh` over a number of devices, -1 taking what is left.
+
+  Raises:
+    ValueError: they do not multiply to it; one line.
+  """
+  sizes = [config.mesh[axis] for axis in AXES]
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) == 1 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  if -1 in sizes or math.prod(sizes) != devices:
+    asked = ", ".join(f"{axis}={config.mesh[axis]}" for axis in AXES)
+    raise ValueError(
+      f"config.mesh ({asked}) does not multiply to the {devices} devices there are. "
+      "Set one axis to -1 to let it take what is left."
+    )
+  return tuple(sizes)
 
 
 def arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:

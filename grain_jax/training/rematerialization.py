@@ -6,9 +6,12 @@ adds to them `_SHARE` leaves room. Dimensions: D width of a tower.
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 
-from grain_jax.models import vit
+from grain_jax.models import grain, initial, vit
+from grain_jax.runtime import mesh as meshes
+from grain_jax.training import optim
 
 # Arrays of a token's width that a block keeps. In words: its input; queries, keys and values, twice
 # with QK-norm; attention's result and what is added of it; the hidden layer before and after the
@@ -28,6 +31,7 @@ _ORDER_ELSEWHERE = ("elementwise", "block")
 _SHARE = 0.9  # of the memory that the estimate may fill
 _CPU_BYTES = 4e9  # that a step on a CPU may keep
 _STATE_BYTES = 16  # a parameter: itself, its gradient and two moments in float32
+_NOT_FROZEN_BYTES = 12  # of these, what one that stays as it is does without
 
 
 def kept_bytes(config: ml_collections.ConfigDict, remat: str) -> float:
@@ -61,7 +65,19 @@ def state_bytes(config: ml_collections.ConfigDict, *, shards: int) -> float:
     d = m.decoder
     parameters += d.depth * (8 * d.width**2 + 2 * d.width * d.mlp_dim)
   each = _STATE_BYTES + 4 * (config.optimizer.ema_decay > 0)
-  return each * parameters / shards
+  total = each * parameters
+  if config.optimizer.freeze:
+    total -= _NOT_FROZEN_BYTES * _frozen_parameters(config)
+  return total / shards
+
+
+def _frozen_parameters(config: ml_collections.ConfigDict) -> int:
+  """How many parameters stay as they are, and have neither gradient nor moments."""
+  model = grain.build(config)
+  params = jax.eval_shape(lambda: initial.init_params(model, config))
+  frozen = jax.tree.leaves(optim.frozen_mask(config, params))
+  leaves = zip(jax.tree.leaves(params), frozen, strict=True)
+  return sum(leaf.size for leaf, fixed in leaves if fixed)
 
 
 def choose(
@@ -76,13 +92,13 @@ def choose(
     devices: that share a batch.
 
   Raises:
-    ValueError: not one image fits with anything; one line.
+    ValueError: not one image fits with anything, or the mesh is not of so many devices; one line.
   """
   m = config.model
   unroll = m.unroll or (-1 if platform == "gpu" else 1)
   room = None
   if memory is not None:
-    state = state_bytes(config, shards=max(config.mesh.fsdp, 1))
+    state = state_bytes(config, shards=meshes.shape(config, devices)[1])
     room = _SHARE * memory - state
     if room < kept_bytes(config, "block"):
       least = (state + kept_bytes(config, "block")) / _SHARE

@@ -64,6 +64,30 @@ def test_too_little_memory_for_one_image_is_a_line():
     rematerialization.choose(cc12m(), platform="gpu", memory=2e9, devices=1)
 
 
+def test_state_is_cut_by_the_axis_that_takes_what_is_left():
+  """The layout of `mesh.fsdp=-1` is that of its number."""
+  config = cc12m(batch_size=16)
+  config.mesh.data = 1
+  least = rematerialization.state_bytes(config, shards=16)
+  memory = 2 * (least + 4 * rematerialization.kept_bytes(config, "block"))
+  for fsdp in (16, -1):
+    config.mesh.fsdp = fsdp
+    found = rematerialization.choose(config, platform="gpu", memory=memory, devices=16)
+    assert found == ("none", -1)
+  config.mesh.fsdp = 3
+  with pytest.raises(ValueError, match="fsdp=3, tensor=1. does not multiply to the 16 devices"):
+    rematerialization.choose(config, platform="gpu", memory=memory, devices=16)
+
+
+def test_frozen_towers_have_no_gradients_and_no_moments():
+  """By hand: 85.8 M parameters of the ViT, four bytes each instead of sixteen."""
+  config = cc12m()
+  whole = rematerialization.state_bytes(config, shards=2)
+  config.optimizer.freeze = ("^image_tower/",)
+  saved = 2 * (whole - rematerialization.state_bytes(config, shards=2)) / 12
+  assert saved == pytest.approx(85.8e6, rel=0.01)
+
+
 def test_a_run_that_goes_on_keeps_what_was_chosen(tmp_path):
   """On a machine with less memory too: another program would be another order of sums."""
   config = cc12m(batch_size=256)
