@@ -18,6 +18,13 @@ from grain_jax import keys, places, recipes, schema, synonyms
 CHOICES, FREE_KEYS, ADDED, LISTS = keys.CHOICES, keys.FREE_KEYS, keys.ADDED, keys.LISTS
 VARIANTS, IN_BUCKETS = keys.VARIANTS, keys.IN_BUCKETS
 
+_COLORS = ("model.image.mean", "model.image.std")
+# Keys whose values are pairs that begin with a regex: (what a pair is, how one alone is written).
+_PAIRS = {
+  "optimizer.lr_scale": ("(REGEX, FACTOR)", "(('^text_tower/', 0.1),)"),
+  "mesh.rules": ("(REGEX, (AXIS, ...))", "(('token_embedding$', (None, 'fsdp')),)"),
+}
+
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """('model.image.size', 224) and so on, in the order of definition."""
@@ -30,6 +37,8 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
   """The error line for a key that does not exist, with the nearest ones that do."""
+  if inner := [name for name, _ in flatten(config) if name.startswith(f"{key}.")]:
+    return f"config.{key} is a section. Set one of its keys, such as config.{inner[0]}."
   near = synonyms.nearest(key, [*(name for name, _ in flatten(config)), "--workdir"])
   hint = synonyms.did_you_mean(
     [name if name.startswith("--") else f"config.{name}" for name in near],
@@ -40,18 +49,24 @@ def unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
 
 def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
   """Sets `config.a.b` by its dotted name; the key must exist and the type must fit."""
-  node, *parts = config, *key.split(".")
-  for part in parts[:-1]:
-    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+  node, old = config, config
+  for part in key.split("."):
+    if not isinstance(old, ml_collections.ConfigDict) or part not in old:
       raise ValueError(unknown_key(config, key))
-    node = node[part]
-  if not isinstance(node, ml_collections.ConfigDict) or parts[-1] not in node:
+    node, old = old, old[part]
+  if isinstance(old, ml_collections.ConfigDict):
     raise ValueError(unknown_key(config, key))
+  if value is None and old is not None:
+    raise ValueError(_none(key))
   try:
-    node[parts[-1]] = value
+    node[part] = value
   except TypeError as error:
-    kind = type(node[parts[-1]]).__name__
-    raise ValueError(f"config.{key} = {value!r} is not a {kind}.") from error
+    raise ValueError(f"config.{key} = {value!r} is not a {type(old).__name__}.") from error
+
+
+def _none(key: str) -> str:
+  """The error line for a key that is None, which ml_collections lets every key be."""
+  return f"config.{key} = None is no value. Give one, or leave the key as it was."
 
 
 def set_from_text(config: ml_collections.ConfigDict, assignment: str) -> None:
@@ -82,12 +97,20 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def check_places(config: ml_collections.ConfigDict) -> None:
-  """Raises for the first key whose value is an address that it cannot be; see `places`."""
+  """Raises for the first key that is None, or an address that it cannot be; see `places`."""
+  _check_given(config)
   buckets = {f"config.{key}" for key in IN_BUCKETS}
   places.check_all({f"config.{key}": value for key, value in flatten(config)}, buckets=buckets)
   for i, entry in enumerate(config.data.sources):
     if isinstance(entry, Mapping):
       places.check(str(entry.get("dir", "")), f"config.data.sources[{i}].dir", bucket=True)
+
+
+def _check_given(config: ml_collections.ConfigDict) -> None:
+  """Raises a one-line ValueError for the first key, or section, that is None."""
+  for key, value in flatten(config):
+    if value is None:
+      raise ValueError(_none(key))
 
 
 def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
@@ -112,6 +135,7 @@ def _recipe_error(error: Exception, file: pathlib.Path) -> str | None:
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A copy in which the image tower's sizes stand as numbers, whatever its variant."""
+  _check_given(config)
   config = ml_collections.ConfigDict(config.to_dict())
   tower = config.model.image
   check_choice("model.image.variant", tower.variant)
@@ -129,13 +153,52 @@ def check_choice(key: str, value: Any) -> None:
     )
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pair(entry: Any) -> bool:
+  return isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _is_partition(value: Any) -> bool:
+  """Whether a value has an entry for each dimension; which axes there are: `runtime.mesh`."""
+  return isinstance(value, (tuple, list)) and all(
+    axis is None or isinstance(axis, (str, tuple, list)) for axis in value
+  )
+
+
+def _check_tuples(flat: Mapping[str, Any]) -> None:
+  """Raises a one-line ValueError for the first tuple that does not hold what its key needs."""
+  for key in (*LISTS, "zero_shot.templates"):
+    for i, entry in enumerate(flat[key]):
+      if not isinstance(entry, str):
+        raise ValueError(f"config.{key}[{i}] = {entry!r} is not a text. Write it in quotes.")
+  for key, (pair, example) in _PAIRS.items():
+    for i, entry in enumerate(flat[key]):
+      if not _is_pair(entry) or (key == "mesh.rules" and not _is_partition(entry[1])):
+        raise ValueError(
+          f"config.{key}[{i}] = {entry!r} is not a pair {pair}. A single one is written {example}."
+        )
+  for key in _COLORS:
+    if len(flat[key]) != 3 or not all(map(_is_number, flat[key])):
+      raise ValueError(
+        f"config.{key} = {flat[key]} is not three numbers. Give those of red, green and blue."
+      )
+  for i, entry in enumerate(flat["data.sources"]):  # all else of them: `data.mixture`
+    if not isinstance(entry, (Mapping, ml_collections.ConfigDict)) or not entry.get("dir"):
+      raise ValueError(
+        f"config.data.sources[{i}] = {entry!r} is not {{'dir': FOLDER, 'weight': NUMBER}}."
+      )
+
+
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
   """Raises a one-line ValueError for the first number past its limits (`keys`)."""
   for key, value in flatten(config):
     if config.method != "grain" and key.startswith("model.decoder."):
       continue
     for number in value if isinstance(value, tuple) else (value,):
-      if isinstance(number, bool) or not isinstance(number, (int, float)):
+      if not _is_number(number):
         continue
       said = f"config.{key} = {value}"
       if not math.isfinite(number):
@@ -151,7 +214,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
           where = f"[{low}, {high}{']' if closed else ')'}"
           raise ValueError(f"{said} must be in {where}{f': {meaning}' if meaning else ''}.")
   for pattern, factor in config.optimizer.lr_scale:
-    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+    if not _is_number(factor) or not 0 <= factor < math.inf:
       raise ValueError(
         f"config.optimizer.lr_scale: the factor of {pattern!r} is {factor!r}, and must be a finite "
         "number of at least 0."
@@ -184,6 +247,7 @@ def check(config: ml_collections.ConfigDict, *, settled: bool = False) -> None:
   flat = dict(flatten(config))
   for key in CHOICES:
     check_choice(key, flat[key])
+  _check_tuples(flat)
   _check_numbers(config)
   schema.check_max_pixels(config.data.max_pixels)
   if config.save_every <= 0 and config.save_every != -1:

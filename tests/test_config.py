@@ -9,7 +9,7 @@ import pytest
 
 from configs import common
 from grain_jax import config as configs
-from grain_jax import keys
+from grain_jax import keys, recipes
 from grain_jax.models import layers
 from grain_jax.objectives import matching
 from grain_jax.training import optim
@@ -118,17 +118,62 @@ def test_an_old_config_json_reads_as_complete(tmp_path):
     ("model.image.std", (0.2, 0.0, 0.2), ["config.model.image.std = (0.2, 0.0, 0.2)", "positive"]),
     ("seed", -1, ["config.seed = -1", "at least 0"]),
     ("eval_every", -2, ["config.eval_every = -2", "at least -1"]),
+    (
+      "optimizer.lr_scale",
+      ("text_tower", 0.5),
+      ["config.optimizer.lr_scale[0] = 'text_tower'", "pair (REGEX, FACTOR)", "0.1),)"],
+    ),
+    ("optimizer.lr_scale", (("a",),), ["config.optimizer.lr_scale[0] = ('a',)", "pair"]),
+    ("optimizer.lr_scale", ("ab",), ["config.optimizer.lr_scale[0] = 'ab'", "pair"]),
+    ("optimizer.lr_scale", ((1, 0.5),), ["config.optimizer.lr_scale[0] = (1, 0.5)", "pair"]),
+    ("optimizer.lr_scale", (("a", True),), ["factor of 'a' is True"]),
+    ("mesh.rules", ("a", ("fsdp",)), ["config.mesh.rules[0] = 'a'", "(REGEX, (AXIS, ...))"]),
+    ("mesh.rules", (("a", "fsdp"),), ["config.mesh.rules[0] = ('a', 'fsdp')", "pair"]),
+    ("mesh.rules", (("a", (0,)),), ["config.mesh.rules[0] = ('a', (0,))", "pair"]),
+    ("model.image.mean", (0.5,), ["config.model.image.mean = (0.5,)", "three numbers"]),
+    ("model.image.std", (0.5,) * 4, ["config.model.image.std = (0.5,", "three numbers"]),
+    ("model.image.mean", (0.5, None, 0.5), ["config.model.image.mean", "three numbers"]),
+    ("optimizer.freeze", "text_tower", ["config.optimizer.freeze = 'text_tower'", "not a tuple"]),
+    ("optimizer.freeze", (("a",),), ["config.optimizer.freeze[0] = ('a',)", "not a text"]),
+    ("evals", (None,), ["config.evals[0] = None", "not a text"]),
+    ("init.keep", (1,), ["config.init.keep[0] = 1", "not a text"]),
+    ("zero_shot.templates", (1,), ["config.zero_shot.templates[0] = 1", "not a text"]),
+    ("data.sources", ("data/a",), ["config.data.sources[0] = 'data/a'", "{'dir': FOLDER"]),
+    ("data.sources", ({"weight": 1.0},), ["config.data.sources[0] = {'weight': 1.0}", "'dir'"]),
   ],
 )
 def test_what_cannot_work_is_one_line_with_key_and_value(key, value, words):
   c = common.get_config()
-  configs.set_key(c, key, value)
   with pytest.raises(ValueError) as caught:
+    configs.set_key(c, key, value)
     configs.check(configs.resolve(c))
   line = str(caught.value)
   assert "\n" not in line
   for word in words:
     assert word in line
+
+
+@pytest.mark.parametrize("key", ["steps", "optimizer.lr", "data.flip", "data.sources", "evals"])
+def test_no_key_may_be_none(key):
+  """ml_collections lets each be: by a recipe's argument, or where a recipe assigns it."""
+  with pytest.raises(ValueError, match=rf"^config\.{key} = None is no value\. Give one"):
+    configs.load(f"configs/cc12m.py:{key}=None")
+  c = common.get_config()
+  section, _, leaf = key.rpartition(".")
+  (c[section] if section else c)[leaf] = None
+  for look in (configs.check_places, configs.resolve, configs.check):
+    with pytest.raises(ValueError, match=rf"^config\.{key} = None is no value"):
+      look(c)
+
+
+@pytest.mark.parametrize("value", [None, {}, {"size": 32}, 5])
+def test_a_section_is_set_key_by_key(value):
+  with pytest.raises(ValueError, match=r"^config\.model\.image is a section\. .* such as config\."):
+    configs.set_key(common.get_config(), "model.image", value)
+  c = common.get_config()
+  c.model.image = None
+  with pytest.raises(ValueError, match=r"^config\.model\.image = None is no value"):
+    configs.resolve(c)
 
 
 NUMBERS = {
@@ -223,6 +268,17 @@ def test_a_recipe_that_sets_no_key_ends_in_one_line(tmp_path, line, words):
   said = str(error.value)
   assert said.startswith(f"--config={recipe}: line 6: ") and words in said
   assert "\n" not in said
+
+
+def test_a_recipe_in_the_users_folder(tmp_path, monkeypatch):
+  (tmp_path / "own.py").write_text(
+    "from configs import common\n\n\ndef get_config(arg=''):\n"
+    "  return common.parse(common.get_config(), arg)\n"
+  )
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert recipes.find("~/own.py:seed=3") == f"{tmp_path}/own.py:seed=3"
+  found, want = (configs.load(f"{folder}/own.py:seed=3") for folder in ("~", tmp_path))
+  assert found.to_dict() == want.to_dict() and found.seed == 3
 
 
 def test_a_defect_of_a_recipe_itself_keeps_its_traceback(tmp_path):

@@ -177,13 +177,13 @@ def first_hit_ranks(
     )
   ranks = np.zeros(len(queries), np.int64)
   order = np.arange(len(candidates))
-  first, of = distinct_rows(candidates)
-  rows = candidates[first]
+  distinct, of = distinct_rows(candidates)
+  rows = candidates[distinct]
   block = max(1, block_elements // max(1, len(candidates)))
   for start in range(0, len(queries), block):
     part = slice(start, start + block)
     scores = queries[part] @ rows.T
-    scores = scores if len(first) == len(order) else scores[:, of]
+    scores = scores if len(rows) == len(candidates) else scores[:, of]
     own = query_groups[part, None] == candidate_groups[None]
     best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
     equal = scores == best

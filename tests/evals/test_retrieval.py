@@ -109,6 +109,26 @@ def test_block_size_bounds_what_is_held_at_once(monkeypatch):
   assert sum(held) == 100 * 100 and max(held) <= 1000
 
 
+def test_blocks_of_as_many_queries_as_candidates_of_which_two_are_alike():
+  count = 6
+  candidates = unit(np.random.default_rng(0).normal(size=(count, 4)))
+  candidates[4] = candidates[1]
+  queries = np.concatenate([candidates, candidates])
+  groups = np.tile(np.arange(count), 2)
+  ranks = retrieval.first_hit_ranks(
+    queries, candidates, groups, np.arange(count), block_elements=count * count
+  )
+  np.testing.assert_array_equal(ranks, np.tile([0, 0, 0, 0, 1, 0], 2))
+
+
+def test_scores_of_candidates_that_all_differ_are_never_copied(monkeypatch):
+  alike = retrieval.distinct_rows
+  monkeypatch.setattr(retrieval, "distinct_rows", lambda rows: (alike(rows)[0], None))
+  x = unit(np.random.default_rng(0).normal(size=(9, 4)))
+  ranks = retrieval.first_hit_ranks(x, x, np.arange(9), np.arange(9), block_elements=20)
+  np.testing.assert_array_equal(ranks, np.zeros(9))
+
+
 # Three images along the axes; a's first caption is nearest to a, b's captions are swapped.
 EMBEDDINGS = np.eye(3)
 TEXTS = {

@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from grain_jax import places, textfiles
+from grain_jax import failures, places, textfiles
 from grain_jax.evals import built
 from grain_jax.evals.page import page, report
 from grain_jax.evals.sets import classification, suite
@@ -28,6 +28,31 @@ CONFIGURATION = "configuration"  # of the facts of a report, the one that is a f
 _SUBJECT = re.compile(r"(?:evaluation )?(\w+(?::.+?)?)(?:: | by | failed)")
 
 
+def prepare(folder: pathlib.Path, *, name: str) -> None:
+  """Makes the folder for `write` and reads what it has: before anything is evaluated.
+
+  Args:
+    folder: of the results.
+    name: the flag that names it, for messages: '--out'.
+
+  Raises:
+    ValueError: it cannot be made or written to, or what it has is damaged; one line.
+  """
+  probe = folder / f".{NAME}.probe"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    places.write_bytes(probe, b"")
+    probe.unlink(missing_ok=True)
+  except OSError as error:
+    if failures.is_transient(error):
+      raise
+    raise ValueError(
+      f"{name}={folder} cannot take the results: {error.strerror or error}. Name a folder that can "
+      "be written with --out."
+    ) from None
+  read(folder)
+
+
 def write(
   folder: pathlib.Path,
   outcome: built.Outcome,
@@ -35,11 +60,12 @@ def write(
   step: int | None,
   facts: dict[str, str] | None = None,
 ) -> None:
-  """results.json, figures/ and report.html into a folder, and the table on the terminal.
+  """The table on the terminal, then results.json, figures/ and report.html into a folder.
 
   Results, figures and lines on what was left out that the folder has of other evaluations of the
   same step, model and data stay; other results are kept once, in results.before.json (`merge`).
   """
+  print(report.format_table(outcome.results), flush=True)  # whatever becomes of the files
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / NAME
   newer = Written(step, outcome.results, outcome.data, outcome.model, tuple(outcome.left_out))
@@ -49,7 +75,6 @@ def write(
   results = rounded(merged.written.results)
   if facts and "command" in facts and merged.added:
     facts = {"last command" if key == "command" else key: facts[key] for key in facts}
-  print(report.format_table(outcome.results))
   drawn = report.write(
     folder / "figures",
     metrics.read_jsonl(folder / "metrics.jsonl"),
@@ -102,16 +127,42 @@ class Merged(NamedTuple):
 
 
 def read(folder: pathlib.Path) -> Written | None:
-  """What a folder has; None: nothing. A one-line ValueError where it is not JSON."""
-  path, about = folder / NAME, folder / ABOUT
+  """What a folder has; None: nothing. A one-line ValueError where it is damaged."""
+  path = folder / NAME
   if not path.is_file():
     return None
-  results = dict(textfiles.read_json(path))
-  text = about.read_text() if about.is_file() else ""
-  held = json.loads(text) if text.startswith("{") else {"data": text}  # once a fingerprint alone
-  lists = {key: tuple(held.get(key, ())) for key in ("left_out", "figures")}
+  results = textfiles.read_json(path)
+  if not isinstance(results, dict):
+    raise ValueError(
+      f"{path} holds a {type(results).__name__}, not an object of results. Restore or remove it."
+    )
   step = results.pop("step", None)
-  return Written(step, results, held.get("data", ""), held.get("model", ""), **lists)
+  for name, value in results.items():
+    if not isinstance(value, (int, float)):
+      raise ValueError(f"{path}: {name} is {value!r}, not a number. Restore or remove the file.")
+  return Written(step, results, **_read_about(folder / ABOUT))
+
+
+def _read_about(path: pathlib.Path) -> dict[str, Any]:
+  """What results.data says, as fields of `Written`."""
+  text = textfiles.read_text(path) if path.is_file() else ""
+  if not text.startswith("{"):
+    return {"data": text}  # once a fingerprint alone
+  hint = f"Restore it, or move it and {NAME} elsewhere."
+  try:
+    held = textfiles.parse_json(text)
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}. {hint}") from None
+  found = {key: held.get(key, "") for key in ("data", "model")}
+  for key, value in found.items():
+    if not isinstance(value, str):
+      raise ValueError(f"{path}: {key} is {value!r}, not a text. {hint}")
+  for key in ("left_out", "figures"):
+    lines = held.get(key, [])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+      raise ValueError(f"{path}: {key} is {lines!r}, not a list of texts. {hint}")
+    found[key] = tuple(lines)
+  return found
 
 
 def merge(older: Written | None, newer: Written) -> Merged:

@@ -1,10 +1,12 @@
 """Which results may stand together in a folder, and what becomes of the others."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 
+from grain_jax import places
 from grain_jax.evals import built, segmentation
 from grain_jax.evals.page import results as results_lib
 
@@ -130,3 +132,62 @@ def test_what_was_left_out_stays_in_the_report_until_it_is_evaluated_anew(tmp_pa
   assert shown() == [lines[3], "not here: a"]
   write({}, step=5)
   assert shown() == []
+
+
+@pytest.mark.parametrize(
+  ("below", "why"), [("file", "File exists"), ("file/x", "Not a directory")], ids=["file", "below"]
+)
+def test_a_place_that_cannot_be_a_folder_is_one_line(tmp_path, below, why):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError) as caught:
+    results_lib.prepare(tmp_path / below, name="--out")
+  line = f"--out={tmp_path / below} cannot take the results: {why}. Name a folder that can be"
+  assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
+  def write_bytes(path, data):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+  monkeypatch.setattr(places, "write_bytes", write_bytes)
+  with pytest.raises(ValueError, match=r"^--workdir=\S+ cannot take the results: Permission"):
+    results_lib.prepare(tmp_path, name="--workdir")
+
+
+def test_a_folder_that_is_made_ready_holds_nothing_more(tmp_path, write):
+  results_lib.prepare(tmp_path / "a" / "b", name="--out")
+  assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+  write({"a/b": 0.5})
+  before = sorted(tmp_path.rglob("*"))
+  results_lib.prepare(tmp_path, name="--out")
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "words"),
+  [
+    ("results.json", '{"step": 4,', "is not JSON: Expecting property name"),
+    ("results.json", "[1]", "holds a list, not an object of results. Restore or remove it."),
+    ("results.json", '{"a/b": [1]}', ": a/b is [1], not a number. Restore or remove"),
+    ("results.data", '{"data": ', "is not JSON: Expecting value: line 1 column 10"),
+    ("results.data", '{"left_out": 5}', ": left_out is 5, not a list of texts. Restore it"),
+    ("results.data", '{"figures": [1]}', ": figures is [1], not a list of texts."),
+    ("results.data", '{"model": 5}', ": model is 5, not a text."),
+    ("results.data", "\xe9", "is not UTF-8: byte 0xe9"),
+  ],
+)
+def test_damaged_results_are_one_line_at_the_beginning_and_the_table_is_shown_at_the_end(
+  tmp_path, capsys, write, name, text, words
+):
+  write({"a/b": 0.5})
+  (tmp_path / name).write_bytes(text.encode("latin-1"))
+  for act in (
+    lambda: results_lib.prepare(tmp_path, name="--out"),
+    lambda: results_lib.write(tmp_path, built.Outcome({"c/d": 0.25}), step=4),
+  ):
+    with pytest.raises(ValueError) as caught:
+      act()
+    assert f"{tmp_path / name}" in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+  assert "25.0 %" in capsys.readouterr().out
+  assert (tmp_path / name).read_bytes() == text.encode("latin-1")  # it stays for the user
