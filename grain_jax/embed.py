@@ -194,7 +194,7 @@ def check_space(
       "of memory. Shorten it, or leave it out."
     )
   needed = 4 * rows * (config.model.embed_dim * (1 + queries) + 4 * queries) + text
-  folder = tempfile.gettempdir() if places.is_bucket(path) else pathlib.Path(path).parent
+  folder = tempfile.gettempdir() if places.is_bucket(path) else places.at(path).parent
   free = shutil.disk_usage(folder).free
   if needed > free:
     raise ValueError(

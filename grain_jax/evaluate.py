@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import difflib
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -199,7 +198,7 @@ def evaluate(
     evals: names as in --evals; empty: those of the run's own configuration.
     data_dir: another place of the run's data.
     step: which checkpoint of a run; the newest by default.
-    batch_size: images or rows of text at a time, over all devices; 0: the run's own.
+    batch_size: images or rows of text at a time, over all devices, >= 0; 0: the run's own.
     options: of the evaluations on outside datasets; `root` and `limit`, where they are None, are
       those of the run's own configuration.
     say: gets a line before each of those, and on what is left out.
@@ -211,6 +210,8 @@ def evaluate(
   Raises:
     ValueError: one line, before anything is encoded where that can be.
   """
+  if batch_size < 0:
+    raise ValueError(f"batch_size = {batch_size} must be positive, or 0: the run's own.")
   evaluated = EvaluatedModel(str(path), *weights.open_checkpoint(path, step=step))
   config = evaluated.config
   if evals:
@@ -299,7 +300,8 @@ def _main(flag: flags.FlagValues) -> None:
       "give either --workdir (a run) or --checkpoint (an imported model). See --help."
     )
   path = flag.workdir or flag.checkpoint
-  out = places.open_place(flag.out or path, "--out" if flag.out else "--workdir")
+  where = "--out" if flag.out else "--workdir" if flag.workdir else "--checkpoint"
+  out = places.open_place(flag.out or path, where)
   first = distributed.process_index() == 0
 
   def warn(line: str) -> None:
@@ -307,15 +309,17 @@ def _main(flag: flags.FlagValues) -> None:
       print(f"warning: {line}", flush=True)
 
   options = Options(
-    root=pathlib.Path(flag.datasets) if flag.datasets else None,
+    root=places.at(flag.datasets) if flag.datasets else None,
     tfds_dir=flag.tfds_dir,
     download=flag.download,
     limit=flag.limit,
     protocols=tuple(flag.protocols),
-    descriptors=pathlib.Path(flag.descriptors) if flag.descriptors else None,
+    descriptors=places.at(flag.descriptors) if flag.descriptors else None,
     cache=out / "prompts",
     warn=warn,
   )
+  if first and (flag.out or out.is_dir()):  # else there is no checkpoint, which is said below
+    results_lib.prepare(out, name=where)
   devices.check_found()
   compile_cache.use()
   outcome, evaluated = evaluate(
@@ -343,7 +347,9 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("out", None, "Folder of the results; by default that of the checkpoint.")
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
-  flags.DEFINE_integer("batch_size", 0, "Images or rows of text at a time; 0: the run's own.")
+  flags.DEFINE_integer(
+    "batch_size", 0, "Images or rows of text at a time; 0: the run's own.", lower_bound=0
+  )
   flags.DEFINE_list(
     "evals",
     [],

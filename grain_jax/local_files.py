@@ -74,7 +74,7 @@ def fetch(path: str | os.PathLike, *, beside: bool = False) -> pathlib.Path:
   of weights what it is read with: the configurations and vocabularies beside it, and its shards.
   """
   if not places.is_bucket(path):
-    return pathlib.Path(path)
+    return places.at(path)
   from grain_jax import buckets
 
   source = places.at(path)

@@ -15,6 +15,8 @@ import sys
 import types
 from typing import NamedTuple
 
+from grain_jax import places
+
 _HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(
   folder
@@ -79,8 +81,8 @@ def find(path: str) -> str:
     ValueError: there is neither such a file nor such a recipe; one line.
   """
   name, colon, arg = path.partition(":")
-  if pathlib.Path(name).is_file():
-    return path
+  if (file := places.at(name)).is_file():  # Python opens no path with a tilde
+    return f"{file}{colon}{arg}"
   if name in names():
     return f"{FOLDER / name}.py{colon}{arg}"
   near = difflib.get_close_matches(pathlib.Path(name).stem, names(), n=1, cutoff=0.5)

@@ -69,7 +69,7 @@ def read_kind(folder: str | os.PathLike) -> Kind:
   """
   values: dict[str, Any] = {}
   for name in reversed(SETTINGS):  # the first has the last word
-    path = pathlib.Path(folder) / name
+    path = places.at(folder) / name
     if path.is_file():
       read = textfiles.read_json(path)
       if not isinstance(read, dict):

@@ -124,7 +124,7 @@ def into_folder(
     if not remote:
       places.remove_tree(target)
       temporary.rename(target)
-  elif not target.samefile(source) and _vocabulary(target) != _vocabulary(source):
+  elif not target.samefile(places.at(source)) and _vocabulary(target) != _vocabulary(source):
     raise ValueError(
       f"{target} is another tokenizer than config.model.text.tokenizer = {source!r}. Use a new "
       "workdir, or the tokenizer of the old one."

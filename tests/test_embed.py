@@ -105,7 +105,13 @@ def test_classes_are_the_folders_of_the_first_level(folder, tmp_path, rng):
 
 @pytest.mark.parametrize(
   ("labels", "numbers", "names"),
-  [(["pug", "ant", "pug"], [1, 0, 1], ["ant", "pug"]), (["10", "2", "2"], [10, 2, 2], None)],
+  [
+    (["pug", "ant", "pug"], [1, 0, 1], ["ant", "pug"]),
+    (["10", "2", "2"], [10, 2, 2], None),
+    (["010", f"{2**63 - 1}", "0" * 30], [10, 2**63 - 1, 0], None),
+    (["10", f"{2**63}", "2"], [0, 2, 1], ["10", "2", f"{2**63}"]),  # no number of 64 bits: names
+    (["1" * 20, "2", "2"], [0, 1, 1], ["1" * 20, "2"]),
+  ],
 )
 def test_a_table_with_labels(folder, tmp_path, labels, numbers, names):
   rows = zip(PATHS, labels, strict=False)
@@ -228,6 +234,19 @@ def test_a_full_disk_is_known_before(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
   with pytest.raises(ValueError, match=r"--out=.*a\.npz: 0\.0 GB are needed"):
     embed.check_space(out, tiny, ["a"] * 20, regions=False)
+
+
+def test_flags_in_the_users_folder(model, folder, tmp_path, monkeypatch):
+  _, _, run = model
+  (tmp_path / "t.txt").write_text("a dog\n")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for flags in ({"images": f"~/{folder.name}"}, {"texts": "~/t.txt"}):
+    embed._main(options("~/e/a.npz", checkpoint=f"~/{run.name}", overwrite=True, **flags))
+    whole = {name: str(tmp_path / value[2:]) for name, value in flags.items()}
+    embed._main(options(tmp_path / "b.npz", checkpoint=str(run), overwrite=True, **whole))
+    found, want = read(tmp_path / "e" / "a.npz")[0], read(tmp_path / "b.npz")[0]
+    assert found.keys() == want.keys()
+    assert_array_equal(found["embeddings"], want["embeddings"])
 
 
 def test_one_text_that_makes_the_array_too_wide_is_refused(tiny, tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -263,6 +264,50 @@ def test_wrong_flags_answer_at_once():
   done = run()
   assert done.returncode == 1 and done.stderr.count("\n") == 1
   assert "give either --workdir (a run) or --checkpoint" in done.stderr
+
+
+def test_the_place_of_results_is_looked_at_before_all_else(clip_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: pytest.fail("evaluated"))
+  (tmp_path / "file").write_text("")
+  (tmp_path / "results.json").write_text("[1]")
+  flag = types.SimpleNamespace(
+    workdir=None, checkpoint=str(clip_run), datasets=None, tfds_dir=None, download=False,
+    limit=None, protocols=["templates"], descriptors=None, evals=[], data_dir="", step=None,
+    batch_size=0,
+  )  # fmt: skip
+  for out, words in (("file", "File exists"), ("file/x", "Not a directory"), ("", "holds a list")):
+    flag.out = str(tmp_path / out)
+    with pytest.raises(ValueError, match=words) as caught:
+      evaluate._main(flag)
+    assert flag.out in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_in_the_users_folder(clip_run, pictures, tmp_path, monkeypatch):
+  shutil.copytree(clip_run, tmp_path / "run")
+  (tmp_path / "sets").symlink_to(pictures)
+  (tmp_path / "texts").mkdir()
+  names = sorted(path.name for path in (pictures / "mine").iterdir())
+  (tmp_path / "texts" / "mine.json").write_text(json.dumps({name: ["round"] for name in names}))
+  monkeypatch.setenv("HOME", str(tmp_path))
+
+  def results(home):
+    flag = types.SimpleNamespace(
+      workdir=None, checkpoint=f"{home}/run", datasets=f"{home}/sets", tfds_dir=None,
+      download=False, limit=3, protocols=["descriptors"], descriptors=f"{home}/texts",
+      evals=["zero_shot:mine"], data_dir="", step=None, batch_size=0, out=f"{home}/out",
+    )  # fmt: skip
+    evaluate._main(flag)
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+  assert results("~") == results(tmp_path)
+
+
+def test_a_batch_of_less_than_one_is_refused(clip_run):
+  with pytest.raises(ValueError, match=r"^batch_size = -1 must be positive, or 0: the run's own"):
+    evaluate.evaluate(clip_run, ["zero_shot:mine"], batch_size=-1)
+  done = run(f"--checkpoint={clip_run}", "--evals=zero_shot:mine", "--batch_size=-1")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "--batch_size=-1: -1 is not a" in done.stderr
 
 
 @pytest.mark.slow

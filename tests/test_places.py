@@ -87,6 +87,27 @@ def test_the_user_s_folder_is_meant_by_a_tilde(monkeypatch):
   assert [*map(str, named)] == ["/home/me/runs/x", "/home/me", "a/~/b"]
 
 
+@pytest.mark.parametrize(
+  "read",
+  [
+    local_files.fetch,
+    lambda path: files.find(path).files,
+    lambda path: files.find(f"{path}/list.txt").files,
+    lambda path: files.find(path, labels="folders").labels.tolist(),
+    lambda path: zero_shot.read_descriptors(f"{path}/d.json"),
+    lambda path: folder_source.source(path).settings["input"],
+  ],
+)
+def test_functions_take_a_tilde_for_the_users_folder(tmp_path, monkeypatch, read):
+  (tmp_path / "in" / "a").mkdir(parents=True)
+  (tmp_path / "in" / "a" / "b.jpg").touch()
+  (tmp_path / "in" / "list.txt").write_text("a/b.jpg\n")
+  (tmp_path / "in" / "annotations.jsonl").write_text('{"image": "a/b.jpg", "caption": "c"}\n')
+  (tmp_path / "in" / "d.json").write_text('{"hen": ["two legs"]}')
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert read("~/in") == read(str(tmp_path / "in"))
+
+
 def test_files_of_a_folder_are_found_through_links_each_once(tmp_path):
   root, disk = tmp_path / "root", tmp_path / "disk"
   for name in ("root/a/0", "root/z/1", "disk/b/2", "disk/b/c/3"):

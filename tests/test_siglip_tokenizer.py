@@ -158,6 +158,19 @@ def test_the_tower_decides_whether_texts_are_padded(tiny, folder, tmp_path):
   assert tokenizing.make(configs.read(run / "config.json")).hash != made.hash
 
 
+def test_a_folder_below_the_users_is_the_same_tokenizer(tiny, folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(folder.parent))
+  monkeypatch.chdir(tmp_path)
+  assert sentencepiece.read_kind("~/json") == sentencepiece.read_kind(folder)
+  tiny.model.text.update(tokenizer="~/json", context=CONTEXT, kind="siglip")
+  made = tokenizing.make(tiny)
+  assert made.hash == sentencepiece.SentencePiece(folder, CONTEXT, pads=True).hash
+  for _ in range(2):  # as a run does that goes on
+    written = tokenizing.into_folder(tiny, tmp_path)
+    (tmp_path / "config.json").write_text(configs.to_json(written))
+    assert tokenizing.make(configs.read(tmp_path / "config.json")).hash == made.hash
+
+
 def test_clips_and_t5s_texts_are_padded_too(tiny, tmp_path):
   tiny.model.text.update(kind="siglip", context=CONTEXT)
   made = tokenizing.make(tiny)

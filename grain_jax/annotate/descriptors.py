@@ -5,7 +5,8 @@ Asks a language model what each class looks like, and writes {class: [descriptor
 model in this process instead, of the folder --model.
 
 FILE.json is written when all classes have descriptors, not before; replies are kept beside it, in
-FILE.replies.jsonl, and a class that stands in either is not asked again.
+FILE.replies.jsonl, and a class that stands in either is not asked again. Both are of one prompt and
+model, which FILE.settings.json tells; for others the command ends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import Any, NamedTuple
 from grain_jax import failures, helptext, places, textfiles
 from grain_jax.annotate import language_models
 from grain_jax.data.building import flags as build_flags
-from grain_jax.evals import zero_shot
 
 _PROGRAM = "python -m grain_jax.annotate.descriptors"
 PROMPT = pathlib.Path(__file__).parent / "prompts" / "descriptors.txt"
@@ -112,11 +112,57 @@ def read_prompt(path: pathlib.Path) -> str:
   return text
 
 
+def read_written(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, list[str]]:
+  """What stands in `out`; {} where there is no such file.
+
+  Raises:
+    ValueError: it is a folder, no {class: [descriptor, ...]}, or of other settings; one line.
+  """
+  name = f"--out={out}"
+  if out.is_dir():
+    raise ValueError(f"{name} is a folder. Name a file in it: {out / 'descriptors.json'}.")
+  if not out.exists():
+    return {}
+  found, wrong = textfiles.read_json(out, name=name), ""
+  if not isinstance(found, dict):
+    wrong = f"a {type(found).__name__}"
+  else:
+    wrong = next((f"{key!r}: {own!r:.80}" for key, own in found.items() if not _are_texts(own)), "")
+  if wrong:
+    raise ValueError(
+      f"{name} is there and holds {wrong}, which is no {{class: [descriptor, ...]}}. Move it away, "
+      "or choose another --out."
+    )
+  settings_file = _beside(out, "settings.json")
+  if found and settings_file.is_file():
+    _check_settings(out, textfiles.read_json(settings_file), settings)
+  return found
+
+
+def _are_texts(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+
+
+def _beside(out: pathlib.Path, name: str) -> pathlib.Path:
+  return out.with_name(f"{out.name.removesuffix('.json')}.{name}")
+
+
+def _check_settings(out: pathlib.Path, found: Any, settings: Mapping[str, Any]) -> None:
+  """Raises where what is there is of other settings; the line names all that would be taken."""
+  if found != settings:
+    files = [file for file in (out, _beside(out, "replies.jsonl")) if file.exists()]
+    raise ValueError(
+      f"{' and '.join(map(str, files))}: these are replies to another prompt or of another model. "
+      "Move or remove what is named here, or choose another --out."
+    )
+
+
 class Replies:
   """The replies so far, in a file of JSON lines that one process at a time adds to."""
 
-  def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
-    """Raises ValueError: it is of other settings, or another process writes it; one line."""
+  def __init__(self, out: pathlib.Path, settings: Mapping[str, Any]):
+    """`out`: beside which they are; ValueError: of other settings, or another process writes."""
+    path = _beside(out, "replies.jsonl")
     self._file = path.open("a+b")
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,13 +181,12 @@ class Replies:
       raise ValueError(
         f"{path} is no file of replies. Remove it, or choose another --out."
       ) from None
-    if first is None:
+    alone = len(lines) == 1 and isinstance(first, dict) and "settings" in first
+    if not lines or alone:  # nobody has replied
+      self._file.truncate(0)
       self._write({"settings": settings})
-    elif first != {"settings": settings}:
-      raise ValueError(
-        f"{path} holds replies to another prompt or of another model. Remove it, or choose another "
-        "--out."
-      )
+    else:
+      _check_settings(out, first, {"settings": settings})
 
   def add(self, line: dict[str, Any]) -> None:
     self._write(line)
@@ -186,13 +231,15 @@ def make(
     ValueError: classes have no descriptors, or `out` is something else; one line.
     failures.TransientError: the server does not answer; the same call goes on.
   """
-  before = zero_shot.read_descriptors(out) if out.is_file() else {}
-  replies = Replies(out.with_name(out.name.removesuffix(".json") + ".replies.jsonl"), settings)
+  before, settings_file = read_written(out, settings), _beside(out, "settings.json")
+  is_known = not before or settings_file.is_file()  # of which settings that is
+  replies = Replies(out, settings)
   try:
     known = {n for n in classes if before.get(n) or replies.of.get(n, {}).get("descriptors")}
     todo = [name for name in classes if name not in known]
     if known:
-      say(f"{len(known):,} of {len(classes):,} classes are there")
+      of = "" if is_known else f"; {out} is taken, of whatever prompt and model it may be"
+      say(f"{len(known):,} of {len(classes):,} classes are there{of}")
     if todo:
       chat.check()
       _ask_all(todo, chat, replies, prompt=prompt, most=most, say=say)
@@ -211,10 +258,9 @@ def make(
         f"{len(failed):,} of {len(classes):,} classes have no descriptors ({told}), {failed[0]!r} "
         f"first: {out} is not written. Ask again by the same command, or give --allow_failed."
       )
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    text = json.dumps(found, indent=4, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    if is_known:
+      places.write_text(settings_file, json.dumps(settings) + "\n")
+    places.write_text(out, json.dumps(found, indent=4, ensure_ascii=False) + "\n")
   finally:
     replies.close()
   return {"counts": counts, "losses": dict(losses), "totals": dict(chat.totals())}
@@ -301,15 +347,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("concurrency", "max_descriptors", "max_tokens", "timeout"):
       if not getattr(flags, name) > 0:
         raise ValueError(f"--{name} = {getattr(flags, name)}: must be more than 0.")
-    classes = read_classes(pathlib.Path(flags.classes).expanduser())
-    prompt = read_prompt(pathlib.Path(flags.prompt).expanduser())
-    out = pathlib.Path(flags.out).expanduser()
+    classes = read_classes(places.at(flags.classes))
+    prompt = read_prompt(places.at(flags.prompt))
+    out = places.at(flags.out)
     if not out.parent.is_dir():
       raise ValueError(f"--out={out}: there is no folder {out.parent}. Make it.")
     settings = {
       "model": flags.model, "prompt": hashlib.sha256(prompt.encode()).hexdigest(),
       "max_descriptors": flags.max_descriptors, "max_tokens": flags.max_tokens,
     }  # fmt: skip
+    read_written(out, settings)  # before a model is loaded
     told = make(
       classes, out, _chat(flags), prompt=prompt, settings=settings, most=flags.max_descriptors,
       allow_failed=flags.allow_failed,

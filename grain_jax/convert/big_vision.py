@@ -12,6 +12,7 @@ import functools
 import logging
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from grain_jax.convert import foreign, layout, state_dicts
 SCALAR = layout.Form(lambda x: x.reshape(()), lambda x: x.reshape(1))  # [1] and []
 _SIZES = (224, 256, 384, 512)  # pixels of published models
 _TOWERS = {"image": "img/Transformer", "text": "txt/Encoder_0"}
+# What `zipfile` and NumPy raise for a file with other bytes than were written.
+_DAMAGED = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Found(NamedTuple):
@@ -84,9 +87,12 @@ def _warn_of_size(path: pathlib.Path, side: int, patch: int) -> None:
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of a file, no pickle; those of two opaque bytes are bfloat16, as it saves them."""
   try:
-    with np.load(path, allow_pickle=False) as file:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+      raise ValueError("one array alone")
+    with loaded as file:
       found = {key: file[key] for key in file.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except _DAMAGED as error:
     reason = " ".join(str(error).split())[:120]
     raise ValueError(f"{path} is truncated or not an .npz of arrays ({reason}).") from error
   return {

@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from grain_jax import config as configs
-from grain_jax import sentencepiece, tokenizing
+from grain_jax import places, sentencepiece, tokenizing
 from grain_jax.convert import foreign, layout, sentence_t5, state_dicts, timm_vit
 from grain_jax.models import t5
 
@@ -158,7 +158,7 @@ def _text_facts(shapes: foreign.Shapes, text: str) -> dict[str, Any]:
 
 def _check_tokenizer(folder: str, rows: int, *, where: str) -> None:
   """Raises where a folder has no tokenizer, or one that is not of an embedding of so many rows."""
-  if not any((pathlib.Path(folder) / name).is_file() for name in sentencepiece.FILES):
+  if not any((places.at(folder) / name).is_file() for name in sentencepiece.FILES):
     raise ValueError(
       f"--tokenizer={folder} has no {' or '.join(sentencepiece.FILES)}. Give the folder of "
       "sentence-t5-base, or of any T5 v1.0."

@@ -9,20 +9,23 @@ files are those of `python -m grain_jax.embed` with labels. scikit-learn does th
 from __future__ import annotations
 
 import json
-import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax import places
+from grain_jax import failures, places
 from grain_jax.evals import evidence
 
 # C of scikit-learn, 1 / strength: 8 a decade, 1e-6 to 1e6.
 CS = tuple(np.logspace(-6, 6, 97).tolist())
 _COARSE = 7  # points of the first pass, at least
 _VAL_FRACTION = 0.2  # of each class, to choose C on
+_ARRAYS = ("embeddings", "labels", "label_names", "metadata")  # what is read of a file
+# What `zipfile` and NumPy raise for a file with other bytes than were written.
+_DAMAGED = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Features(NamedTuple):
@@ -155,18 +158,56 @@ def search(score: Callable[[int], float], count: int) -> tuple[int, float]:
 def load(path: str, flag: str) -> Features:
   """Labelled features of a file of `grain_jax.embed`; a one-line ValueError where it is none."""
   places.check(path, flag)
-  file = pathlib.Path(path)
+  file, where = places.at(path), f"{flag}={path}"
   if not file.is_file():
-    raise ValueError(f"{flag}={path}: there is no such file. Make it with grain_jax.embed.")
+    raise ValueError(f"{where}: there is no such file. Make it with grain_jax.embed.")
   if not zipfile.is_zipfile(file):
-    raise ValueError(f"{flag}={path} is no .npz file. Make it with grain_jax.embed.")
-  with np.load(file, allow_pickle=False) as arrays:
-    for name, how in (("embeddings", ""), ("labels", " with --labels=folders or a label column")):
-      if name not in arrays:
-        raise ValueError(f"{flag}={path} has no {name}. Make it with grain_jax.embed{how}.")
-    names = tuple(arrays["label_names"].tolist()) if "label_names" in arrays else None
-    metadata = json.loads(str(arrays["metadata"])) if "metadata" in arrays else {}
-    return Features(path, arrays["embeddings"], arrays["labels"], names, metadata)
+    raise ValueError(f"{where} is no .npz file. Make it with grain_jax.embed.")
+  try:
+    with np.load(file, allow_pickle=False) as opened:
+      arrays = {name: opened[name] for name in _ARRAYS if name in opened}
+  except _DAMAGED as error:
+    if failures.is_storage(error):
+      raise
+    raise ValueError(
+      f"{where} is damaged, or holds what is no array ({failures.one_line(error, limit=120)}). "
+      "Make it again with grain_jax.embed."
+    ) from error
+  for name, how in (("embeddings", ""), ("labels", " with --labels=folders or a label column")):
+    if name not in arrays:
+      raise ValueError(f"{where} has no {name}. Make it with grain_jax.embed{how}.")
+  labels = arrays["labels"]
+  names = _names(arrays["label_names"], labels, where) if "label_names" in arrays else None
+  metadata = _metadata(arrays["metadata"], where) if "metadata" in arrays else {}
+  return Features(path, arrays["embeddings"], labels, names, metadata)
+
+
+def _names(names: np.ndarray, labels: np.ndarray, where: str) -> tuple[str, ...]:
+  """`label_names` as texts; raises where they are none, or a label is none of theirs."""
+  if names.ndim != 1 or names.dtype.kind != "U":
+    raise ValueError(f"{where}: its label_names are no texts. Make it again with grain_jax.embed.")
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f"{where}: its labels are {labels.dtype}, not integers. Make it again.")
+  beyond = labels[(labels < 0) | (labels >= len(names))]
+  if beyond.size:
+    raise ValueError(
+      f"{where}: label {beyond.flat[0]} is none of its {len(names)} label_names. Make it again "
+      "with grain_jax.embed."
+    )
+  return tuple(names.tolist())
+
+
+def _metadata(array: np.ndarray, where: str) -> dict[str, Any]:
+  """The JSON object of a file's `metadata`; raises where it is none."""
+  try:
+    found = json.loads(str(array))
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict) or not isinstance(found.get("rows", 0), int):
+    raise ValueError(
+      f"{where}: its metadata is no JSON object of grain_jax.embed. Make it again with that."
+    )
+  return found
 
 
 def evaluate_files(train: Features, test: Features, **options: Any) -> dict[str, float | int]:

@@ -198,7 +198,7 @@ class Module:
     start = _constant(computation, computation.instructions[loop.operands[0]].operands[index])
     step = _increment(body, index)
     if start is None or not step:
-      return 0 if start is None else int(bound.argument) - start
+      return None
     return -(-(int(bound.argument) - start) // step)
 
 

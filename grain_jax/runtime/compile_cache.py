@@ -64,7 +64,7 @@ def keep_in(folder: str) -> None:
   """
   if not folder:
     return
-  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_compilation_cache_dir", str(places.at(folder)))
   if _MIN_TIME.upper() not in os.environ and getattr(jax.config, _MIN_TIME) == 1:
     jax.config.update(_MIN_TIME, _SHORTEST)
 

@@ -122,6 +122,70 @@ def test_classes_that_are_there_are_not_asked_again(tmp_path, capsys):
     assert "replies to another prompt or of another model" in capsys.readouterr().err
 
 
+def test_texts_of_another_prompt_are_no_answer(tmp_path, capsys):
+  """Whichever of the files is removed: what is left is told, until all of it is gone."""
+  (tmp_path / "other.txt").write_text("What has a {class} in a photo?")
+  out, replies, other = tmp_path / "d.json", tmp_path / "d.replies.jsonl", tmp_path / "other.txt"
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs", "- a beak"]})) as server:
+
+    def ask(*more):
+      code, told = run(tmp_path, server, ["hen"], *more), capsys.readouterr()
+      assert code == 0 or (code == 2 and told.err.count("\n") == 1)
+      return code, told.err
+
+    assert ask() == (0, "")
+    first = out.read_text()
+    for left in ([out, replies], [out], [replies]):
+      held = {file: file.read_bytes() for file in {out, replies} - set(left)}
+      for file in held:
+        file.unlink()
+      code, told = ask(f"--prompt={other}")
+      assert code == 2 and f"{' and '.join(map(str, left))}: these are replies to another" in told
+      assert [file for file in (out, replies) if file.exists()] == left
+      for file, data in held.items():
+        file.write_bytes(data)
+    assert server.asked == {"hen": 1} and out.read_text() == first
+    assert ask() == (0, "")  # those of the first still do
+    out.unlink()
+    replies.unlink()
+    assert ask(f"--prompt={other}") == (0, "")
+    assert server.asked == {"hen": 2} and json.loads(out.read_text()) == {"hen": ["a beak"]}
+    assert ask()[0] == 2
+
+
+def test_a_file_without_replies_is_of_no_prompt(tmp_path, capsys):
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs"]})) as server:
+    assert run(tmp_path, server, ["hen"], "--model=other") == 2
+    assert "has tiny. Name one of them" in capsys.readouterr().err
+    assert run(tmp_path, server, ["hen"]) == 0
+    (tmp_path / "d.json").unlink()
+    (tmp_path / "d.replies.jsonl").write_text("5\n")  # somebody else's
+    assert run(tmp_path, server, ["hen"]) == 2
+  assert (tmp_path / "d.replies.jsonl").read_text() == "5\n"
+
+
+def test_texts_of_an_unknown_prompt_are_taken_and_told(tmp_path, capsys):
+  """As published ones are, or those of older versions, beside which no settings stand."""
+  (tmp_path / "d.json").write_text('{"hen": ["two legs"], "pig": []}')
+  line = "1 of 2 classes are there; {}/d.json is taken, of whatever prompt and model it may be\n"
+  with chat_server.serve(chat_server.Told({"owl": ["- eyes"]})) as server:
+    assert run(tmp_path, server, ["hen", "owl"]) == 0
+    assert line.format(tmp_path) in capsys.readouterr().out
+    assert run(tmp_path, server, ["hen", "owl"]) == 0  # of more than one prompt, perhaps
+    assert "is taken, of whatever" in capsys.readouterr().out and server.asked == {"owl": 1}
+  found = json.loads((tmp_path / "d.json").read_text())
+  assert found == {"hen": ["two legs"], "pig": [], "owl": ["eyes"]}
+
+
+def test_files_in_the_users_folder(tmp_path, monkeypatch):
+  (tmp_path / "p.txt").write_text("What has a {class} in a photo?")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with chat_server.serve(chat_server.Told({"hen": ["- two legs"]})) as server:
+    more = ("--classes=~/classes.txt", "--out=~/e.json", "--prompt=~/p.txt")
+    assert run(tmp_path, server, ["hen"], *more) == 0
+  assert json.loads((tmp_path / "e.json").read_text()) == {"hen": ["two legs"]}
+
+
 def test_allowed_failures_are_classes_by_name_alone(tmp_path):
   with chat_server.serve(chat_server.Told({"hen": ["- two legs"], "owl": ["nothing"]})) as server:
     assert run(tmp_path, server, ["hen", "owl"], "--allow_failed") == 0
@@ -171,12 +235,25 @@ def test_after_a_failure_no_further_class_is_asked(tmp_path):
     (["--classes=TWICE"], "names 'a' twice"),
     (["--classes=EMPTY"], "names no class"),
     (["--out=/nowhere/x.json"], "there is no folder"),
+    (["--out=FOLDER"], "FOLDER is a folder. Name a file in it"),
+    (["--out=NUMBER"], "NUMBER is there and holds 'hen': 5, which is no {class: [descriptor"),
+    (["--out=TEXT"], "holds 'hen': 'feathers', which is no {class: [descriptor, ...]}"),
+    (["--out=MIXED"], "holds 'owl': ['eyes', 3], which is no"),
+    (["--out=LIST"], "holds a list, which is no {class: [descriptor, ...]}. Move it away"),
+    (["--out=EMPTY"], "EMPTY is not JSON"),
     (["--backend=transformers", "--model=/nowhere"], "has no config.json"),
   ],
 )
 def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, capsys, changes, match):
-  for name, text in (("PROMPT", "describe it"), ("TWICE", "a\na\n"), ("EMPTY", "\n")):
-    (tmp_path / name).write_text(text)
+  texts = {
+    "PROMPT": "describe it", "TWICE": "a\na\n", "EMPTY": "\n", "NUMBER": '{"hen": 5}',
+    "TEXT": '{"hen": "feathers"}', "MIXED": '{"hen": ["two legs"], "owl": ["eyes", 3]}',
+    "LIST": '["hen"]',
+  }  # fmt: skip
+  (tmp_path / "FOLDER").mkdir()
+  for name in (*texts, "FOLDER"):
+    if name in texts:
+      (tmp_path / name).write_text(texts[name])
     changes = [change.replace(name, str(tmp_path / name)) for change in changes]
   with chat_server.serve(chat_server.Told({"hen": ["- two legs"]})) as server:
     assert run(tmp_path, server, ["hen"], *changes) == 2

@@ -16,7 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import grain_jax
 from grain_jax import config as configs
-from grain_jax import export
+from grain_jax import export, tokenizing
 from grain_jax.convert import clippy, convert, layout, sentence_t5, weights
 from grain_jax.models import grain, initial
 
@@ -105,6 +105,17 @@ def test_the_whole_model_embeds_as_the_published_one(tokenizer, tmp_path, rng, n
   assert_array_equal(ours.params["logit_scale"], model.logit_scale.detach())
   assert_allclose(ours.config.model.image.mean, OPENAI_CLIP_MEAN)
   assert ours.tokenize("a").shape == (1, 256)
+
+
+def test_file_and_tokenizer_in_the_users_folder(tokenizer, tmp_path, monkeypatch):
+  file = save(published(), tmp_path / "in.pt")
+  (tmp_path / "pieces").symlink_to(tokenizer)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  convert.convert("clippy", "~/in.pt", out="~/a", tokenizer="~/pieces")
+  convert.convert("clippy", file, out=str(tmp_path / "b"), tokenizer=tokenizer)
+  (config, a, _), (other, b, _) = stock.run_of(tmp_path / "a"), stock.run_of(tmp_path / "b")
+  stock.assert_equal_trees(a, b)
+  assert tokenizing.make(config).hash == tokenizing.make(other).hash
 
 
 def test_out_and_in_again_is_equal_bit_for_bit(tokenizer, tmp_path):

@@ -54,6 +54,14 @@ def test_wrong_flags_end_in_one_line(tmp_path):
   assert done.returncode == 1 and done.stderr.count("\n") == 1 and "none" in done.stderr
 
 
+def test_folders_in_the_users_folder(run, tmp_path, monkeypatch):
+  _, params = run
+  monkeypatch.setenv("HOME", str(tmp_path))
+  export.export("~/run", format="safetensors", out="~/weights")
+  convert.convert("safetensors", "~/weights", out="~/again")
+  stock.assert_equal_trees(stock.run_of(tmp_path / "again")[1], params)
+
+
 @pytest.mark.parametrize(
   "name",
   [

@@ -306,6 +306,25 @@ def test_what_an_npz_cannot_be_is_a_line(folder, model, tmp_path, change, said):
   stock.fails_in_one_line(lambda: convert.convert("siglip", str(path), **options), out, said)
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed, np.save])
+def test_a_damaged_npz_is_a_line(tmp_path, write):
+  path, values = tmp_path / "x.npz", np.linspace(0, 1, 1000)
+  with path.open("wb") as file:
+    write(file, values)
+  whole = path.read_bytes()
+  at, flags = len(whole) // 2, whole.find(b"PK\1\2") + 8
+  for data in (
+    whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :],
+    whole[:at] + bytes(90) + whole[at + 90 :],
+    whole[:flags] + b"\1" + whole[flags + 1 :],  # it is said to be encrypted
+    whole[:at],
+  ):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.npz is truncated or not an \.npz") as error:
+      big_vision.read(path)
+    assert "\n" not in str(error.value)
+
+
 def test_files_of_neither_kind_and_lacking_tokenizers_are_a_line(folder, tmp_path):
   out, npz, other = tmp_path / "out", tmp_path / "x.npz", tmp_path / "x.txt"
   npz.write_bytes(b"PK\x03\x04 nothing")

@@ -161,6 +161,67 @@ def test_files_that_are_none(tmp_path, rng):
     linear_probe.load(str(tmp_path / "pickle.npz"), "--test")
 
 
+def damages(data):
+  """Files of the same bytes but for a few: flipped, overwritten, cut."""
+  for at in (7, 28, 200, len(data) // 2, len(data) - 30, *range(0, len(data), 97)):
+    for bit in (1, 8, 128):
+      yield data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+    yield data[:at] + b"\0\xff\0\xff" + data[at + 4 :]
+    yield data[:at]
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_one_line(rng, tmp_path, write):
+  path, arrays = tmp_path / "a.npz", dict(zip(("embeddings", "labels"), blobs(rng), strict=True))
+  write(path, **arrays)
+  reasons = []
+  for data in damages(path.read_bytes()):
+    path.write_bytes(data)
+    try:
+      found = linear_probe.load(str(path), "--test")
+    except ValueError as error:
+      reasons.append(str(error))
+    else:  # of bytes that say nothing of the content
+      np.testing.assert_array_equal(found.features, arrays["embeddings"])
+  for line in reasons:
+    assert line.startswith(f"--test={path}") and "grain_jax.embed" in line and "\n" not in line
+  assert sum("is damaged" in line for line in reasons) > 50
+  assert write is np.savez or any("decompressing" in line for line in reasons)
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    ({"labels": np.array([0, 4])}, "label 4 is none of its 4 label_names"),
+    ({"labels": np.array([-1, 0])}, "label -1 is none of its 4 label_names"),
+    ({"labels": np.array([0.0, 1.0])}, "its labels are float64, not integers"),
+    ({"label_names": np.arange(4)}, "its label_names are no texts"),
+    ({"label_names": np.array("abcd")}, "its label_names are no texts"),
+    ({"metadata": json.dumps([1])}, "its metadata is no JSON object"),
+    ({"metadata": json.dumps({"rows": "2"})}, "its metadata is no JSON object"),
+    ({"metadata": "{"}, "its metadata is no JSON object"),
+  ],
+)
+def test_a_file_that_contradicts_itself_is_one_line(tmp_path, changes, line):
+  arrays = {
+    "embeddings": np.zeros((2, 3)), "labels": np.array([0, 3]),
+    "label_names": np.array(["a", "b", "c", "d"]), "metadata": json.dumps({"rows": 2}),
+  }  # fmt: skip
+  np.savez(tmp_path / "a.npz", **arrays)
+  assert linear_probe.load(str(tmp_path / "a.npz"), "--test").names == ("a", "b", "c", "d")
+  np.savez(tmp_path / "a.npz", **arrays | changes)
+  with pytest.raises(ValueError, match=rf"--test=.*a\.npz: {line}") as caught:
+    linear_probe.load(str(tmp_path / "a.npz"), "--test")
+  assert "\n" not in str(caught.value)
+
+
+def test_the_users_folder_may_be_named_by_a_tilde(rng, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  path = save(tmp_path / "a.npz", *blobs(rng))
+  found, whole = linear_probe.load("~/a.npz", "--test"), linear_probe.load(path, "--test")
+  np.testing.assert_array_equal(found.features, whole.features)
+
+
 @pytest.mark.parametrize(
   ("change", "line"),
   [

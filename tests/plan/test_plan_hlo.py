@@ -88,8 +88,19 @@ def test_the_compilers_trip_count_goes_before_the_bound():
   assert [times for _, times in plan_hlo.parse(text).executed()] == [1, 7]
 
 
-def test_a_loop_without_a_bound_counts_once_and_is_named():
-  text = LOOP.replace("START", "0").replace("STEP", "1").replace("direction=LT", "direction=NE")
+@pytest.mark.parametrize(
+  ("known", "unknown"),
+  [
+    ("direction=LT", "direction=NE"),
+    ("constant(START)", "parameter(2)"),
+    ("constant(STEP)", "parameter(2)"),
+    ("constant(STEP)", "constant(0)"),
+    ("s32[] add(%i, %one)", "s32[] multiply(%i, %one)"),
+  ],
+)
+def test_a_loop_without_bound_start_or_step_counts_once_and_is_named(known, unknown):
+  assert known in LOOP
+  text = LOOP.replace(known, unknown).replace("START", "2").replace("STEP", "1")
   module = plan_hlo.parse(text)
   assert [times for _, times in module.executed()] == [1, 1]
   assert module.unknown_loops() == ["jit(step)/while"]

@@ -10,6 +10,7 @@ import drawn
 import pytest
 
 from grain_jax.convert import run_folder
+from grain_jax.runtime import compile_cache
 
 # What JAX tells of its cache while a model is opened and encodes one image.
 PROGRAM = """
@@ -81,6 +82,14 @@ def test_what_a_process_has_set_itself_stays(run, tmp_path):
   assert found["folder"] == str(theirs) and not ours.exists()
   found, _ = run("jax.config.update('jax_enable_compilation_cache', False)")
   assert found["folder"] is None and not ours.exists()
+
+
+def test_a_folder_below_the_users(tmp_path, monkeypatch):
+  kept = {}
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setattr(compile_cache.jax.config, "update", kept.__setitem__)
+  compile_cache.keep_in("~/programs")
+  assert kept["jax_compilation_cache_dir"] == str(tmp_path / "programs")
 
 
 @pytest.mark.slow

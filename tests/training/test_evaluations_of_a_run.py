@@ -13,7 +13,7 @@ from grain_jax import evaluate, failures
 from grain_jax.data import dataset
 from grain_jax.evals import built
 from grain_jax.runtime import metrics, preemption
-from grain_jax.training import loop
+from grain_jax.training import loop, setup
 
 pytestmark = pytest.mark.slow  # each trains a few steps
 
@@ -72,6 +72,14 @@ def test_outside_sets_are_evaluated_along_the_way(config, tmp_path, rng):
   config.evals = ("zero_shot:imagenet",)
   with pytest.raises(ValueError, match="or give --config.datasets=DIR with a folder of pictures"):
     loop.train(config, str(tmp_path / "other"))
+
+
+def test_outside_sets_may_lie_in_the_users_folder(config, tmp_path, monkeypatch):
+  (tmp_path / "sets").mkdir()
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config.datasets = "~/sets"
+  run = setup.settle(config, "~/run", continue_as=(), say=len, warn=len)
+  assert (run.options.root, run.folder) == (tmp_path / "sets", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def find(images: str, *, labels: str = "") -> Inputs:
     ValueError: there is nothing there, or no image in it; one line.
   """
   places.check(images, "--images")
-  path = pathlib.Path(images)
+  path = places.at(images)
   if labels and not path.is_dir():
     raise ValueError(f"--labels={labels} is for a folder of pictures, and --images={path} is none.")
   if path.is_dir():
@@ -168,10 +168,17 @@ def _columns(path: pathlib.Path) -> tuple[list[str], list[str] | None]:
 
 
 def _numbered(labels: Sequence[str]) -> dict[str, Any]:
-  """Labels that are whole numbers as they are; others by their place among the sorted names."""
-  if all(label.isascii() and label.isdigit() for label in labels):
-    return {"labels": np.array([int(label) for label in labels], np.int64)}
-  return _by_name(labels)
+  """Labels that are all numbers of an i64 as they are; others by their place among the names."""
+  numbers = [_number(label) for label in labels]
+  return _by_name(labels) if None in numbers else {"labels": np.array(numbers, np.int64)}
+
+
+def _number(label: str) -> int | None:
+  """None where it is no whole number, or one beyond an i64: of what names a class."""
+  digits = label.lstrip("0") or "0"
+  if not (label.isascii() and label.isdigit()) or len(digits) > 19 or int(digits) >= 2**63:
+    return None
+  return int(digits)
 
 
 def _by_name(labels: Sequence[str]) -> dict[str, Any]:

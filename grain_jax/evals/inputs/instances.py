@@ -23,6 +23,7 @@ from grain_jax.evals.inputs.encoders import Encoders
 from grain_jax.evals.inputs.options import Options, find
 
 CLIP_TOLERANCE = 1.0  # pixels that a box may lie outside without being counted as clipped
+_OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # lists of categories (LVIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,10 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
   for i, entry in enumerate(content["categories"]):
     where = f"{file}: categories[{i}]"
     name = _field(entry, "name", str, where)
-    names[_field(entry, "id", int, where)] = name.replace("_", " ").strip()
+    key = _field(entry, "id", int, where)
+    if key in names:
+      raise ValueError(f"{where}: id {key} stands there twice. Give each category its own.")
+    names[key] = name.replace("_", " ").strip()
     if entry.get("frequency") is not None:
       frequency[entry["id"]] = str(entry["frequency"])
   own: dict[int, list[tuple[np.ndarray, dict[str, Any]]]] = {}
@@ -157,6 +161,8 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
       raise ValueError(f"{where}: id {key} stands there twice. Give each image its own.")
     if min(width, height) < 1:
       raise ValueError(f"{where}: {width} x {height} pixels. Give the size of the image.")
+    for field in _OF_IMAGES:
+      _check_ids(image, field, where)
     own[key], sizes[key] = [], (width, height)
   clipped = dropped = 0
   for i, annotation in enumerate(content["annotations"]):
@@ -171,14 +177,17 @@ def _read(file: pathlib.Path, _changed: int, _bytes: int) -> Instances:
     if box is None:
       dropped += 1
       continue
+    area = annotation.get("area")
+    if area is not None and not _is_number(area):
+      raise ValueError(f"{where}: area = {area!r} is no number of pixels. Mend it.")
+    _check_ids(annotation, "neg_category_ids", where)
     clipped += outside > CLIP_TOLERANCE
     own[image].append((box, annotation))
   found = [
     _annotated_image(image, own[image["id"]], f"{file}: images") for image in content["images"]
   ]
-  keys = ("neg_category_ids", "not_exhaustive_category_ids")
   federated = bool(found) and all(
-    image.get(k) is not None for image in content["images"] for k in keys
+    image.get(k) is not None for image in content["images"] for k in _OF_IMAGES
   )
   return Instances(found, names, frequency, federated, clipped, dropped)
 
@@ -236,13 +245,34 @@ def _field(entry: Any, key: str, kind: type, where: str) -> Any:
   value = entry.get(key) if isinstance(entry, dict) else None
   if not isinstance(value, kind) or isinstance(value, bool):
     raise ValueError(f"{where} has {key} = {value!r}, not {kind.__name__}. Give COCO's format.")
+  if kind is int and not _is_i64(value):
+    raise ValueError(f"{where} has {key} = {value}, which 64 bits do not hold. Give a smaller one.")
   return value
+
+
+def _is_i64(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it is a finite number that a float can be."""
+  try:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+  except OverflowError:
+    return False
+
+
+def _check_ids(entry: dict[str, Any], key: str, where: str) -> None:
+  """Raises where a list of categories, which may be missing, is something else."""
+  value = entry.get(key)
+  if value is not None and not (isinstance(value, list) and all(map(_is_i64, value))):
+    raise ValueError(f"{where}: {key} = {value!r} is no list of categories' ids. Mend it.")
 
 
 def _fractions(box: Any, width: int, height: int, where: str) -> tuple[np.ndarray | None, float]:
   """(x, y, w, h) in pixels -> (cx, cy, w, h) in [0, 1] or None without area; pixels outside."""
   numbers = isinstance(box, list) and len(box) == 4
-  if not numbers or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+  if not numbers or not all(map(_is_number, box)):
     raise ValueError(f"{where}: bbox = {box!r} is no [x, y, width, height] in pixels. Mend it.")
   x, y, w, h = box
   left, top = max(x, 0), max(y, 0)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grain_jax import places
 from grain_jax.evals.inputs import annotations
 from grain_jax.evals.inputs import files as files_lib
 from grain_jax.evals.inputs import images as images_lib
@@ -107,7 +108,8 @@ def _tfds(vocabulary: Vocabulary, options: Options, *, what: str) -> Labelled:
   from grain_jax.data import host_tensorflow  # here, since others can do without its slow import
 
   tfds = host_tensorflow.datasets()
-  builder = tfds.builder(vocabulary.tfds, data_dir=options.tfds_dir)
+  folder = None if options.tfds_dir is None else places.at(options.tfds_dir)
+  builder = tfds.builder(vocabulary.tfds, data_dir=folder)
   if not builder.is_prepared():
     root = os.fspath(builder.data_dir_root)
     by_hand = vocabulary.get.format(manual=f"{root}/downloads/manual")

@@ -146,6 +146,34 @@ def test_a_changed_file_is_read_again(tmp_path):
     ({"annotations": [BOX | {"bbox": [1, 2, 3, "4"]}]}, "is no "),
     ({"annotations": ["box"]}, r"annotations\[0\] has image_id = None"),
     ({"categories": [{"id": 2}]}, r"categories\[0\] has name = None"),
+    (
+      {"categories": [*CATEGORIES, CATEGORIES[0] | {"name": "other"}]},
+      rf"categories\[2\]: id {CATEGORIES[0]['id']} stands there twice",
+    ),
+    ({"annotations": [BOX, BOX | {"bbox": [0, 0, 10**400, 1]}]}, r"annotations\[1\]: bbox = "),
+    ({"annotations": [BOX, BOX | {"area": 10**400}]}, r"annotations\[1\]: area = 1000"),
+    ({"annotations": [BOX | {"area": "large"}]}, "area = 'large' is no number of pixels"),
+    (
+      {"annotations": [BOX | {"neg_category_ids": 5}]},
+      r"annotations\[0\]: neg_category_ids = 5 is",
+    ),
+    (
+      {"annotations": [BOX | {"neg_category_ids": [[2]]}]},
+      r"neg_category_ids = \[\[2\]\] is no list",
+    ),
+    ({"images": [IMAGES[0] | {"neg_category_ids": 5}]}, r"images\[0\]: neg_category_ids = 5 is"),
+    (
+      {"images": [IMAGES[0] | {"not_exhaustive_category_ids": {}}]},
+      r"images\[0\]: not_exhaustive_category_ids = \{\} is no list",
+    ),
+    ({"images": [IMAGES[0] | {"width": 10**400}]}, r"images\[0\] has width = 10+, which 64 bits"),
+    (
+      {
+        "categories": [{"id": 10**20, "name": "cat"}],
+        "annotations": [BOX | {"category_id": 10**20}],
+      },
+      r"categories\[0\] has id = 1\d+, which 64 bits",
+    ),
   ],
 )
 def test_a_malformed_file_is_one_clear_line(tmp_path, changes, line):

@@ -77,6 +77,12 @@ def test_labels_are_tfdss_own_in_its_order(name, tmp_path):
     assert names == list(vocabulary.names)
 
 
+def test_tfdss_folder_may_be_named_by_a_tilde(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(ValueError, match=f"TFDS has no .* in {tmp_path}/tfds. "):
+    load("cifar10", tfds_dir="~/tfds")
+
+
 def test_order_of_the_sets_that_tfds_only_numbers():
   # The archives list CIFAR's fine labels and number CUB's folders in this order.
   hundred = list(labelled.read_vocabulary("cifar100").names)
