@@ -170,6 +170,15 @@ def measured(
   return table
 
 
+def notes(store: comparisons.Store, runs: Sequence[comparisons.Run]) -> list[str]:
+  """What a reader of the tables must know: runs that are not in them."""
+  lines = []
+  for what, result in (("are missing", None), ("diverged and are not in the tables", {})):
+    if names := [run.name for run in runs if store.metrics(run) == result]:
+      lines.append(f"note: {len(names)} of {len(runs)} runs {what}, {names[0]} the first")
+  return lines
+
+
 def flops(
   store: comparisons.Store, arms: Sequence[str], *, recipe: str, data: pathlib.Path
 ) -> dict[str, float]:
@@ -264,9 +273,8 @@ def main() -> None:
     runner = functools.partial(train, recipe=flag.recipe, data=data, workdir=flag.workdir)
     comparisons.execute(runs, store, runner, jobs=flag.jobs, say=say)
   found, costs = measured(store, runs), store.read("flops") or {}
-  missing = [run.name for run in runs if store.metrics(run) is None]
-  if missing:
-    say(f"note: {len(missing)} of {len(runs)} runs are missing, {missing[0]} the first")
+  for line in notes(store, runs):
+    say(line)
   shown = to_json if flag.json else tables
   result = shown(found, costs=costs, steps=flag.steps)
   print(json.dumps(result) if flag.json else result)

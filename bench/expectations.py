@@ -60,10 +60,10 @@ def _spoilt(table: statistics.Measured) -> Expectation:
   sentence = "jittered and missing boxes cost less than half of GRAIN's lead over CLIP"
   lead = statistics.difference(table, "grain", "clip", _UNSEEN)
   cost = statistics.difference(table, "grain", "grain_spoilt", _UNSEEN)
-  if lead is None or cost is None:
+  if lead is None or cost is None or math.isnan(lead.low):
     return Expectation(sentence, "not measured yet", None)
   said = f"lead {statistics.percent(lead, sign=True)}, cost {statistics.percent(cost, sign=True)}"
-  return Expectation(sentence, f"{said} points", cost.mean < lead.mean / 2)
+  return Expectation(sentence, f"{said} points", 0 < lead.mean > 2 * cost.mean)
 
 
 def check(table: statistics.Measured) -> list[Expectation]:

@@ -103,6 +103,10 @@ def test_expectations_hold_or_not_by_the_figures():
   assert [e.holds for e in expectations.check(worse)] == [False] * 5
   assert "no price" in expectations.check(table | make(ce_clip={}))[1].found
   assert [e.holds for e in expectations.check(make(clip={}))] == [None] * 5
+  behind = make(clip={}, grain={"zero_shot/unseen/top1": 0.06}, grain_spoilt={})
+  assert expectations.check(behind)[4].holds is False  # a cost below nought is no evidence
+  one = {arm: {0: of[0]} for arm, of in table.items()}
+  assert [e.holds for e in expectations.check(one)] == [None] * 5
   json.dumps(expectations.to_json(worse))
 
 
@@ -128,6 +132,13 @@ def test_the_report_and_its_json_of_a_part_of_the_runs(tmp_path, monkeypatch, ca
   runs.execute(planned, store, runner, say=lambda line: None)
   runs.execute(planned, store, runner, say=lambda line: None)
   assert len(called) == 6
+  assert ablation.notes(store, planned) == []
+  lost = [runs.Run("clip", 1e-3, 7, 600), runs.Run("clip", 1e-3, 8, 600)]
+  store.write(lost[0].name, {"metrics": {}})
+  assert ablation.notes(store, [*planned, *lost]) == [
+    f"note: 1 of 8 runs are missing, {lost[1].name} the first",
+    f"note: 1 of 8 runs diverged and are not in the tables, {lost[0].name} the first",
+  ]
   found = ablation.measured(store, planned)
   text = ablation.tables(found, costs={"clip": 1e12}, steps=600)
   assert "| clippy − clip |" in text and "+10.0 [+10.0, +10.0]" in text and "600.0" in text
