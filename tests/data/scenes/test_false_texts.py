@@ -123,7 +123,8 @@ def test_a_name_inside_another_is_not_taken_for_it():
   things = [("gray", "car"), ("gray", "carrot")]
   for seed in range(20):
     made, _ = false_texts.of_scene(
-      things, caption="a gray carrot above a gray car", descriptions=["a gray car", "a gray carrot"],
+      things, caption="a gray carrot above a gray car",
+      descriptions=["a gray car", "a gray carrot"],
       boxes=[(0.6, 0.1, 0.9, 0.4), (0.1, 0.1, 0.4, 0.4)], colors=["gray", "pink"],
       names=["car", "carrot", "lion"], rng=np.random.default_rng(seed),
     )  # fmt: skip
