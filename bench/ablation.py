@@ -210,7 +210,7 @@ def tables(
     summary = statistics.summarize({arm: of}, metrics=list(METRICS), treated="")[arm]
     values = [statistics.percent(summary.get(metric)) for metric in METRICS]
     rows.append([arm, str(len(of)), spent, *values])
-    if arm != (other := head(arm)):
+    if arm != (other := head(arm)) and other in table:
       found = [statistics.difference(table, arm, other, metric) for metric in METRICS]
       differences.append([f"{arm} − {other}", *(statistics.percent(x, sign=True) for x in found)])
   parts = [

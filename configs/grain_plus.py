@@ -19,5 +19,7 @@ def get_config(arg: str = ""):
   c.loss.intra = 0.3  # CE-CLIP's contrast of captions and negatives
   # GRAIN's image query binds less: 81.9 against 89.7 % of compositions on the scenes (seed 0).
   c.model.pool = "class"  # what is aligned with the caption
-  c.model.auxiliary_pool = "max"  # CLIPpy's pooling, as a second embedding aligned with captions
+  # CLIPpy's pooling, as a second embedding aligned with captions; on the scenes, from random
+  # weights, it cost some six points of zero-shot (docs/ablation.md).
+  c.model.auxiliary_pool = "max"
   return common.parse(c, arg)
