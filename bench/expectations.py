@@ -63,7 +63,7 @@ def _spoilt(table: statistics.Measured) -> Expectation:
   if lead is None or cost is None or math.isnan(lead.low):
     return Expectation(sentence, "not measured yet", None)
   said = f"lead {statistics.percent(lead, sign=True)}, cost {statistics.percent(cost, sign=True)}"
-  return Expectation(sentence, f"{said} points", 0 < lead.mean > 2 * cost.mean)
+  return Expectation(sentence, f"{said} points", lead.mean > max(0, 2 * cost.mean))
 
 
 def check(table: statistics.Measured) -> list[Expectation]:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import errno
 import re
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers start again what ends with it
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+
+# What `zipfile` and NumPy raise for an .npz with other bytes than were written.
+DAMAGED_ARRAYS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 # Seconds between the attempts at a read that storage failed: 31.5 s in all.
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,13 +18,12 @@ import ml_collections
 import ml_dtypes
 import numpy as np
 
+from grain_jax import failures
 from grain_jax.convert import foreign, layout, state_dicts
 
 SCALAR = layout.Form(lambda x: x.reshape(()), lambda x: x.reshape(1))  # [1] and []
 _SIZES = (224, 256, 384, 512)  # pixels of published models
 _TOWERS = {"image": "img/Transformer", "text": "txt/Encoder_0"}
-# What `zipfile` and NumPy raise for a file with other bytes than were written.
-_DAMAGED = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Found(NamedTuple):
@@ -92,8 +89,10 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       raise ValueError("one array alone")
     with loaded as file:
       found = {key: file[key] for key in file.files}
-  except _DAMAGED as error:
-    reason = " ".join(str(error).split())[:120]
+  except failures.DAMAGED_ARRAYS as error:
+    if failures.is_storage(error):
+      raise
+    reason = failures.one_line(error, limit=120)
     raise ValueError(f"{path} is truncated or not an .npz of arrays ({reason}).") from error
   return {
     key: value.view(ml_dtypes.bfloat16) if value.dtype == np.dtype("V2") else value

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +23,6 @@ CS = tuple(np.logspace(-6, 6, 97).tolist())
 _COARSE = 7  # points of the first pass, at least
 _VAL_FRACTION = 0.2  # of each class, to choose C on
 _ARRAYS = ("embeddings", "labels", "label_names", "metadata")  # what is read of a file
-# What `zipfile` and NumPy raise for a file with other bytes than were written.
-_DAMAGED = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Features(NamedTuple):
@@ -166,7 +163,7 @@ def load(path: str, flag: str) -> Features:
   try:
     with np.load(file, allow_pickle=False) as opened:
       arrays = {name: opened[name] for name in _ARRAYS if name in opened}
-  except _DAMAGED as error:
+  except failures.DAMAGED_ARRAYS as error:
     if failures.is_storage(error):
       raise
     raise ValueError(

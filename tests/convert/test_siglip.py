@@ -1,5 +1,6 @@
 """SigLIP against transformers, from texts and images to logits; big_vision's .npz of the same."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -377,3 +378,12 @@ def test_without_its_tokenizer_it_takes_token_ids(copy, folder, run, tmp_path, c
   ids = ids_of(folder, texts)
   found = grain_jax.load(tmp_path / "ids").encode_token_ids(ids, np.ones_like(ids, bool))
   assert_allclose(found, grain_jax.load(run).encode_text(texts), atol=1e-6)
+
+
+def test_lost_storage_is_no_damaged_npz(tmp_path, monkeypatch):
+  def lost(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(np, "load", lost)
+  with pytest.raises(OSError, match="Input/output error"):
+    big_vision.read(tmp_path / "x.npz")
