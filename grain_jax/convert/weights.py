@@ -131,10 +131,10 @@ def load_run(
   _without_machine_settings(config)
   model = grain.build(config)
   params = jax.eval_shape(lambda: initial.init_params(model, config))
-  shards = config.mesh.fsdp * config.mesh.tensor
-  if not (0 < shards <= jax.device_count() and jax.device_count() % shards == 0):
-    config.mesh.update(fsdp=1, tensor=1)
-  config.mesh.data = -1
+  if config.mesh.fsdp > 0 and config.mesh.tensor > 0:
+    config.mesh.data = -1
+  if not meshes.fits(config, jax.device_count()):
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
   mesh = meshes.create(config, batches=())
   shardings = meshes.param_shardings(params, mesh, config.mesh.rules)
   abstract = jax.tree.map(

@@ -18,6 +18,7 @@ from grain_jax.plan import program as plan_program
 from grain_jax.plan import traffic as plan_traffic
 from grain_jax.plan import useful as plan_useful
 from grain_jax.plan.chips import Machine, roofline
+from grain_jax.runtime import mesh as meshes
 from grain_jax.training import sizing
 
 STEP = 8  # images per chip between two batches that `largest_batch` tells apart
@@ -47,7 +48,7 @@ def for_machine(
   if batch_per_chip:
     config.batch_size = batch_per_chip * machine.num_chips
   if sizing.is_open(config):
-    devices = machine.num_chips // max(config.mesh.tensor, 1)
+    devices = meshes.batch_shards(config, machine.num_chips)
     platform = machine.chip.platform
     config = sizing.choose(
       config,

@@ -61,17 +61,35 @@ def shape(config: ml_collections.ConfigDict, devices: int) -> tuple[int, int, in
   Raises:
     ValueError: they do not multiply to it; one line.
   """
-  sizes = [config.mesh[axis] for axis in AXES]
-  known = math.prod(s for s in sizes if s > 0)
-  if sizes.count(-1) == 1 and devices % known == 0:
-    sizes[sizes.index(-1)] = devices // known
-  if -1 in sizes or math.prod(sizes) != devices:
+  sizes = _sizes(config, devices)
+  if sizes is None:
     asked = ", ".join(f"{axis}={config.mesh[axis]}" for axis in AXES)
     raise ValueError(
       f"config.mesh ({asked}) does not multiply to the {devices} devices there are. "
       "Set one axis to -1 to let it take what is left."
     )
-  return tuple(sizes)
+  return sizes
+
+
+def fits(config: ml_collections.ConfigDict, devices: int) -> bool:
+  """Whether the axes of `config.mesh` multiply to a number of devices."""
+  return _sizes(config, devices) is not None
+
+
+def _sizes(config: ml_collections.ConfigDict, devices: int) -> tuple[int, int, int] | None:
+  sizes = [config.mesh[axis] for axis in AXES]
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) == 1 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  return None if -1 in sizes or math.prod(sizes) != devices else tuple(sizes)
+
+
+def batch_shards(config: ml_collections.ConfigDict, devices: int) -> int:
+  """How many of the devices share a batch, along data and fsdp; at least 1."""
+  mesh = config.mesh
+  if mesh.tensor < 0:  # it takes what these leave
+    return max(mesh.data, 1) * max(mesh.fsdp, 1)
+  return max(devices // max(mesh.tensor, 1), 1)
 
 
 def arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:

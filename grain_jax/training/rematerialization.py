@@ -10,7 +10,6 @@ import jax
 import ml_collections
 
 from grain_jax.models import grain, initial, vit
-from grain_jax.runtime import mesh as meshes
 from grain_jax.training import optim
 
 # Arrays of a token's width that a block keeps. In words: its input; queries, keys and values, twice
@@ -89,16 +88,17 @@ def choose(
     config: a resolved configuration with a batch size; what it says itself stays.
     platform: 'cpu', 'gpu' or 'tpu'.
     memory: bytes of a device that a program may use; None: not known (CPUs).
-    devices: that share a batch.
+    devices: that share a batch, along data and fsdp.
 
   Raises:
-    ValueError: not one image fits with anything, or the mesh is not of so many devices; one line.
+    ValueError: not one image fits with anything; one line.
   """
   m = config.model
   unroll = m.unroll or (-1 if platform == "gpu" else 1)
   room = None
   if memory is not None:
-    state = state_bytes(config, shards=meshes.shape(config, devices)[1])
+    fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else devices // max(config.mesh.data, 1)
+    state = state_bytes(config, shards=max(fsdp, 1))
     room = _SHARE * memory - state
     if room < kept_bytes(config, "block"):
       least = (state + kept_bytes(config, "block")) / _SHARE

@@ -20,6 +20,7 @@ from grain_jax.data import local_copy, mixture, pipeline, sampler, token_ids
 from grain_jax.evals.inputs.options import Options
 from grain_jax.models import attention, norm_kernels
 from grain_jax.runtime import compile_cache, devices, distributed
+from grain_jax.runtime import mesh as meshes
 from grain_jax.training import continuation, preconditions, sizing, validation
 
 # What may differ from machine to machine.
@@ -83,7 +84,7 @@ def settle(
   training = mixture.open_training(config) if config.data.sources else dataset
   local_copy.check_room(config.data.local_copy, local_copy.splits_of(training, config.data.split))
   records = training.num_records(config.data.split)
-  asked, shards = config, max(jax.device_count() // max(config.mesh.tensor, 1), 1)
+  asked, shards = config, meshes.batch_shards(config, jax.device_count())
   config = sizing.choose(
     config,
     records=records,

@@ -3,6 +3,7 @@
 import pytest
 
 from grain_jax import config as configs
+from grain_jax.runtime import mesh as meshes
 from grain_jax.training import rematerialization, sizing
 
 GB = 1e9
@@ -74,9 +75,13 @@ def test_state_is_cut_by_the_axis_that_takes_what_is_left():
     config.mesh.fsdp = fsdp
     found = rematerialization.choose(config, platform="gpu", memory=memory, devices=16)
     assert found == ("none", -1)
-  config.mesh.fsdp = 3
-  with pytest.raises(ValueError, match="fsdp=3, tensor=1. does not multiply to the 16 devices"):
-    rematerialization.choose(config, platform="gpu", memory=memory, devices=16)
+  # Of 32 devices 16 share a batch where each two hold a part of the heads.
+  config.mesh.update(data=1, fsdp=16, tensor=2)
+  assert meshes.batch_shards(config, 32) == 16
+  found = rematerialization.choose(config, platform="gpu", memory=memory, devices=16)
+  assert found == ("none", -1)
+  config.mesh.update(data=2, fsdp=8, tensor=-1)
+  assert meshes.batch_shards(config, 32) == 16
 
 
 def test_frozen_towers_have_no_gradients_and_no_moments():
